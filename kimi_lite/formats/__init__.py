@@ -1,0 +1,1 @@
+"""File containers and block formats, shared by `quantize` and `runtime`; numpy only."""
