@@ -127,7 +127,7 @@ class KeyReader:
             )
         return self.values[key]
 
-    def int(self, key: str, minimum: int = 1) -> int:
+    def integer(self, key: str, minimum: int = 1) -> int:
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**31:
             raise ModelFileError(
@@ -135,7 +135,7 @@ class KeyReader:
             )
         return value
 
-    def float(self, key: str) -> float:
+    def number(self, key: str) -> float:
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ModelFileError(f"{self.where}: {key} is {value!r}; expected a number")
@@ -207,10 +207,10 @@ class TextConfig:
         """Read `config.json` (Moonlight) or its `text_config` (Kimi-VL)."""
         read = KeyReader(hf, where)
         if "rope_theta" in hf:
-            rope_theta = read.float("rope_theta")
+            rope_theta = read.number("rope_theta")
         else:  # transformers 5 writes the rope settings into an object of their own
             rope = KeyReader(read.get("rope_parameters"), f"{where}: rope_parameters")
-            rope_theta = rope.float("rope_theta")
+            rope_theta = rope.number("rope_theta")
             if rope.get("rope_type") != "default":
                 raise ModelFileError(
                     f"{where}: rope_type is {hf['rope_parameters']['rope_type']!r}; only 'default' runs"
@@ -221,28 +221,28 @@ class TextConfig:
                 continue
             if read.get(key) not in honoured:
                 raise ModelFileError(f"{where}: {key} is {hf[key]!r}; this program only runs {honoured[0]!r}")
-        n_heads = read.int("num_attention_heads")
-        if read.int("num_key_value_heads") != n_heads:
+        n_heads = read.integer("num_attention_heads")
+        if read.integer("num_key_value_heads") != n_heads:
             raise ModelFileError(f"{where}: num_key_value_heads differs from num_attention_heads ({n_heads})")
         config = cls(
-            vocab_size=read.int("vocab_size"),
-            hidden_size=read.int("hidden_size"),
-            n_layers=read.int("num_hidden_layers"),
+            vocab_size=read.integer("vocab_size"),
+            hidden_size=read.integer("hidden_size"),
+            n_layers=read.integer("num_hidden_layers"),
             n_heads=n_heads,
-            kv_rank=read.int("kv_lora_rank"),
-            nope_dim=read.int("qk_nope_head_dim"),
-            rope_dim=read.int("qk_rope_head_dim"),
-            value_dim=read.int("v_head_dim"),
-            dense_hidden_size=read.int("intermediate_size"),
-            n_dense_layers=read.int("first_k_dense_replace", minimum=0),
-            n_experts=read.int("n_routed_experts"),
-            n_active=read.int("num_experts_per_tok"),
-            n_shared=read.int("n_shared_experts"),
-            expert_hidden_size=read.int("moe_intermediate_size"),
-            routed_scale=read.float("routed_scaling_factor"),
-            rms_eps=read.float("rms_norm_eps"),
+            kv_rank=read.integer("kv_lora_rank"),
+            nope_dim=read.integer("qk_nope_head_dim"),
+            rope_dim=read.integer("qk_rope_head_dim"),
+            value_dim=read.integer("v_head_dim"),
+            dense_hidden_size=read.integer("intermediate_size"),
+            n_dense_layers=read.integer("first_k_dense_replace", minimum=0),
+            n_experts=read.integer("n_routed_experts"),
+            n_active=read.integer("num_experts_per_tok"),
+            n_shared=read.integer("n_shared_experts"),
+            expert_hidden_size=read.integer("moe_intermediate_size"),
+            routed_scale=read.number("routed_scaling_factor"),
+            rms_eps=read.number("rms_norm_eps"),
             rope_theta=rope_theta,
-            context_length=read.int("max_position_embeddings"),
+            context_length=read.integer("max_position_embeddings"),
             bos_id=read.token_id("bos_token_id"),
             eos_id=read.token_id("eos_token_id"),
             pad_id=read.token_id("pad_token_id"),
@@ -285,33 +285,33 @@ class TextConfig:
             raise ModelFileError(
                 f"{where}: the file asks for scaled rotary positions; Kimi-VL and Moonlight have none"
             )
-        rope_dim = read.int("rope.dimension_count")
+        rope_dim = read.integer("rope.dimension_count")
         latent = "attention.key_length_mla" in read.values
-        key_length = read.int("attention.key_length_mla" if latent else "attention.key_length")
+        key_length = read.integer("attention.key_length_mla" if latent else "attention.key_length")
         if key_length <= rope_dim:
             raise ModelFileError(
                 f"{where}: a key of width {key_length} cannot hold {rope_dim} rotated values"
             )
         tokens = metadata.get("tokenizer.ggml.tokens", ())
         return cls(
-            vocab_size=read.int("vocab_size") if "vocab_size" in read.values else len(tokens),
-            hidden_size=read.int("embedding_length"),
-            n_layers=read.int("block_count"),
-            n_heads=read.int("attention.head_count"),
-            kv_rank=read.int("attention.kv_lora_rank"),
+            vocab_size=read.integer("vocab_size") if "vocab_size" in read.values else len(tokens),
+            hidden_size=read.integer("embedding_length"),
+            n_layers=read.integer("block_count"),
+            n_heads=read.integer("attention.head_count"),
+            kv_rank=read.integer("attention.kv_lora_rank"),
             nope_dim=key_length - rope_dim,
             rope_dim=rope_dim,
-            value_dim=read.int("attention.value_length_mla" if latent else "attention.value_length"),
-            dense_hidden_size=read.int("feed_forward_length"),
-            n_dense_layers=read.int("leading_dense_block_count", minimum=0),
-            n_experts=read.int("expert_count"),
-            n_active=read.int("expert_used_count"),
-            n_shared=read.int("expert_shared_count"),
-            expert_hidden_size=read.int("expert_feed_forward_length"),
-            routed_scale=read.float("expert_weights_scale"),
-            rms_eps=read.float("attention.layer_norm_rms_epsilon"),
-            rope_theta=read.float("rope.freq_base"),
-            context_length=read.int("context_length"),
+            value_dim=read.integer("attention.value_length_mla" if latent else "attention.value_length"),
+            dense_hidden_size=read.integer("feed_forward_length"),
+            n_dense_layers=read.integer("leading_dense_block_count", minimum=0),
+            n_experts=read.integer("expert_count"),
+            n_active=read.integer("expert_used_count"),
+            n_shared=read.integer("expert_shared_count"),
+            expert_hidden_size=read.integer("expert_feed_forward_length"),
+            routed_scale=read.number("expert_weights_scale"),
+            rms_eps=read.number("attention.layer_norm_rms_epsilon"),
+            rope_theta=read.number("rope.freq_base"),
+            context_length=read.integer("context_length"),
             bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
             eos_id=metadata.get("tokenizer.ggml.eos_token_id"),
             pad_id=metadata.get("tokenizer.ggml.padding_token_id"),
@@ -376,13 +376,13 @@ class VisionConfig:
         if not (isinstance(merge, list) and len(merge) == 2 and merge[0] == merge[1] == 2):
             raise ModelFileError(f"{where}: merge_kernel_size is {merge!r}; this program only runs [2, 2]")
         config = cls(
-            patch_size=read.int("patch_size"),
-            grid_height=read.int("init_pos_emb_height"),
-            grid_width=read.int("init_pos_emb_width"),
-            n_heads=read.int("num_attention_heads"),
-            n_layers=read.int("num_hidden_layers"),
-            hidden_size=read.int("hidden_size"),
-            ffn_size=read.int("intermediate_size"),
+            patch_size=read.integer("patch_size"),
+            grid_height=read.integer("init_pos_emb_height"),
+            grid_width=read.integer("init_pos_emb_width"),
+            n_heads=read.integer("num_attention_heads"),
+            n_layers=read.integer("num_hidden_layers"),
+            hidden_size=read.integer("hidden_size"),
+            ffn_size=read.integer("intermediate_size"),
             merge=2,
         )
         if config.hidden_size % (4 * config.n_heads):
@@ -411,7 +411,7 @@ class ImageConfig:
             raise ModelFileError(
                 f"{where}: image_mean and image_std must be three numbers each, image_std positive"
             )
-        return cls(token_limit=read.int("in_token_limit"), mean=mean, std=std)  # type: ignore[arg-type]
+        return cls(token_limit=read.integer("in_token_limit"), mean=mean, std=std)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -453,7 +453,7 @@ class ModelConfig:
             text=TextConfig.from_hf(text, f"{path}: text_config"),
             vision=VisionConfig.from_hf(read.get("vision_config"), f"{path}: vision_config"),
             image=ImageConfig.from_hf(read_json(processor), str(processor)),
-            media_pad_id=read.int("media_placeholder_token_id"),
+            media_pad_id=read.integer("media_placeholder_token_id"),
         )
 
 

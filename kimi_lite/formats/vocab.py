@@ -53,7 +53,7 @@ class Vocab:
             raise ModelFileError(f"{path}: not found; a checkpoint directory must hold it") from None
         except (OSError, ValueError, binascii.Error) as error:
             raise ModelFileError(f"{path}: line {len(ranks) + 1} is not `base64 rank` ({error})") from None
-        missing = set(bytes([b]) for b in range(256)) - set(ranks)
+        missing = {bytes([b]) for b in range(256)} - set(ranks)
         if missing:
             raise ModelFileError(f"{path}: {len(missing)} single bytes have no token; the file is damaged")
         if len(ranks) > size:
