@@ -310,7 +310,7 @@ def byte_ranks(n: int, seed: int) -> list[bytes]:
     rng = np.random.default_rng(seed)
     ranks = [bytes([b]) for b in range(256)]
     known = set(ranks)
-    letters = list(range(ord("a"), ord("z") + 1)) + [ord(" ")]
+    letters = [*range(ord("a"), ord("z") + 1), ord(" ")]
     while len(ranks) < n:
         left = (
             ranks[int(rng.choice(letters))]
