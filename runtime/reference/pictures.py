@@ -1,0 +1,103 @@
+"""Draws nano's pictures: rendered words and numbers, and scenes of coloured shapes.
+
+Fonts come from font packages on PyPI (`pip install kimi-lite[train]`) and from Pillow's own; all carry open licences.
+Every picture is drawn for a token grid (rows, columns of 28 pixels), so that a batch shares one size.
+"""
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+FONT_PACKAGES = (
+    "font_roboto",
+    "font_source_sans_pro",
+    "font_caladea",
+    "font_hanken_grotesk",
+    "font_source_serif_pro",
+)
+FONT_STYLES = ("Regular", "Bold", "Medium", "Semibold", "SemiBold")
+COLOURS = {
+    "red": (214, 30, 36),
+    "green": (28, 150, 52),
+    "blue": (32, 70, 210),
+    "yellow": (242, 212, 20),
+    "black": (16, 16, 18),
+    "orange": (246, 134, 18),
+    "purple": (138, 42, 168),
+}
+SHAPES = ("circle", "square", "triangle", "diamond")
+
+
+@cache
+def font_files() -> tuple[str, ...]:
+    """Paths of the fonts at hand, "" for Pillow's own, in a fixed order."""
+    found = [""]
+    for package in FONT_PACKAGES:
+        spec = importlib.util.find_spec(package)
+        for place in (spec.submodule_search_locations or []) if spec else []:
+            files = sorted([*Path(place).rglob("*.ttf"), *Path(place).rglob("*.otf")])
+            found += [str(f) for f in files if f.stem.rpartition("-")[2] in FONT_STYLES]
+    return tuple(found)
+
+
+@cache
+def font(path: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+
+
+def text_picture(
+    text: str, grid: tuple[int, int], rng: np.random.Generator, n_fonts: int | None = None
+) -> Image.Image:
+    """The text somewhere in a picture that fills the grid, in a random font, size and pair of colours."""
+    rows, columns = grid
+    width, height = columns * 28 - int(rng.integers(28)), rows * 28 - int(rng.integers(8))
+    path = font_files()[int(rng.integers(n_fonts or len(font_files())))]
+    size = int(rng.integers(15, min(height, 38) + 1))
+    while True:
+        left, top, right, bottom = font(path, size).getbbox(text)
+        if (right - left <= width - 2 and bottom - top <= height - 2) or size <= 9:
+            break
+        size -= 1
+    dark, light = rng.integers(0, 90, 3), rng.integers(180, 256, 3)
+    ink, paper = (dark, light) if rng.random() < 0.75 else (light, dark)
+    picture = Image.new("RGB", (width, height), tuple(int(v) for v in paper))
+    at = [int(rng.integers(max(0, room) + 1)) for room in (width - (right - left), height - (bottom - top))]
+    draw = ImageDraw.Draw(picture)
+    draw.text((at[0] - left, at[1] - top), text, tuple(int(v) for v in ink), font(path, size))
+    return picture
+
+
+def scene(
+    colour: str, shape: str, count: int, grid: tuple[int, int], rng: np.random.Generator
+) -> Image.Image:
+    """`count` shapes of one kind and colour that do not touch."""
+    rows, columns = grid
+    width, height = columns * 28 - int(rng.integers(14)), rows * 28 - int(rng.integers(14))
+    picture = Image.new("RGB", (width, height), tuple(int(v) for v in rng.integers(226, 256, 3)))
+    draw = ImageDraw.Draw(picture)
+    ink = tuple(int(np.clip(v + rng.integers(-14, 15), 0, 255)) for v in COLOURS[colour])
+    boxes: list[tuple[float, float, float]] = []
+    largest = min(width, height) / (2.2 if count == 1 else 2 + count**0.5)
+    while len(boxes) < count:
+        radius = float(rng.uniform(0.55, 1.0)) * largest / 2 + 4
+        for _ in range(60):
+            x, y = (float(rng.uniform(radius, side - radius)) for side in (width, height))
+            if all(max(abs(x - a), abs(y - b)) > radius + r + 3 for a, b, r in boxes):
+                boxes.append((x, y, radius))
+                break
+        else:  # no room: start again with smaller ones
+            boxes.clear()
+            largest *= 0.85
+    for x, y, r in boxes:
+        if shape == "circle":
+            draw.ellipse((x - r, y - r, x + r, y + r), ink)
+        elif shape == "square":
+            draw.rectangle((x - 0.88 * r, y - 0.88 * r, x + 0.88 * r, y + 0.88 * r), ink)
+        elif shape == "triangle":
+            draw.polygon([(x, y - r), (x - r, y + 0.8 * r), (x + r, y + 0.8 * r)], ink)
+        else:
+            draw.polygon([(x, y - r), (x + 0.8 * r, y), (x, y + r), (x - 0.8 * r, y)], ink)
+    return picture

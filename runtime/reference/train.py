@@ -1,0 +1,303 @@
+"""Trains kimi-vl-nano from a seed and writes it as a published checkpoint directory.
+
+    python -m kimi_lite.runtime.reference.train RUN_DIR [--minutes 60] [--export kimi_lite/nano]
+
+Each step takes one batch of text and one of pictures; loss only on the assistant's turns. Batch n depends on the seed
+and n alone, and RUN_DIR keeps weights, optimizer and step, so a run that is stopped and started again continues
+exactly as if it had not been. Matrices are trained by Muon, the rest by AdamW; the experts' load is balanced by the
+published rule, which moves the router's bias and adds no loss. Products run in bf16 where the processor has it.
+
+The learning rate falls over `--minutes` of training time in all; started again with more, it rises once more.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F_
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kimi_lite.formats.config import ImageConfig, ModelConfig
+from kimi_lite.formats.vocab import Vocab
+from kimi_lite.runtime.reference.image import process
+from kimi_lite.runtime.reference.model import KimiVL, expert_loads, published_tensors
+from kimi_lite.runtime.reference.nano import FIRST_SPECIAL, NANO_TEXT, NANO_VISION, RANKS, TOKEN_LIMIT
+from kimi_lite.runtime.reference.random_checkpoint import (
+    SPECIAL_NAMES,
+    to_bf16,
+    write_shards,
+    write_side_files,
+)
+from kimi_lite.runtime.reference.tasks import Draw, Sample, reading, shapes, text_sample
+from kimi_lite.runtime.template import ImagePart, Message, render
+from kimi_lite.runtime.tokenizer import Tokenizer
+
+TEXT_BATCH, TEXT_POOL = 96, 768  # a pool is sorted by length and cut into batches of like length
+PICTURE_BATCH = 128
+MATRIX_RATE, OTHER_RATE = 0.003, 0.003
+WEIGHT_DECAY = 0.02
+BALANCE_RATE = 0.002
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token ids [B, T], targets [B, T] (IGNORE where there is no loss), pictures [B, P, 588] of one grid or none."""
+
+    ids_BT: NDArray[np.int64]
+    targets_BT: NDArray[np.int64]
+    patches_BPX: NDArray[np.float32] | None = None
+    grid: tuple[int, int] | None = None
+
+
+def nano_config() -> ModelConfig:
+    return ModelConfig(
+        name="kimi-vl-nano",
+        text=NANO_TEXT,
+        vision=NANO_VISION,
+        image=ImageConfig(token_limit=TOKEN_LIMIT),
+        media_pad_id=FIRST_SPECIAL + 21,
+    )
+
+
+def nano_tokenizer() -> Tokenizer:
+    specials = {name: FIRST_SPECIAL + offset for offset, name in SPECIAL_NAMES.items()}
+    return Tokenizer(Vocab(RANKS, specials, NANO_TEXT.vocab_size))
+
+
+def encode_sample(sample: Sample, tokenizer: Tokenizer, n_image_tokens: int) -> tuple[list[int], list[bool]]:
+    """Token ids of the whole conversation, and which of them the model must produce.
+
+    Earlier answers stand without their thinking, as a chat sends them back; so only the last reply is learned.
+    """
+    messages = []
+    for i, turn in enumerate(sample.turns):
+        picture = [ImagePart(n_image_tokens)] if i == 0 and n_image_tokens else []
+        messages.append(Message("user", [*picture, turn.question]))
+        if i < len(sample.turns) - 1:
+            messages.append(Message("assistant", turn.answer))
+    prompt = render(messages, tokenizer)
+    reply = [*tokenizer.encode(sample.turns[-1].reply), tokenizer.special("<|im_end|>")]
+    return prompt + reply, [False] * len(prompt) + [True] * len(reply)
+
+
+def collate(samples: list[Sample], tokenizer: Tokenizer, pad_id: int) -> Batch:
+    """Right-padded batch; causal attention makes the padding harmless. All pictures must share one grid."""
+    image_config, patches, grid = ImageConfig(token_limit=TOKEN_LIMIT), [], None
+    for sample in samples:
+        if sample.picture is not None:
+            values, this = process(sample.picture, image_config)
+            assert grid in (None, this), f"grids {grid} and {this} in one batch"
+            patches.append(values)
+            grid = this
+    n_tokens = grid[0] * grid[1] // 4 if grid else 0
+    rows = [encode_sample(sample, tokenizer, n_tokens) for sample in samples]
+    T = max(len(ids) for ids, _ in rows)
+    ids_BT = np.full((len(rows), T), pad_id, np.int64)
+    targets_BT = np.full((len(rows), T), IGNORE, np.int64)
+    for i, (ids, learned) in enumerate(rows):
+        ids_BT[i, : len(ids)] = ids
+        targets_BT[i, : len(ids) - 1] = np.where(learned[1:], ids[1:], IGNORE)
+    return Batch(ids_BT, targets_BT, np.stack(patches) if patches else None, grid)
+
+
+def make_batches(seed: int, step: int) -> list[Batch]:
+    """The batches of one step: text, then pictures, which grow longer and more varied over the first steps."""
+    tokenizer, pad_id = nano_tokenizer(), NANO_TEXT.pad_id or 0
+    per_pool = TEXT_POOL // TEXT_BATCH
+    draw = Draw(np.random.default_rng((seed, 1, step // per_pool)), held_out=False)
+    # Length follows the reply; sorting by it keeps padding small.
+    pool = sorted(
+        (text_sample(draw) for _ in range(TEXT_POOL)),
+        key=lambda s: len(s.turns[-1].reply) + 20 * len(s.turns),
+    )
+    order = np.random.default_rng((seed, 2, step // per_pool)).permutation(per_pool)
+    at = int(order[step % per_pool]) * TEXT_BATCH
+    batches = [collate(pool[at : at + TEXT_BATCH], tokenizer, pad_id)]
+    draw = Draw(np.random.default_rng((seed, 3, step)), held_out=False)
+    if step % 5 == 4:
+        grid = (int(draw.rng.integers(2, 5)), int(draw.rng.integers(2, 5)))
+        samples = [shapes(draw, grid) for _ in range(PICTURE_BATCH // 2)]
+    else:
+        longest = min(8, 3 + step // 250)
+        n_fonts = None if step > 300 else 4
+        tall = step > 800 and draw.rng.random() < 0.25
+        grid = (3 if tall else int(draw.rng.integers(1, 3)), int(draw.rng.integers(2, 8)))
+        samples = [reading(draw, grid, longest, n_fonts) for _ in range(PICTURE_BATCH)]
+    batches.append(collate(samples, tokenizer, pad_id))
+    return batches
+
+
+def prefetch(seed: int, start: int, ahead: int = 4) -> Iterator[list[Batch]]:
+    """Batches made by one process beside the training."""
+    with ProcessPoolExecutor(1) as pool:
+        queue: list[Future[list[Batch]]] = [pool.submit(make_batches, seed, start + i) for i in range(ahead)]
+        step = start + ahead
+        while True:
+            yield queue.pop(0).result()
+            queue.append(pool.submit(make_batches, seed, step))
+            step += 1
+
+
+def initialise(model: KimiVL, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                # Outputs that add to the residual stream start small, so that depth does not inflate it.
+                small = name.endswith(("o.weight", "down.weight", "down", "wo.weight", "fc1.weight"))
+                std = (
+                    0.02
+                    if name in ("text.embed", "text.head")
+                    else parameter[0].numel() ** -0.5 * (0.4 if small else 1)
+                )
+                parameter.normal_(0, 0.02 if "positions" in name else std, generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()
+
+
+def loss_of(model: KimiVL, batch: Batch) -> tuple[Tensor, int]:
+    """Summed cross-entropy over the learned tokens, and their number."""
+    ids, targets = torch.from_numpy(batch.ids_BT), torch.from_numpy(batch.targets_BT)
+    rows = None
+    if batch.patches_BPX is not None and batch.grid is not None:
+        rows = model.encode_images(torch.from_numpy(batch.patches_BPX), batch.grid)
+    learned = targets != IGNORE
+    logits = model(ids, rows, last=learned)
+    return F_.cross_entropy(logits.float(), targets[learned], reduction="sum"), int(learned.sum())
+
+
+class Trainer:
+    """Model, optimizers and step; saved and restored as one file."""
+
+    def __init__(self, run: Path, seed: int) -> None:
+        self.run, self.seed, self.step, self.trained_s = run, seed, 0, 0.0
+        self.model = KimiVL(nano_config())
+        initialise(self.model, seed)
+        matrices = [
+            p
+            for n, p in self.model.named_parameters()
+            if p.dim() == 2 and n not in ("text.embed", "text.head")
+        ]
+        ids = {id(p) for p in matrices}
+        others = [p for p in self.model.parameters() if id(p) not in ids]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(
+                matrices, lr=MATRIX_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+            ),
+            torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        self.rates = [MATRIX_RATE, OTHER_RATE]
+        if (run / "state.pt").exists():
+            state = torch.load(run / "state.pt", weights_only=True)
+            self.model.load_state_dict(state["model"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step, self.trained_s = state["step"], state["trained_s"]
+
+    def save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "step": self.step,
+            "trained_s": self.trained_s,
+        }
+        torch.save(state, self.run / "state.tmp")
+        (self.run / "state.tmp").replace(self.run / "state.pt")
+
+    def update(self, batches: list[Batch], total_s: float) -> list[float]:
+        """One step over all batches; returns the mean loss of each."""
+        # Warm up over 100 steps, hold, and fall linearly to 2 % over the last 45 % of the time.
+        left = max(0.0, 1 - self.trained_s / total_s)
+        factor = min(1.0, (self.step + 1) / 100, max(0.02, left / 0.45))
+        losses = []
+        for batch in batches:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss, n = loss_of(self.model, batch)
+            (loss / n).backward()  # type: ignore[no-untyped-call]
+            losses.append(float(loss.detach()) / n)
+            for layer, load_E in expert_loads(self.model):
+                share_E = load_E.float()
+                layer.router_bias += BALANCE_RATE * factor * torch.sign(share_E.mean() - share_E)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return losses
+
+    def train(self, total_s: float, export_dir: Path | None, every_s: float = 180) -> None:
+        sums, count, saved = np.zeros(3), 0, time.monotonic()
+        log = (self.run / "log.jsonl").open("a", buffering=1)
+        for batches in prefetch(self.seed, self.step):
+            start = time.monotonic()
+            text, picture = self.update(batches, total_s)
+            self.trained_s += time.monotonic() - start
+            sums += text, 0 if self.step % 5 == 0 else picture, picture if self.step % 5 == 0 else 0
+            count += 1
+            if self.step % 50 == 0:
+                record = {
+                    "step": self.step,
+                    "trained_s": round(self.trained_s),
+                    "text_loss": round(sums[0] / count, 4),
+                    "reading_loss": round(sums[1] / count / 0.8, 4),
+                    "shapes_loss": round(sums[2] / count / 0.2, 4),
+                }
+                print(json.dumps(record), flush=True)
+                log.write(json.dumps(record) + "\n")
+                sums, count = np.zeros(3), 0
+            over = self.trained_s >= total_s
+            if over or time.monotonic() - saved > every_s:
+                self.save()
+                if export_dir:
+                    export(self.model, export_dir)
+                saved = time.monotonic()
+            if over:
+                return
+
+
+def export(model: KimiVL, directory: Path, shard_bytes: int = 8 << 20) -> None:
+    """Write the model as a published checkpoint directory, in bf16."""
+    assert model.config.vision is not None
+    write_side_files(directory, model.config.text, model.config.vision, RANKS, TOKEN_LIMIT)
+    shapes_by_name, patch = {}, model.config.vision.patch_size
+    for name, tensor in published_tensors(model):
+        conv = name == "vision_tower.patch_embed.proj.weight"
+        shapes_by_name[name] = (len(tensor), 3, patch, patch) if conv else tuple(tensor.shape)
+    values = ((n, to_bf16(t.float().numpy()).reshape(shapes_by_name[n])) for n, t in published_tensors(model))
+    for old in directory.glob("*.safetensors"):
+        old.unlink()
+    write_shards(directory, values, shapes_by_name, shard_bytes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="directory of the run: state, log")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="training time in all, earlier runs counted"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--export", type=Path, help="directory of the checkpoint, rewritten every few minutes"
+    )
+    arguments = parser.parse_args()
+    arguments.run.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(arguments.run, arguments.seed)
+    print(
+        f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters, step {trainer.step}", flush=True
+    )
+    trainer.train(arguments.minutes * 60, arguments.export)
+
+
+if __name__ == "__main__":
+    main()
