@@ -23,74 +23,20 @@ GATING_SIGMOID = 2  # GGUF's code for the sigmoid router
 
 # Published keys without effect on inference.
 HF_TEXT_WITHOUT_EFFECT = frozenset(
-    [
-        "_attn_implementation_autoset",
-        "_name_or_path",
-        "add_cross_attention",
-        "architectures",
-        "attention_dropout",
-        "auto_map",
-        "aux_loss_alpha",
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "chunk_size_feed_forward",
-        "cross_attention_hidden_size",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "dtype",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "ep_size",
-        "exponential_decay_length_penalty",
-        "finetuning_task",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "head_dim",
-        "id2label",
-        "initializer_range",
-        "is_decoder",
-        "is_encoder_decoder",
-        "label2id",
-        "length_penalty",
-        "max_length",
-        "min_length",
-        "model_type",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_nextn_predict_layers",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_scores",
-        "prefix",
-        "pretraining_tp",
-        "problem_type",
-        "pruned_heads",
-        "qk_head_dim",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict",
-        "return_dict_in_generate",
-        "sep_token_id",
-        "seq_aux",
-        "suppress_tokens",
-        "task_specific_params",
-        "temperature",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "torchscript",
-        "transformers_version",
-        "typical_p",
-        "use_bfloat16",
-        "use_cache",
-    ]
+    """
+_attn_implementation_autoset _name_or_path add_cross_attention architectures attention_dropout auto_map
+aux_loss_alpha bad_words_ids begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size
+decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size ep_size
+exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id head_dim id2label
+initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length min_length model_type
+no_repeat_ngram_size num_beam_groups num_beams num_nextn_predict_layers num_return_sequences
+output_attentions output_hidden_states output_scores prefix pretraining_tp problem_type pruned_heads
+qk_head_dim remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+seq_aux suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class
+top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
+    """.split()
 )
+
 # Published keys with the only values that this program honours.
 HF_TEXT_REQUIRED: dict[str, tuple[Any, ...]] = {
     "q_lora_rank": (None,),

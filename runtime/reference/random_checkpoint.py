@@ -295,7 +295,7 @@ def write_shards(
             out.write(len(head).to_bytes(8, "little") + head)
             for expected in names:
                 name, values = next(tensors)
-                assert name == expected and values.shape == shapes[name], (
+                assert (name, values.shape) == (expected, shapes[expected]), (
                     f"{name} came where {expected} was due"
                 )
                 out.write(np.ascontiguousarray(values).data)
