@@ -45,7 +45,7 @@ class KimiVL(nn.Module):
 
     def embed(self, ids_BT: Tensor, image_rows: Tensor | None = None) -> Tensor:
         """Token embeddings with the pictures' rows put in place of the pads, in order."""
-        x_BTD = self.text.embed[ids_BT]
+        x_BTD = nn.functional.embedding(ids_BT, self.text.embed)
         if image_rows is not None:
             pads_BT = ids_BT == self.config.media_pad_id
             rows_MD = image_rows.reshape(-1, image_rows.shape[-1])

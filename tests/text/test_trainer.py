@@ -1,0 +1,85 @@
+"""The trainer: batches depend on seed and step alone, a stopped run continues exactly, payloads stay held out."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kimi_lite.runtime.reference import train
+from kimi_lite.runtime.reference.evaluate import held_out
+from kimi_lite.runtime.reference.model import load
+from kimi_lite.runtime.reference.tasks import Draw, difference_steps, sum_steps, text_sample
+from kimi_lite.runtime.reference.train import IGNORE, Trainer, export, make_batches, nano_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "TEXT_BATCH", 4)
+    monkeypatch.setattr(train, "TEXT_POOL", 16)
+    monkeypatch.setattr(train, "PICTURE_BATCH", 4)
+
+
+def test_a_stopped_run_continues_exactly(tmp_path: Path) -> None:
+    batches = [make_batches(1, step) for step in range(3)]
+    whole = Trainer(tmp_path / "none", seed=1)
+    for step in batches:
+        whole.update(step, total_s=1e9)
+    first = Trainer(tmp_path, seed=1)
+    first.update(batches[0], total_s=1e9)
+    first.save()
+    second = Trainer(tmp_path, seed=1)
+    assert second.step == 1
+    for step in batches[1:]:
+        second.update(step, total_s=1e9)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+
+
+def test_batches_repeat_from_their_seed() -> None:
+    for first, second in zip(make_batches(5, 9), make_batches(5, 9), strict=True):
+        assert np.array_equal(first.ids_BT, second.ids_BT)
+        assert first.grid == second.grid
+        assert (first.patches_BPX is None) == (second.patches_BPX is None)
+
+
+def test_only_the_last_reply_is_learned() -> None:
+    tokenizer = nano_tokenizer()
+    batch = make_batches(2, 0)[0]
+    for ids_T, targets_T in zip(batch.ids_BT, batch.targets_BT, strict=True):
+        learned = np.flatnonzero(targets_T != IGNORE)
+        assert np.array_equal(learned, np.arange(learned[0], learned[-1] + 1))  # one run
+        assert np.array_equal(targets_T[learned], ids_T[learned + 1])  # of next tokens
+        assert tokenizer.name(int(ids_T[learned[0]])) == "<|im_middle|>"
+        assert tokenizer.name(int(targets_T[learned[-1]])) == "<|im_end|>"
+
+
+def test_training_never_draws_a_held_out_payload() -> None:
+    training = Draw(np.random.default_rng(0), held_out=False)
+    questions = {turn.question for _ in range(3000) for turn in text_sample(training).turns}
+    assert not any("38 + 47" in q or "38+47" in q for q in questions)
+    unseen = {
+        s.turns[0].question for task, samples in held_out(7, 60).items() if task != "talk" for s in samples
+    }
+    text = {q for q in unseen if any(c.isdigit() or c in "\"':" for c in q)}
+    assert len(text) > 100
+    assert not text & questions
+
+
+def test_the_chains_of_thought_are_right() -> None:
+    for a in range(0, 100, 7):
+        for b in range(0, 100, 3):
+            assert sum_steps(a, b).endswith(f"so {a + b}")
+            assert difference_steps(a, b).endswith(f"so {a - b}")
+            for steps in (sum_steps(a, b), difference_steps(a, b)):
+                for claim in steps.replace(", carry 1", "").replace("borrow 1, ", "").split("; "):
+                    left, equals, right = claim.rpartition(": ")[2].partition("=")
+                    assert not equals or eval(left) == int(right), claim  # digits, + and - only
+
+
+def test_an_exported_checkpoint_is_the_model_in_bf16(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path / "none", seed=3)
+    export(trainer.model, tmp_path / "out")
+    loaded, _ = load(tmp_path / "out")
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value.to(torch.bfloat16).float()), name
