@@ -105,10 +105,7 @@ def unpack_quantized(
     lines = (
         runs[..., :n_weight_bytes].reshape(B, G, -1, ROWS, 4).transpose(0, 1, 3, 2, 4)
     )  # [B, G, 16, lines, 4]
-    if form.bits == 4:
-        values = np.stack([lines & 15, lines >> 4], axis=-2)
-    else:
-        values = lines
+    values = np.stack([lines & 15, lines >> 4], axis=-2) if form.bits == 4 else lines
     q_OI = values.reshape(B, G, ROWS, GROUP).transpose(0, 2, 1, 3).reshape(B * ROWS, G * GROUP)
     scales = np.ascontiguousarray(runs[..., n_weight_bytes:]).view(np.float16)  # [B, G, 16]
     scale_OG = scales.transpose(0, 2, 1).reshape(B * ROWS, G)

@@ -1,0 +1,371 @@
+"""GGUF containers: a bounded, memory-mapped reader and a streaming writer.
+
+    header   "GGUF", version u32 = 3, tensor count u64, metadata count u64
+    metadata key, type u32, value;  strings are a u64 length and UTF-8;  arrays a type, a u64 count and the values
+    tensors  name, number of dimensions u32, sizes u64 (fastest first), type u32, offset u64
+    data     from the next multiple of general.alignment (32 unless said), each tensor at its offset from there
+
+The reader trusts nothing: every length and count is held against the bytes that are left before it is used, and every
+tensor's extent against the file, so a damaged or hostile file ends in one sentence. Data is never copied: tensors are
+views of the map. The writer declares all tensors first, then takes their bytes in order and in pieces, into a
+temporary file beside the target that gets its name only when it is complete.
+
+Source: the GGUF specification (ggml project); checked against the `gguf` package in both directions.
+"""
+
+import mmap
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+from kimi_lite.errors import DoesNotFitError, ModelFileError
+
+MAGIC, VERSION = b"GGUF", 3
+MAX_COUNT = 1 << 20  # tensors or metadata entries; the real file has 430 and 45
+MAX_DIMENSIONS = 4
+STRING, ARRAY = 8, 9
+SCALARS: dict[int, str] = {  # GGUF's value types, as struct codes
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One tensor: its place in the map. `shape` is numpy's order, slowest first."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+
+    def rows(self) -> NDArray[np.uint8]:
+        """The stored bytes, one row of the last axis each: [rows, bytes per row]."""
+        return self.data.reshape(-1, row_bytes(self.type, self.shape[-1]))
+
+    def dequantize(self, start: int = 0, n: int | None = None) -> NDArray[np.float32]:
+        """Rows start…start+n-1 as float32 [n, last axis]."""
+        block = self.rows()[start : None if n is None else start + n]
+        return np.asarray(dequantize(block, GGMLQuantizationType[self.type]), np.float32).reshape(
+            len(block), -1
+        )
+
+    def float32(self) -> NDArray[np.float32]:
+        """The whole tensor as float32 in its shape."""
+        return self.dequantize().reshape(self.shape)
+
+
+def row_bytes(type_name: str, n: int) -> int:
+    """Bytes of n elements of a ggml type; n must fill whole blocks."""
+    elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    assert n % elements == 0, f"{n} elements do not fill blocks of {elements} ({type_name})"
+    return n // elements * size
+
+
+class _Cursor:
+    """Reads forward through the map; running past its end is the file's fault, said so."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data, self.path, self.at = data, path, 0
+
+    def fail(self, what: str) -> ModelFileError:
+        return ModelFileError(f"{self.path}: {what}; the file is damaged, download or quantize it again")
+
+    def take(self, n: int) -> int:
+        """Claim n bytes and return where they begin."""
+        if n > len(self.data) - self.at:
+            raise self.fail(f"the header needs {n} bytes at {self.at}, but the file ends at {len(self.data)}")
+        self.at += n
+        return self.at - n
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack_from(code, self.data, self.take(struct.calcsize(code)))[0]
+
+    def string(self) -> str:
+        n = self.scalar("<Q")
+        start = self.take(n)
+        try:
+            return self.data[start : start + n].decode()
+        except UnicodeDecodeError:
+            raise self.fail(f"a string at {start} is not UTF-8") from None
+
+    def value(self, kind: int) -> Any:
+        if kind in SCALARS:
+            return self.scalar(SCALARS[kind])
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            raise self.fail(f"a metadata value at {self.at} has the unknown type {kind}")
+        kind, count = self.scalar("<I"), self.scalar("<Q")
+        if kind in SCALARS:
+            dtype = np.dtype(SCALARS[kind].replace("?", "?"))
+            start = self.take(count * dtype.itemsize)
+            return np.frombuffer(self.data, dtype, count, start).tolist()
+        if kind != STRING:
+            raise self.fail(
+                f"an array at {self.at} holds the type {kind}; only numbers and strings are known"
+            )
+        if count > (len(self.data) - self.at) // 8:  # each string takes at least its length
+            raise self.fail(f"an array at {self.at} claims {count} strings")
+        return self.strings(count)
+
+    def strings(self, count: int) -> list[str]:
+        """The same as `string` count times, without a call for each: vocabularies have 163,840."""
+        data, at, end, length = self.data, self.at, len(self.data), struct.Struct("<Q").unpack_from
+        out = []
+        try:
+            for _ in range(count):
+                (n,) = length(data, at)
+                at += 8
+                if n > end - at:
+                    raise self.fail(f"a string at {at} claims {n} bytes")
+                out.append(data[at : at + n].decode())
+                at += n
+        except struct.error:
+            raise self.fail(f"the file ends inside an array of strings at {at}") from None
+        except UnicodeDecodeError:
+            raise self.fail(f"a string at {at} is not UTF-8") from None
+        self.at = at
+        return out
+
+
+class GgufFile:
+    """An open GGUF file: `metadata`, `tensors` by name, `alignment`. The map lives as long as any view of it.
+
+    Raises:
+        ModelFileError: not a GGUF file, an unknown version, or damage of any kind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < 24:
+                    raise ModelFileError(
+                        f"{path}: {size} bytes are too few for a GGUF file; download it again"
+                    )
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise ModelFileError(f"{path}: not found") from None
+        except IsADirectoryError:
+            raise ModelFileError(
+                f"{path}: a directory; give a .gguf file, or make one with `kimi-lite quantize {path} OUT.gguf`"
+            ) from None
+        except OSError as error:
+            raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
+        read = _Cursor(self.map, path)
+        magic = self.map[: read.take(4) + 4]
+        if magic != MAGIC:
+            raise ModelFileError(f"{path}: begins with {magic!r}, not with b'GGUF'; this is not a GGUF file")
+        version = read.scalar("<I")
+        if version not in (2, VERSION):
+            raise ModelFileError(f"{path}: GGUF version {version}; this program reads versions 2 and 3")
+        n_tensors, n_keys = read.scalar("<Q"), read.scalar("<Q")
+        if n_tensors > MAX_COUNT or n_keys > MAX_COUNT:
+            raise read.fail(f"the header claims {n_tensors} tensors and {n_keys} metadata keys")
+        self.metadata: dict[str, Any] = {}
+        for _ in range(n_keys):
+            key = read.string()
+            if not key or key in self.metadata:
+                raise read.fail(f"the metadata key {key!r} is empty or stands there twice")
+            self.metadata[key] = read.value(read.scalar("<I"))
+        self.alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(self.alignment, int) or self.alignment < 1 or self.alignment & (self.alignment - 1):
+            raise read.fail(f"general.alignment is {self.alignment!r}, not a power of two")
+        declared = [self._declaration(read) for _ in range(n_tensors)]
+        base = -(-read.at // self.alignment) * self.alignment
+        whole = np.frombuffer(self.map, np.uint8)
+        self.tensors: dict[str, GgufTensor] = {}
+        for name, type_name, shape, offset, n_bytes in declared:
+            if name in self.tensors:
+                raise read.fail(f"the tensor {name!r} stands there twice")
+            if offset % self.alignment:
+                raise read.fail(f"the tensor {name!r} lies at {offset}, not a multiple of {self.alignment}")
+            if offset + n_bytes > size - base:
+                raise read.fail(
+                    f"the tensor {name!r} needs {n_bytes} bytes at {base + offset}, but the file has {size} in all"
+                )
+            self.tensors[name] = GgufTensor(name, type_name, shape, whole[base + offset :][:n_bytes])
+
+    @staticmethod
+    def _declaration(read: _Cursor) -> tuple[str, str, tuple[int, ...], int, int]:
+        name = read.string()
+        n_dimensions = read.scalar("<I")
+        if not 1 <= n_dimensions <= MAX_DIMENSIONS:
+            raise read.fail(f"the tensor {name!r} has {n_dimensions} dimensions")
+        sizes = [read.scalar("<Q") for _ in range(n_dimensions)]
+        kind, offset = read.scalar("<I"), read.scalar("<Q")
+        try:
+            type_ = GGMLQuantizationType(kind)
+        except ValueError:
+            raise read.fail(f"the tensor {name!r} has the unknown type {kind}") from None
+        elements, block_bytes = GGML_QUANT_SIZES[type_]
+        if sizes[0] % elements or min(sizes) < 1:
+            raise read.fail(f"the tensor {name!r} has sizes {sizes}, which do not fill blocks of {elements}")
+        n_bytes = block_bytes * (sizes[0] // elements)
+        for size in sizes[1:]:
+            n_bytes *= size  # Python's integers do not overflow
+        return name, type_.name, tuple(reversed(sizes)), offset, n_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor to be written: name, ggml type, shape in numpy's order."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        n = row_bytes(self.type, self.shape[-1])
+        for size in self.shape[:-1]:
+            n *= size
+        return n
+
+
+class GgufWriter:
+    """Writes one GGUF file as a context manager: `with GgufWriter(path, metadata, specs) as out: out.write(…)`.
+
+    Bytes come in the order of `specs`, in pieces of any size; padding is added where a tensor ends. On success the
+    file gets its name; on any error, or when bytes are missing, nothing is left behind.
+
+    Raises:
+        DoesNotFitError: the disk has less room than the file needs, before a byte is written or while writing.
+    """
+
+    def __init__(
+        self, path: Path, metadata: Mapping[str, Any], specs: Sequence[TensorSpec], alignment: int = 32
+    ) -> None:
+        self.path, self.specs, self.alignment = path, list(specs), alignment
+        offsets, at = [], 0
+        for spec in self.specs:
+            offsets.append(at)
+            at += -(-spec.n_bytes // alignment) * alignment
+        head = [MAGIC, struct.pack("<IQQ", VERSION, len(self.specs), len(metadata))]
+        for key, value in metadata.items():
+            head += [_string(key), _value(value)]
+        for spec, offset in zip(self.specs, offsets, strict=True):
+            head += [_string(spec.name), struct.pack("<I", len(spec.shape))]
+            head += [struct.pack("<Q", size) for size in reversed(spec.shape)]
+            head.append(struct.pack("<IQ", GGMLQuantizationType[spec.type], offset))
+        self.head = b"".join(head)
+        self.head += bytes(-len(self.head) % alignment)
+        self.n_bytes = len(self.head) + at
+        self._index = self._written = 0
+
+    def __enter__(self) -> "GgufWriter":
+        folder = self.path.parent
+        try:
+            free = shutil.disk_usage(folder).free
+            if free < self.n_bytes:
+                raise DoesNotFitError(
+                    f"{self.path}: needs {self.n_bytes:,} bytes, but {folder} has {free:,} free"
+                )
+            self._file = tempfile.NamedTemporaryFile(
+                dir=folder, prefix=f".{self.path.name}.", suffix=".part", delete=False
+            )
+        except FileNotFoundError:
+            raise ModelFileError(f"{self.path}: the directory {folder} does not exist") from None
+        except OSError as error:
+            raise ModelFileError(f"{self.path}: cannot be written ({error.strerror})") from None
+        self._put(self.head)
+        return self
+
+    def write(self, data: NDArray[Any]) -> None:
+        """The next bytes of the tensor that is due; a piece must not run over its end."""
+        flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        spec = self.specs[self._index]
+        self._written += flat.size
+        assert self._written <= spec.n_bytes, (
+            f"{spec.name}: {self._written} bytes given, {spec.n_bytes} declared"
+        )
+        self._put(flat.data)
+        if self._written == spec.n_bytes:
+            self._put(bytes(-spec.n_bytes % self.alignment))
+            self._index, self._written = self._index + 1, 0
+
+    def _put(self, data: bytes | memoryview) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise DoesNotFitError(
+                f"{self.path}: writing stopped ({error.strerror}); nothing was left behind"
+            ) from None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        temporary = Path(self._file.name)
+        try:
+            if kind is None:
+                assert self._index == len(self.specs), (
+                    f"{self.specs[self._index].name} was declared but not written"
+                )
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                mask = os.umask(0)
+                os.umask(mask)
+                temporary.chmod(
+                    0o666 & ~mask
+                )  # a temporary file is private; the finished one follows the umask
+                temporary.replace(self.path)
+        finally:
+            self._file.close()
+            temporary.unlink(missing_ok=True)
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(value: Any) -> bytes:
+    """A metadata value with its type. Whole numbers are u32 (or i32, u64); in arrays they are i32."""
+    match value:
+        case bool():
+            return struct.pack("<I?", 7, value)
+        case int() if 0 <= value < 2**32:
+            return struct.pack("<II", 4, value)
+        case int() if value < 0:
+            return struct.pack("<Ii", 5, value)
+        case int():
+            return struct.pack("<IQ", 10, value)
+        case float():
+            return struct.pack("<If", 6, value)
+        case str():
+            return struct.pack("<I", STRING) + _string(value)
+    return struct.pack("<I", ARRAY) + _array(list(value))
+
+
+def _array(values: Iterable[Any]) -> bytes:
+    values = list(values)
+    assert values, "an empty array has no type"
+    if isinstance(values[0], str):
+        return struct.pack("<IQ", STRING, len(values)) + b"".join(map(_string, values))
+    if isinstance(values[0], float):
+        return struct.pack("<IQ", 6, len(values)) + np.asarray(values, "<f4").tobytes()
+    return struct.pack("<IQ", 5, len(values)) + np.asarray(values, "<i4").tobytes()
