@@ -1,0 +1,207 @@
+"""The Python face of the C++ kernels: allocates results, names types, chooses instruction set and threads.
+
+All products quantize their float32 input to int8 once, in groups of 32, and add in one fixed order; the bits do not
+depend on instruction set, thread count or how a prompt was cut (docs/kernels.md). There is no slower path in Python:
+without the compiled module nothing runs, and the import says so.
+
+KIMI_LITE_ISA forces an instruction set by name; an unknown name is an error. `describe` says what is in use.
+
+Dimension key:  T tokens   I, O in and out   D model width   E experts   A active   H heads   C latent   R rope
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from kimi_lite.errors import UsageError
+from kimi_lite.formats.packed import LAYOUTS, matrix_bytes, mlp_bytes, row_block_bytes
+
+try:
+    from kimi_lite.runtime import _kernels
+except ImportError as error:  # a checkout that was never built
+    raise ImportError(
+        f"the compiled kernels are missing ({error}); run `pip install .` in the checkout"
+    ) from error
+
+Float = NDArray[np.float32]
+
+
+def use_environment() -> None:
+    """Obey KIMI_LITE_ISA. Raises UsageError for a name that does not run here."""
+    wanted = os.environ.get("KIMI_LITE_ISA")
+    if wanted and wanted not in usable_isas():
+        raise UsageError(
+            f"KIMI_LITE_ISA is {wanted!r}; on this machine it may be {', '.join(usable_isas())}, or unset for the best"
+        )
+    _kernels.use_isa(wanted or usable_isas()[0])
+
+
+def usable_isas() -> list[str]:
+    """Instruction sets that run here, best first."""
+    return list(_kernels.usable_isas())
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return str(_kernels.isa())
+
+
+def set_threads(n: int | None) -> None:
+    """Use n threads; by default one per physical core that this process may run on."""
+    if n is not None and not 1 <= n <= 1024:
+        raise UsageError(f"{n} threads were asked for; give a number from 1 to 1024")
+    _kernels.set_threads(n or default_threads())
+
+
+def default_threads() -> int:
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def threads() -> int:
+    return int(_kernels.threads())
+
+
+def describe() -> dict[str, str]:
+    """What is in use, for `kimi-lite doctor` and benchmark records."""
+    return {"isa": isa(), "usable": ", ".join(usable_isas()), "threads": str(threads())}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """`count` matrices [rows, columns] of one layout, one after the other in `data`, which is never copied.
+
+    `layout` is a packed layout's name or a ggml type's. `data` is uint8.
+    """
+
+    layout: str
+    data: NDArray[np.uint8]
+    rows: int
+    columns: int
+    count: int = 1
+
+    @cached_property
+    def handles(self) -> list[Any]:
+        """What the C++ functions take, one each."""
+        size = self.data.size // self.count
+        packed = self.layout in LAYOUTS
+        stride = row_block_bytes(self.layout, self.columns) if packed else 0
+        assert not packed or size == matrix_bytes(self.layout, self.rows, self.columns)
+        return [
+            _kernels.Weights(self.layout, self.data, i * size, stride, self.rows, self.columns)
+            for i in range(self.count)
+        ]
+
+
+class Mlp:
+    """One or more SwiGLU experts of width F on model width D, from packed runs or from three stacked matrices."""
+
+    def __init__(self, gate: list[Any], up: list[Any], down: list[Any], keep: object) -> None:
+        self.handle, self._keep = _kernels.Mlp(), (gate, up, down, keep)
+        for parts in zip(gate, up, down, strict=True):
+            self.handle.add(*parts)
+
+    @classmethod
+    def packed(cls, layout: str, data: NDArray[np.uint8], F: int, D: int, count: int) -> "Mlp":
+        """From `count` runs of `formats.packed.mlp_bytes` bytes."""
+        block, size, stride = row_block_bytes(layout, D), matrix_bytes(layout, F, D), mlp_bytes(layout, F, D)
+        at = [i * stride for i in range(count)]
+        make = _kernels.Weights
+        return cls(
+            [make(layout, data, start, 2 * block, F, D) for start in at],
+            [make(layout, data, start + block, 2 * block, F, D) for start in at],
+            [make(layout, data, start + 2 * size, row_block_bytes(layout, F), D, F) for start in at],
+            data,
+        )
+
+    @classmethod
+    def stacked(cls, gate: Matrix, up: Matrix, down: Matrix) -> "Mlp":
+        """From three matrices of equal count, as a standard GGUF has them."""
+        return cls(gate.handles, up.handles, down.handles, (gate, up, down))
+
+
+def linear(matrix: Matrix, x_TI: Float) -> Float:
+    """x times the transposed matrix: float32 [T, O]."""
+    y_TO = np.empty((len(x_TI), matrix.rows), np.float32)
+    _kernels.linear(matrix.handles[0], x_TI, y_TO)
+    return y_TO
+
+
+def linear_heads(matrix: Matrix, x_THI: Float) -> Float:
+    """Matrix h times x[:, h], for each head: float32 [T, H, O]."""
+    y_THO = np.empty((*x_THI.shape[:2], matrix.rows), np.float32)
+    _kernels.linear_heads(matrix.handles, x_THI, y_THO)
+    return y_THO
+
+
+def embed(matrix: Matrix, ids_T: NDArray[np.int32]) -> Float:
+    """The matrix's rows, dequantized: float32 [T, I]."""
+    y_TI = np.empty((len(ids_T), matrix.columns), np.float32)
+    _kernels.embed(matrix.handles[0], ids_T, y_TI)
+    return y_TI
+
+
+def rms_norm(x_TD: Float, weight_D: Float, eps: float) -> Float:
+    """x / sqrt(mean(x²) + eps) · weight."""
+    y_TD = np.empty_like(x_TD)
+    _kernels.rms_norm(x_TD, weight_D, eps, y_TD)
+    return y_TD
+
+
+def rotate(x_TR: Float, cos_TR: Float, sin_TR: Float) -> Float:
+    """Turn the pairs (x[2i], x[2i+1]) by the angles of their position; x is [T, ..., R], cos and sin [T, R/2]."""
+    shape = (len(x_TR), *(1,) * (x_TR.ndim - 2), -1)
+    cos, sin = cos_TR.reshape(shape), sin_TR.reshape(shape)
+    even, odd = x_TR[..., 0::2], x_TR[..., 1::2]
+    out = np.empty(x_TR.shape, np.float32)
+    out[..., 0::2] = even * cos - odd * sin
+    out[..., 1::2] = even * sin + odd * cos
+    return out
+
+
+def route(
+    x_TD: Float, router_ED: Float, bias_E: Float, n_active: int, scale: float
+) -> tuple[NDArray[np.int32], Float]:
+    """Expert ids [T, A], ascending, and their weights [T, A], which sum to `scale`."""
+    ids_TA = np.empty((len(x_TD), n_active), np.int32)
+    weights_TA = np.empty((len(x_TD), n_active), np.float32)
+    _kernels.route(x_TD, router_ED, bias_E, scale, ids_TA, weights_TA)
+    return ids_TA, weights_TA
+
+
+def mlp(dense: Mlp, x_TD: Float) -> Float:
+    """down(silu(gate x) · up x) of a single MLP."""
+    none = np.empty((len(x_TD), 0), np.int32)
+    y_TD = np.empty_like(x_TD)
+    _kernels.mixture(_NO_EXPERTS, none, none.view(np.float32), dense.handle, x_TD, y_TD)
+    return y_TD
+
+
+def mixture(routed: Mlp, shared: Mlp, x_TD: Float, ids_TA: NDArray[np.int32], weights_TA: Float) -> Float:
+    """The weighted sum of the chosen experts, in order of index, plus the shared MLP."""
+    y_TD = np.empty_like(x_TD)
+    _kernels.mixture(routed.handle, ids_TA, weights_TA, shared.handle, x_TD, y_TD)
+    return y_TD
+
+
+def latent_attention(
+    q_THC: Float,
+    qr_THR: Float,
+    latent_SC: NDArray[np.float16],
+    key_SR: NDArray[np.float16],
+    start: int,
+    scale: float,
+) -> Float:
+    """Absorbed attention: token t stands at start + t and sees the cached rows up to itself. float32 [T, H, C]."""
+    u_THC = np.empty_like(q_THC)
+    _kernels.attention(q_THC, qr_THR, latent_SC.view(np.uint16), key_SR.view(np.uint16), start, scale, u_THC)
+    return u_THC
+
+
+_NO_EXPERTS = _kernels.Mlp()
+use_environment()

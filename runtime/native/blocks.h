@@ -1,0 +1,25 @@
+// ggml's block types, decoded from the file's bytes where they lie.
+#pragma once
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace kimi {
+
+enum class Kind { q4g32, q8g32, F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, IQ4_XS, Q4_K, Q5_K, Q6_K };
+
+struct Block {
+  const char* name;
+  Kind kind;
+  int elements, bytes;
+  bool halves, offsets;  // 16-wide scales; a minimum besides the scale
+};
+const Block& block_of(Kind kind);
+const Block& block_named(const char* name);  // throws std::invalid_argument
+
+// Rows first..first+15 of a matrix with `rows` rows of `columns` weights into a panel [columns / 32]; rows past the end
+// become zeros.
+void decode_panel(const Block& block, const uint8_t* data, int rows, int columns, int first, PanelRun* panel);
+// One row of F32, F16 or BF16 as floats.
+void decode_float_row(Kind kind, const uint8_t* row, int columns, float* out);
+}  // namespace kimi

@@ -1,0 +1,43 @@
+// Products, mixtures of experts and attention over whole arrays: cuts the work into tasks for the pool.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "blocks.h"
+#include "kernels.h"
+#include "pool.h"
+
+namespace kimi {
+
+// One matrix [rows, columns], where it lies. Packed layouts: `stride` bytes from row block to row block.
+struct Weights {
+  const Block* block;
+  const uint8_t* data;
+  size_t stride;
+  int rows, columns;
+};
+
+struct Mlp {                      // gate and up [F, D], down [D, F], for each expert
+  std::vector<Weights> gate, up, down;
+};
+
+const Kernels& kernels();         // those in use; chosen once
+void use_kernels(const char* name);  // throws std::invalid_argument
+std::vector<const char*> usable_kernels();  // best first
+Pool& pool();
+void set_threads(int n);
+
+void linear(const Weights& w, const float* x, int T, float* y);                         // [T][I] -> [T][O]
+void linear_heads(const std::vector<Weights>& w, const float* x, int T, float* y);      // [T][H][I] -> [T][H][O]
+void embed(const Weights& w, const int32_t* ids, int T, float* y);                      // rows, dequantized
+void rms_norm(const float* x, const float* weight, int T, int D, float eps, float* y);
+// Sigmoid scores of x [T][D] against router [E][D]; the A largest of score + bias, ties to the lower index, listed by
+// index; weights are their unbiased scores over their sum, times scale.
+void route(const float* x, const float* router, const float* bias, int T, int D, int E, int A, float scale,
+           int32_t* ids, float* weights);
+// y = sum over the chosen experts, in order of index, of weight * expert(x), plus shared(x) if there is one.
+void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A, const Mlp* shared, const float* x,
+             int T, int D, float* y);
+void attention(const float* q, const float* qr, const uint16_t* cache, const uint16_t* rope, int start, int T, int H,
+               int C, int R, float scale, float* u);
+}  // namespace kimi

@@ -1,0 +1,63 @@
+// Sixteen floats as two AVX2 registers; FMA and F16C come with every AVX2 processor that the dispatcher admits.
+struct V { __m256 a, b; };
+struct I { __m256i a, b; };
+#define TWO(f, x, y) V{f(x.a, y.a), f(x.b, y.b)}
+static inline V vset(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+static inline V vload(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+static inline void vstore(float* p, V x) { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
+static inline V vadd(V x, V y) { return TWO(_mm256_add_ps, x, y); }
+static inline V vsub(V x, V y) { return TWO(_mm256_sub_ps, x, y); }
+static inline V vmul(V x, V y) { return TWO(_mm256_mul_ps, x, y); }
+static inline V vdiv(V x, V y) { return TWO(_mm256_div_ps, x, y); }
+static inline V vmax(V x, V y) { return TWO(_mm256_max_ps, x, y); }
+static inline V vmin(V x, V y) { return TWO(_mm256_min_ps, x, y); }
+static inline V vfma(V x, V y, V z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+static inline V vabs(V x) { return TWO(_mm256_andnot_ps, vset(-0.0f), x); }
+static inline V vround(V x) {
+  constexpr int even = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, even), _mm256_round_ps(x.b, even)};
+}
+static inline __m256 pow2_8(__m256 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+static inline V vpow2(V n) { return {pow2_8(n.a), pow2_8(n.b)}; }
+static inline V vhalf(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+}
+static inline I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+static inline V itof(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+static inline I iadd(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+static inline I isubs(I x, int32_t s) {
+  const __m256i v = _mm256_set1_epi32(s);
+  return {_mm256_sub_epi32(x.a, v), _mm256_sub_epi32(x.b, v)};
+}
+using L = I;
+static inline L lload(const uint8_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+}
+static inline L llow(L w) {
+  const __m256i m = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(w.a, m), _mm256_and_si256(w.b, m)};
+}
+static inline L lhigh(L w) {
+  const __m256i m = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(_mm256_srli_epi16(w.a, 4), m), _mm256_and_si256(_mm256_srli_epi16(w.b, 4), m)};
+}
+static inline int32_t four(const int8_t* x) { int32_t r; __builtin_memcpy(&r, x, 4); return r; }
+static inline I dot_u4(I acc, L w, const int8_t* x) {
+  // Two products of at most 15 * 127 fit in int16, so maddubs cannot saturate: 3810 < 32767.
+  const __m256i b = _mm256_set1_epi32(four(x)), ones = _mm256_set1_epi16(1);
+  return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(_mm256_maddubs_epi16(w.a, b), ones)),
+          _mm256_add_epi32(acc.b, _mm256_madd_epi16(_mm256_maddubs_epi16(w.b, b), ones))};
+}
+static inline I dot_s8(I acc, L w, const int8_t* x) {
+  // |w| as unsigned and w's sign moved onto x: 2 * 128 * 127 = 32512 < 32767, so maddubs cannot saturate.
+  const __m256i b = _mm256_set1_epi32(four(x)), ones = _mm256_set1_epi16(1);
+  const __m256i pa = _mm256_maddubs_epi16(_mm256_abs_epi8(w.a), _mm256_sign_epi8(b, w.a));
+  const __m256i pb = _mm256_maddubs_epi16(_mm256_abs_epi8(w.b), _mm256_sign_epi8(b, w.b));
+  return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(pa, ones)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(pb, ones))};
+}
+static constexpr int32_t bias_s8 = 0;
+#undef TWO

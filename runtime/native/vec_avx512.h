@@ -1,0 +1,36 @@
+// Sixteen floats in one AVX-512 register; VNNI sums four byte products a lane and step.
+using V = __m512;
+using I = __m512i;
+using L = __m512i;
+static inline V vset(float x) { return _mm512_set1_ps(x); }
+static inline V vload(const float* p) { return _mm512_loadu_ps(p); }
+static inline void vstore(float* p, V x) { _mm512_storeu_ps(p, x); }
+static inline V vadd(V x, V y) { return _mm512_add_ps(x, y); }
+static inline V vsub(V x, V y) { return _mm512_sub_ps(x, y); }
+static inline V vmul(V x, V y) { return _mm512_mul_ps(x, y); }
+static inline V vdiv(V x, V y) { return _mm512_div_ps(x, y); }
+static inline V vmax(V x, V y) { return _mm512_max_ps(x, y); }
+static inline V vmin(V x, V y) { return _mm512_min_ps(x, y); }
+static inline V vfma(V x, V y, V z) { return _mm512_fmadd_ps(x, y, z); }
+static inline V vabs(V x) { return _mm512_abs_ps(x); }
+static inline V vround(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline V vpow2(V n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+static inline V vhalf(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+static inline I izero() { return _mm512_setzero_si512(); }
+static inline V itof(I x) { return _mm512_cvtepi32_ps(x); }
+static inline I iadd(I x, I y) { return _mm512_add_epi32(x, y); }
+static inline I isubs(I x, int32_t s) { return _mm512_sub_epi32(x, _mm512_set1_epi32(s)); }
+static inline L lload(const uint8_t* p) { return _mm512_loadu_si512(p); }
+static inline L llow(L w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
+static inline L lhigh(L w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
+static inline int32_t four(const int8_t* x) { int32_t r; __builtin_memcpy(&r, x, 4); return r; }
+static inline I dot_u4(I acc, L w, const int8_t* x) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four(x))); }
+static inline I dot_s8(I acc, L w, const int8_t* x) {
+  // dpbusd wants unsigned weights: w + 128. The caller takes 128 * (sum of activations) off again, exactly.
+  return _mm512_dpbusd_epi32(acc, _mm512_xor_si512(w, _mm512_set1_epi8(-128)), _mm512_set1_epi32(four(x)));
+}
+static constexpr int32_t bias_s8 = 128;

@@ -1,0 +1,55 @@
+// Sixteen floats in plain C++: the oracle that the other vector headers must match bit for bit.
+struct V { float v[16]; };
+struct I { int32_t v[16]; };
+#define EACH for (int k = 0; k < 16; ++k)
+static inline V vset(float x) { V r; EACH r.v[k] = x; return r; }
+static inline V vload(const float* p) { V r; EACH r.v[k] = p[k]; return r; }
+static inline void vstore(float* p, V a) { EACH p[k] = a.v[k]; }
+static inline V vadd(V a, V b) { EACH a.v[k] += b.v[k]; return a; }
+static inline V vsub(V a, V b) { EACH a.v[k] -= b.v[k]; return a; }
+static inline V vmul(V a, V b) { EACH a.v[k] *= b.v[k]; return a; }
+static inline V vdiv(V a, V b) { EACH a.v[k] /= b.v[k]; return a; }
+static inline V vfma(V a, V b, V c) { EACH c.v[k] = __builtin_fmaf(a.v[k], b.v[k], c.v[k]); return c; }
+static inline V vmax(V a, V b) { EACH a.v[k] = a.v[k] > b.v[k] ? a.v[k] : b.v[k]; return a; }
+static inline V vmin(V a, V b) { EACH a.v[k] = a.v[k] < b.v[k] ? a.v[k] : b.v[k]; return a; }
+static inline V vabs(V a) { EACH a.v[k] = __builtin_fabsf(a.v[k]); return a; }
+static inline V vround(V a) { EACH a.v[k] = __builtin_rintf(a.v[k]); return a; }  // to nearest, ties to even
+static inline V vpow2(V n) {  // 2^n for whole n in [-126, 127]
+  EACH { int32_t bits = (static_cast<int32_t>(n.v[k]) + 127) << 23; __builtin_memcpy(&n.v[k], &bits, 4); }
+  return n;
+}
+static inline float half_value(uint16_t h) {
+  uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
+  if (exponent == 31) bits = sign | 0x7f800000u | (mantissa << 13);
+  else if (exponent) bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  else {  // subnormal: mantissa * 2^-24, exact in float32
+    float f = static_cast<float>(mantissa) * 0x1p-24f;
+    __builtin_memcpy(&bits, &f, 4);
+    bits |= sign;
+  }
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+static inline V vhalf(const uint16_t* p) { V r; EACH r.v[k] = half_value(p[k]); return r; }
+static inline I izero() { I r; EACH r.v[k] = 0; return r; }
+static inline V itof(I a) { V r; EACH r.v[k] = static_cast<float>(a.v[k]); return r; }
+static inline I iadd(I a, I b) { EACH a.v[k] += b.v[k]; return a; }
+static inline I isubs(I a, int32_t x) { EACH a.v[k] -= x; return a; }
+// A line of 64 weight bytes: 16 rows of 4 channels. `low` and `high` are a line's nibbles.
+struct L { uint8_t b[64]; };
+static inline L lload(const uint8_t* p) { L r; __builtin_memcpy(r.b, p, 64); return r; }
+static inline L llow(L a) { for (int k = 0; k < 64; ++k) a.b[k] &= 15; return a; }
+static inline L lhigh(L a) { for (int k = 0; k < 64; ++k) a.b[k] >>= 4; return a; }
+// acc[row] += dot of the row's 4 weights (unsigned, at most 15) and the 4 activations at x.
+static inline I dot_u4(I acc, L w, const int8_t* x) {
+  EACH for (int c = 0; c < 4; ++c) acc.v[k] += static_cast<int32_t>(w.b[4 * k + c]) * x[c];
+  return acc;
+}
+// The same for signed weights; see `bias_s8`.
+static inline I dot_s8(I acc, L w, const int8_t* x) {
+  EACH for (int c = 0; c < 4; ++c) acc.v[k] += static_cast<int32_t>(static_cast<int8_t>(w.b[4 * k + c])) * x[c];
+  return acc;
+}
+static constexpr int32_t bias_s8 = 0;  // dot_s8 gives the sum plus bias_s8 * (sum of the activations)
+#undef EACH

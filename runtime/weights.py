@@ -1,0 +1,242 @@
+"""A model file as the runtime needs it: configuration, vocabulary, and every tensor as a view of the memory map.
+
+Reads packed int4 files and standard GGUF files of Kimi-VL and Moonlight alike, in llama.cpp's latent form or in the
+older one that keeps the key and value expansion as one matrix. Nothing is copied but norms, routers and biases; in
+the older form the expansion is dequantized to float32 (8 MB a layer at full size).
+
+Dimension key:  D hidden   V vocabulary or value width   H heads   N/R/C no-rope, rope, latent   E experts   F width
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kimi_lite.errors import KimiLiteWarning, ModelFileError
+from kimi_lite.formats.config import TextConfig
+from kimi_lite.formats.gguf_file import GgufFile
+from kimi_lite.formats.packed import LAYOUTS, matrix_bytes, mlp_bytes
+from kimi_lite.formats.vocab import Vocab
+from kimi_lite.runtime.kernels import Float, Matrix, Mlp
+
+PACKED_VERSION = 1
+# Types that the kernels multiply; a file may hold others only where they are turned into floats at load.
+MATRIX_TYPES = frozenset("F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 IQ4_NL IQ4_XS Q4_K Q5_K Q6_K".split())
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's tensors. `router` and `bias` are None in a dense layer, whose MLP is `shared`."""
+
+    attn_norm_D: Float
+    q: Matrix  # [H·(N+R), D]
+    kv_a: Matrix  # [C+R, D]
+    kv_norm_C: Float
+    k_b: Matrix  # H × [C, N], takes queries into latent space
+    v_b: Matrix  # H × [V, C], takes latent sums to values
+    o: Matrix  # [D, H·V]
+    ffn_norm_D: Float
+    shared: Mlp
+    router_ED: Float | None
+    bias_E: Float | None
+    routed: Mlp | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A whole text model."""
+
+    path: Path
+    config: TextConfig
+    vocab: Vocab
+    embed: Matrix  # [V, D]
+    layers: tuple[Layer, ...]
+    norm_D: Float
+    head: Matrix  # [V, D]
+    n_bytes: int  # of the file
+    token_bytes: int  # read from it for one decoded token
+
+
+def open_weights(path: Path) -> Weights:
+    """Map a model file and check every tensor's presence and shape.
+
+    Raises:
+        ModelFileError: damage, another model, a missing or misshapen tensor, a type that no kernel reads.
+    """
+    file = GgufFile(path)
+    where = str(path)
+    config = TextConfig.from_gguf(file.metadata, where)
+    vocab = Vocab.from_gguf(file.metadata, where)
+    if vocab.size != config.vocab_size:
+        raise ModelFileError(f"{path}: {vocab.size} tokens are named, but the model has {config.vocab_size}")
+    read = _Tensors(file)
+    c = config
+    D = c.hidden_size
+    wrong = [
+        f"{what} {size}"
+        for what, size in (
+            ("embedding_length", D),
+            ("kv_lora_rank", c.kv_rank),
+            ("no-rope width", c.nope_dim),
+            ("attention width", c.n_heads * c.value_dim),
+            ("expert width", c.expert_hidden_size),
+            ("feed-forward width", c.dense_hidden_size),
+        )
+        if size % 32
+    ]
+    if wrong or c.rope_dim % 16:
+        raise ModelFileError(
+            f"{path}: {', '.join(wrong) or 'rope width'} is no multiple of 32; the kernels need that"
+        )
+    embed = read.matrix("token_embd.weight", c.vocab_size, D)
+    layers = tuple(_layer(read, c, index) for index in range(c.n_layers))
+    norm, head = read.floats("output_norm.weight", D), read.matrix("output.weight", c.vocab_size, D)
+    read.finish()
+    routed = sum(read.bytes[n] for n in read.bytes if "_exps" in n)
+    fixed = sum(read.bytes.values()) - routed - read.bytes["token_embd.weight"]
+    token_bytes = fixed + routed * c.n_active // c.n_experts
+    return Weights(path, config, vocab, embed, layers, norm, head, path.stat().st_size, token_bytes)
+
+
+def _layer(read: "_Tensors", c: TextConfig, index: int) -> Layer:
+    D, H, F, at = c.hidden_size, c.n_heads, c.expert_hidden_size, f"blk.{index}."
+    moe = index >= c.n_dense_layers
+    k_b, v_b = _expansion(read, c, at)
+    return Layer(
+        attn_norm_D=read.floats(f"{at}attn_norm.weight", D),
+        q=read.matrix(f"{at}attn_q.weight", H * (c.nope_dim + c.rope_dim), D),
+        kv_a=read.matrix(f"{at}attn_kv_a_mqa.weight", c.kv_rank + c.rope_dim, D),
+        kv_norm_C=read.floats(f"{at}attn_kv_a_norm.weight", c.kv_rank),
+        k_b=k_b,
+        v_b=v_b,
+        o=read.matrix(f"{at}attn_output.weight", D, H * c.value_dim),
+        ffn_norm_D=read.floats(f"{at}ffn_norm.weight", D),
+        shared=read.mlp(f"{at}ffn", "_shexp", c.n_shared * F, D)
+        if moe
+        else read.mlp(f"{at}ffn", "", c.dense_hidden_size, D),
+        router_ED=read.floats(f"{at}ffn_gate_inp.weight", c.n_experts, D) if moe else None,
+        bias_E=read.floats(f"{at}exp_probs_b.bias", c.n_experts) if moe else None,
+        routed=read.mlp(f"{at}ffn", "_exps", F, D, c.n_experts) if moe else None,
+    )
+
+
+def _expansion(read: "_Tensors", c: TextConfig, at: str) -> tuple[Matrix, Matrix]:
+    """k_b and v_b, from their own tensors or from the older joint one, [H·(N+V), C]."""
+    N, V, C, H = c.nope_dim, c.value_dim, c.kv_rank, c.n_heads
+    if f"{at}attn_kv_b.weight" not in read.file.tensors:
+        return read.matrix(f"{at}attn_k_b.weight", C, N, H), read.matrix(f"{at}attn_v_b.weight", V, C, H)
+    read.skip(f"{at}attn_k_b.weight", f"{at}attn_v_b.weight")  # some files keep both
+    joint_HXC = read.floats(f"{at}attn_kv_b.weight", H * (N + V), C).reshape(H, N + V, C)
+    k_HCN = np.ascontiguousarray(joint_HXC[:, :N].transpose(0, 2, 1))
+    v_HVC = np.ascontiguousarray(joint_HXC[:, N:])
+    return (
+        Matrix("F32", k_HCN.reshape(-1).view(np.uint8), C, N, H),
+        Matrix("F32", v_HVC.reshape(-1).view(np.uint8), V, C, H),
+    )
+
+
+class _Tensors:
+    """Hands out a file's tensors by name and shape, and accounts for all of them."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self.file, self.bytes, self._seen = file, dict[str, int](), set[str]()
+        self._packed = _packed_table(file)
+
+    def floats(self, name: str, *shape: int) -> Float:
+        tensor = self._get(name)
+        if tensor.shape != shape:
+            raise self._misshapen(name, tensor.shape, shape)
+        self.bytes[name] = tensor.data.size
+        return np.ascontiguousarray(tensor.float32())
+
+    def matrix(self, name: str, rows: int, columns: int, count: int = 1) -> Matrix:
+        tensor, shape = self._get(name), (rows, columns) if count == 1 else (count, rows, columns)
+        self.bytes[name] = tensor.data.size
+        if name in self._packed:
+            layout = self._entry(
+                name, "matrix", count, rows, columns, lambda s: count * matrix_bytes(s, rows, columns)
+            )
+            return Matrix(layout, tensor.data, rows, columns, count)
+        if tensor.shape != shape:
+            raise self._misshapen(name, tensor.shape, shape)
+        if tensor.type not in MATRIX_TYPES:
+            raise ModelFileError(
+                f"{self.file.path}: {name} has the type {tensor.type}, which no kernel reads; quantize the model again"
+            )
+        return Matrix(tensor.type, tensor.data, rows, columns, count)
+
+    def mlp(self, stem: str, kind: str, F: int, D: int, count: int = 1) -> Mlp:
+        name = f"{stem}{kind}.packed"
+        if name in self.file.tensors:
+            tensor = self._get(name)
+            self.bytes[name] = tensor.data.size
+            layout = self._entry(name, "mlp", count, F, D, lambda s: count * mlp_bytes(s, F, D))
+            return Mlp.packed(layout, tensor.data, F, D, count)
+        return Mlp.stacked(
+            self.matrix(f"{stem}_gate{kind}.weight", F, D, count),
+            self.matrix(f"{stem}_up{kind}.weight", F, D, count),
+            self.matrix(f"{stem}_down{kind}.weight", D, F, count),
+        )
+
+    def skip(self, *names: str) -> None:
+        self._seen.update(names)
+
+    def finish(self) -> None:
+        unknown = sorted(set(self.file.tensors) - self._seen)
+        if unknown:
+            warnings.warn(
+                f"{self.file.path}: ignoring {len(unknown)} unknown tensors, such as {', '.join(unknown[:10])}",
+                KimiLiteWarning,
+                stacklevel=3,
+            )
+
+    def _get(self, name: str):  # type: ignore[no-untyped-def]
+        self._seen.add(name)
+        try:
+            return self.file.tensors[name]
+        except KeyError:
+            raise ModelFileError(
+                f"{self.file.path}: the tensor {name!r} is missing; the file is incomplete"
+            ) from None
+
+    def _entry(
+        self, name: str, kind: str, count: int, rows: int, columns: int, n_bytes: Callable[[str], int]
+    ) -> str:
+        """The layout of a packed tensor, once its description agrees with the configuration and with its bytes."""
+        layout, *found = self._packed.get(name, ("none",))
+        if tuple(found) != (kind, count, rows, columns):
+            raise self._misshapen(name, tuple(found), (kind, count, rows, columns))
+        if n_bytes(layout) != self.file.tensors[name].data.size:
+            raise self._misshapen(name, (self.file.tensors[name].data.size,), (n_bytes(layout),))
+        return layout
+
+    def _misshapen(
+        self, name: str, found: tuple[object, ...], expected: tuple[object, ...]
+    ) -> ModelFileError:
+        return ModelFileError(
+            f"{self.file.path}: the tensor {name!r} has shape {list(found)}, expected {list(expected)} by the configuration"
+        )
+
+
+def _packed_table(file: GgufFile) -> dict[str, tuple[str, str, int, int, int]]:
+    """name: (layout, kind, count, rows, columns) of a packed file's tensors; empty for a standard GGUF."""
+    version = file.metadata.get("kimi_lite.packed.version")
+    if version is None:
+        return {}
+    if version != PACKED_VERSION:
+        raise ModelFileError(
+            f"{file.path}: packed layout version {version}; this program reads {PACKED_VERSION}: update kimi-lite, or quantize again"
+        )
+    columns = [
+        file.metadata.get(f"kimi_lite.packed.{key}")
+        for key in ("name", "layout", "kind", "count", "rows", "columns")
+    ]
+    if not all(isinstance(column, list) for column in columns) or len({len(c) for c in columns if c}) != 1:
+        raise ModelFileError(f"{file.path}: the table of packed tensors is damaged; quantize the model again")
+    table = {name: rest for name, *rest in zip(*columns, strict=True)}  # type: ignore[arg-type]
+    strange = sorted({str(entry[0]) for entry in table.values()} - set(LAYOUTS))
+    if strange:
+        raise ModelFileError(f"{file.path}: unknown packed layouts {', '.join(strange)}; update kimi-lite")
+    return {name: tuple(entry) for name, entry in table.items()}  # type: ignore[misc]
