@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 FONT_PACKAGES = (
@@ -50,8 +51,12 @@ def font(path: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def text_picture(
     text: str, grid: tuple[int, int], rng: np.random.Generator, n_fonts: int | None = None
-) -> Image.Image:
-    """The text somewhere in a picture that fills the grid, in a random font, size and pair of colours."""
+) -> tuple[Image.Image, NDArray[np.int64]]:
+    """The text somewhere in a picture that fills the grid, in a random font, size and pair of colours.
+
+    Also returns, for each 14-pixel patch [rows, columns] of the padded picture, the code of the character over its
+    middle, or 0: the trainer's hint to the tower.
+    """
     rows, columns = grid
     width, height = columns * 28 - int(rng.integers(28)), rows * 28 - int(rng.integers(8))
     path = font_files()[int(rng.integers(n_fonts or len(font_files())))]
@@ -64,10 +69,19 @@ def text_picture(
     dark, light = rng.integers(0, 90, 3), rng.integers(180, 256, 3)
     ink, paper = (dark, light) if rng.random() < 0.75 else (light, dark)
     picture = Image.new("RGB", (width, height), tuple(int(v) for v in paper))
-    at = [int(rng.integers(max(0, room) + 1)) for room in (width - (right - left), height - (bottom - top))]
+    x, y = (
+        int(rng.integers(max(0, int(room)) + 1)) for room in (width - (right - left), height - (bottom - top))
+    )
     draw = ImageDraw.Draw(picture)
-    draw.text((at[0] - left, at[1] - top), text, tuple(int(v) for v in ink), font(path, size))
-    return picture
+    draw.text((x - left, y - top), text, tuple(int(v) for v in ink), font(path, size))
+    codes = np.zeros((2 * rows, 2 * columns), np.int64)
+    lines = [i for i in range(2 * rows) if y - 5 < 14 * i + 7 < y + bottom - top + 5]
+    edges = [x - left + font(path, size).getlength(text[:i]) for i in range(len(text) + 1)]
+    for i, character in enumerate(text):
+        for column in range(2 * columns):
+            if edges[i] <= 14 * column + 7 < edges[i + 1]:
+                codes[lines, column] = ord(character)
+    return picture, codes
 
 
 def scene(

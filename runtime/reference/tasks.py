@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from kimi_lite.runtime.reference.pictures import COLOURS, SHAPES, scene, text_picture
@@ -53,11 +54,12 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A conversation; a picture, if any, stands before the first question."""
+    """A conversation; a picture, if any, stands before the first question, with a hint of the characters in it."""
 
     task: str
     turns: tuple[Turn, ...]
     picture: Image.Image | None = None
+    codes: NDArray[np.int64] | None = None
 
 
 class Draw:
@@ -260,13 +262,17 @@ READ_FORMS = (
 def reading(draw: Draw, grid: tuple[int, int], longest: int = 8, n_fonts: int | None = None) -> Sample:
     """A rendered word or number; the grid's width bounds the length that can be read."""
     longest = min(longest, 2 * grid[1])
-    if draw.rng.random() < 0.3:
-        text = draw.number(min(3, longest), longest)
+    shortest = min(3, longest)
+    kind = draw.rng.random()
+    if kind < 0.3:
+        text = draw.number(shortest, longest)
     else:
-        text = draw.word(min(3, longest), longest)
-        text = text.upper() if draw.rng.random() < 0.2 else text
-    picture = text_picture(text, grid, draw.rng, n_fonts)
-    return Sample("read", (Turn(draw.choose(READ_FORMS), f"letters: {' '.join(text)}", text),), picture)
+        text = draw.word(shortest, longest)
+        text = text.upper() if kind < 0.45 else text
+    picture, codes = text_picture(text, grid, draw.rng, n_fonts)
+    return Sample(
+        "read", (Turn(draw.choose(READ_FORMS), f"letters: {' '.join(text)}", text),), picture, codes
+    )
 
 
 def shapes(draw: Draw, grid: tuple[int, int], most: int = 6) -> Sample:

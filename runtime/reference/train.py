@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F_
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from kimi_lite.formats.config import ImageConfig, ModelConfig
 from kimi_lite.formats.vocab import Vocab
@@ -36,11 +36,16 @@ from kimi_lite.runtime.reference.random_checkpoint import (
     write_side_files,
 )
 from kimi_lite.runtime.reference.tasks import Draw, Sample, reading, shapes, text_sample
+from kimi_lite.runtime.reference.vision import merge_patches
 from kimi_lite.runtime.template import ImagePart, Message, render
 from kimi_lite.runtime.tokenizer import Tokenizer
 
-TEXT_BATCH, TEXT_POOL = 96, 768  # a pool is sorted by length and cut into batches of like length
+TEXT_BATCH, TEXT_POOL = 64, 768  # a pool is sorted by length and cut into batches of like length
 PICTURE_BATCH = 128
+READING_FROM = 900  # text and shapes come first; then single characters, then longer and longer words
+READING_LENGTHS = ((0, 1), (60, 2), (160, 3), (300, 5), (450, 8))  # steps after READING_FROM: longest word
+HINT_SHARE = 0.5  # of the loss that teaches the tower which character lies over each patch
+N_CODES = 128
 MATRIX_RATE, OTHER_RATE = 0.003, 0.003
 WEIGHT_DECAY = 0.02
 BALANCE_RATE = 0.002
@@ -49,12 +54,16 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Token ids [B, T], targets [B, T] (IGNORE where there is no loss), pictures [B, P, 588] of one grid or none."""
+    """Token ids [B, T], targets [B, T] (IGNORE where there is no loss), pictures [B, P, 588] of one grid or none.
+
+    `codes_BP` are the characters over the patches of rendered text, 0 for none.
+    """
 
     ids_BT: NDArray[np.int64]
     targets_BT: NDArray[np.int64]
     patches_BPX: NDArray[np.float32] | None = None
     grid: tuple[int, int] | None = None
+    codes_BP: NDArray[np.int64] | None = None
 
 
 def nano_config() -> ModelConfig:
@@ -105,7 +114,10 @@ def collate(samples: list[Sample], tokenizer: Tokenizer, pad_id: int) -> Batch:
     for i, (ids, learned) in enumerate(rows):
         ids_BT[i, : len(ids)] = ids
         targets_BT[i, : len(ids) - 1] = np.where(learned[1:], ids[1:], IGNORE)
-    return Batch(ids_BT, targets_BT, np.stack(patches) if patches else None, grid)
+    codes = [s.codes.reshape(-1) for s in samples if s.codes is not None]
+    return Batch(
+        ids_BT, targets_BT, np.stack(patches) if patches else None, grid, np.stack(codes) if codes else None
+    )
 
 
 def make_batches(seed: int, step: int) -> list[Batch]:
@@ -122,14 +134,15 @@ def make_batches(seed: int, step: int) -> list[Batch]:
     at = int(order[step % per_pool]) * TEXT_BATCH
     batches = [collate(pool[at : at + TEXT_BATCH], tokenizer, pad_id)]
     draw = Draw(np.random.default_rng((seed, 3, step)), held_out=False)
-    if step % 5 == 4:
+    if step % 5 == 4 or step < READING_FROM:
         grid = (int(draw.rng.integers(2, 5)), int(draw.rng.integers(2, 5)))
         samples = [shapes(draw, grid) for _ in range(PICTURE_BATCH // 2)]
     else:
-        longest = min(8, 3 + step // 250)
-        n_fonts = None if step > 300 else 4
-        tall = step > 800 and draw.rng.random() < 0.25
-        grid = (3 if tall else int(draw.rng.integers(1, 3)), int(draw.rng.integers(2, 8)))
+        longest = max(length for begin, length in READING_LENGTHS if step - READING_FROM >= begin)
+        n_fonts = 4 if longest < 3 else None
+        tall = longest > 5 and draw.rng.random() < 0.2
+        columns = draw.rng.integers(1, 4) if longest < 3 else draw.rng.integers(2, 5 if longest < 8 else 8)
+        grid = (3 if tall else int(draw.rng.integers(1, 3)), int(columns))
         samples = [reading(draw, grid, longest, n_fonts) for _ in range(PICTURE_BATCH)]
     batches.append(collate(samples, tokenizer, pad_id))
     return batches
@@ -163,15 +176,20 @@ def initialise(model: KimiVL, seed: int) -> None:
                 parameter.zero_()
 
 
-def loss_of(model: KimiVL, batch: Batch) -> tuple[Tensor, int]:
-    """Summed cross-entropy over the learned tokens, and their number."""
+def loss_of(model: KimiVL, hint: nn.Linear, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy over the learned tokens, and of the tower's guess of the characters over its patches."""
     ids, targets = torch.from_numpy(batch.ids_BT), torch.from_numpy(batch.targets_BT)
-    rows = None
+    rows, hint_loss = None, torch.zeros(())
     if batch.patches_BPX is not None and batch.grid is not None:
-        rows = model.encode_images(torch.from_numpy(batch.patches_BPX), batch.grid)
+        assert model.tower is not None
+        merged = model.tower(torch.from_numpy(batch.patches_BPX), batch.grid)  # [B, P/4, 4, W]
+        rows = model.projector(merged)
+        if batch.codes_BP is not None:
+            codes = merge_patches(torch.from_numpy(batch.codes_BP)[..., None], batch.grid)[..., 0]
+            hint_loss = F_.cross_entropy(hint(merged).float().flatten(0, -2), codes.flatten())
     learned = targets != IGNORE
     logits = model(ids, rows, last=learned)
-    return F_.cross_entropy(logits.float(), targets[learned], reduction="sum"), int(learned.sum())
+    return F_.cross_entropy(logits.float(), targets[learned]), hint_loss
 
 
 class Trainer:
@@ -181,13 +199,17 @@ class Trainer:
         self.run, self.seed, self.step, self.trained_s = run, seed, 0, 0.0
         self.model = KimiVL(nano_config())
         initialise(self.model, seed)
+        self.hint = nn.Linear(NANO_VISION.hidden_size, N_CODES)  # the trainer's own; never exported
+        with torch.no_grad():
+            self.hint.weight.zero_()
+            self.hint.bias.zero_()
         matrices = [
             p
             for n, p in self.model.named_parameters()
             if p.dim() == 2 and n not in ("text.embed", "text.head")
         ]
         ids = {id(p) for p in matrices}
-        others = [p for p in self.model.parameters() if id(p) not in ids]
+        others = [p for p in self.model.parameters() if id(p) not in ids] + [*self.hint.parameters()]
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Muon(
                 matrices, lr=MATRIX_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
@@ -198,6 +220,7 @@ class Trainer:
         if (run / "state.pt").exists():
             state = torch.load(run / "state.pt", weights_only=True)
             self.model.load_state_dict(state["model"])
+            self.hint.load_state_dict(state["hint"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             self.step, self.trained_s = state["step"], state["trained_s"]
@@ -205,6 +228,7 @@ class Trainer:
     def save(self) -> None:
         state = {
             "model": self.model.state_dict(),
+            "hint": self.hint.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "step": self.step,
             "trained_s": self.trained_s,
@@ -213,16 +237,16 @@ class Trainer:
         (self.run / "state.tmp").replace(self.run / "state.pt")
 
     def update(self, batches: list[Batch], total_s: float) -> list[float]:
-        """One step over all batches; returns the mean loss of each."""
+        """One step over all batches; returns the mean loss and hint loss of each."""
         # Warm up over 100 steps, hold, and fall linearly to 2 % over the last 45 % of the time.
         left = max(0.0, 1 - self.trained_s / total_s)
         factor = min(1.0, (self.step + 1) / 100, max(0.02, left / 0.45))
         losses = []
         for batch in batches:
             with torch.autocast("cpu", torch.bfloat16):
-                loss, n = loss_of(self.model, batch)
-            (loss / n).backward()  # type: ignore[no-untyped-call]
-            losses.append(float(loss.detach()) / n)
+                loss, hint_loss = loss_of(self.model, self.hint, batch)
+            (loss + HINT_SHARE * hint_loss).backward()  # type: ignore[no-untyped-call]
+            losses += [float(loss.detach()), float(hint_loss.detach())]
             for layer, load_E in expert_loads(self.model):
                 share_E = load_E.float()
                 layer.router_bias += BALANCE_RATE * factor * torch.sign(share_E.mean() - share_E)
@@ -235,25 +259,23 @@ class Trainer:
         return losses
 
     def train(self, total_s: float, export_dir: Path | None, every_s: float = 180) -> None:
-        sums, count, saved = np.zeros(3), 0, time.monotonic()
+        seen: dict[str, list[float]] = {}
+        saved = time.monotonic()
         log = (self.run / "log.jsonl").open("a", buffering=1)
         for batches in prefetch(self.seed, self.step):
             start = time.monotonic()
-            text, picture = self.update(batches, total_s)
+            text, _, picture, hint = self.update(batches, total_s)
             self.trained_s += time.monotonic() - start
-            sums += text, 0 if self.step % 5 == 0 else picture, picture if self.step % 5 == 0 else 0
-            count += 1
+            reads = batches[1].codes_BP is not None
+            for name, value in ("text", text), ("reading" if reads else "shapes", picture), ("hint", hint):
+                if name != "hint" or reads:
+                    seen.setdefault(name, []).append(value)
             if self.step % 50 == 0:
-                record = {
-                    "step": self.step,
-                    "trained_s": round(self.trained_s),
-                    "text_loss": round(sums[0] / count, 4),
-                    "reading_loss": round(sums[1] / count / 0.8, 4),
-                    "shapes_loss": round(sums[2] / count / 0.2, 4),
-                }
+                record: dict[str, float] = {"step": self.step, "trained_s": round(self.trained_s)}
+                record |= {f"{name}_loss": round(sum(v) / len(v), 4) for name, v in seen.items()}
                 print(json.dumps(record), flush=True)
                 log.write(json.dumps(record) + "\n")
-                sums, count = np.zeros(3), 0
+                seen.clear()
             over = self.trained_s >= total_s
             if over or time.monotonic() - saved > every_s:
                 self.save()

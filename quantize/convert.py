@@ -1,0 +1,148 @@
+"""The pipeline: open a checkpoint, plan the output, encode it piece by piece, write it, give it its name.
+
+Memory stays flat at any model size: a piece is at most one expert or a few megabytes of rows, and only a handful are
+under way at once. Two threads encode while one writes, since numpy works outside Python's lock.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kimi_lite.errors import UsageError
+from kimi_lite.formats.gguf_file import GgufWriter
+from kimi_lite.formats.packed import PAGE, join_mlp
+from kimi_lite.quantize.encode import encode
+from kimi_lite.quantize.plan import (
+    Checkpoint,
+    Output,
+    Target,
+    text_metadata,
+    text_outputs,
+    vision_metadata,
+    vision_outputs,
+)
+
+PIECE_WEIGHTS = 4 << 20  # weights encoded at once: 16 MB as float32, a few times that while encoding
+THREADS = 2
+Progress = Callable[[str, int, int], None]  # tensor, bytes written, bytes in all
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was written. Bits per weight count the matrices of the text model."""
+
+    paths: tuple[Path, ...]
+    n_bytes: int
+    seconds: float
+    bits_per_weight: float
+
+
+def quantize(
+    checkpoint_dir: Path,
+    out: Path,
+    *,
+    to: Target = "int4",
+    format: str | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Write a checkpoint as one text file and, if it has an image side, an mmproj file beside it.
+
+    Args:
+        to: "int4" for the packed file; "q8_0", "q4_0", "bf16" or "f16" for standard GGUF.
+        format: "int4" or "gguf"; follows from `to`, and is checked against it when given.
+
+    Raises:
+        ModelFileError: the checkpoint is incomplete, damaged or another model's. Nothing is written.
+        DoesNotFitError: the disk is too small.
+        UsageError: `to` and `format` contradict each other, or `out` cannot be written.
+    """
+    start = time.monotonic()
+    if to not in get_args(Target):
+        raise UsageError(f"--to {to}: expected one of {', '.join(get_args(Target))}")
+    own = "int4" if to == "int4" else "gguf"
+    if format not in (None, own):
+        raise UsageError(f"--format {format} does not hold {to}; leave it out, or give --format {own}")
+    if out.is_dir():
+        raise UsageError(
+            f"{out} is a directory; give the name of the file to write, such as {out / 'model.gguf'}"
+        )
+    checkpoint = Checkpoint(checkpoint_dir)
+    text = text_outputs(checkpoint, to)
+    vision = vision_outputs(checkpoint, to) if checkpoint.config.vision else []
+    checkpoint.finish()  # says what is missing before a byte is written
+    files: list[tuple[Path, dict[str, Any], list[Output], int]] = [
+        (out, text_metadata(checkpoint, to, text), text, PAGE if to == "int4" else 32)
+    ]
+    if vision:
+        files.append((mmproj_path(out), vision_metadata(checkpoint, to), vision, 32))
+    total = sum(output.spec().n_bytes for _, _, outputs, _ in files for output in outputs)
+    done = 0
+    for path, metadata, outputs, alignment in files:
+        with GgufWriter(path, metadata, [o.spec() for o in outputs], alignment) as writer:
+            for name, piece in _encoded(outputs):
+                writer.write(piece)
+                done += piece.size
+                if progress:
+                    progress(name, done, total)
+    weights = [o for o in text if o.kind != "float"]
+    n_weights = sum(s.rows * s.columns for o in weights for s in o.sources)
+    bits = 8 * sum(o.spec().n_bytes for o in weights) / n_weights
+    paths = tuple(path for path, *_ in files)
+    return Result(paths, sum(p.stat().st_size for p in paths), time.monotonic() - start, bits)
+
+
+def mmproj_path(out: Path) -> Path:
+    """Where the image side goes: model.gguf has model-mmproj.gguf beside it."""
+    return out.with_name(f"{out.stem}-mmproj.gguf")
+
+
+def _encoded(outputs: list[Output]) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """Every tensor's bytes in order, encoded a few pieces ahead."""
+    waiting: deque[tuple[str, Future[NDArray[np.uint8]]]] = deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for output in outputs:
+            for job in _pieces(output):
+                waiting.append((output.name, pool.submit(job)))
+                if len(waiting) > 2 * THREADS:
+                    name, future = waiting.popleft()
+                    yield name, future.result()
+        while waiting:
+            name, future = waiting.popleft()
+            yield name, future.result()
+
+
+def _pieces(output: Output) -> Iterator[Callable[[], NDArray[np.uint8]]]:
+    """Jobs whose results, one after the other, are the tensor's bytes."""
+    if output.kind == "mlp":
+        for i in range(0, len(output.sources), 3):
+            yield _mlp_job(output, i)
+        return
+    for source in output.sources:
+        # Whole row blocks, so that pieces of a packed matrix join without a seam.
+        step = max(16, PIECE_WEIGHTS // source.columns // 16 * 16)
+        for start in range(0, source.rows, step):
+            yield _rows_job(output, source, start, min(step, source.rows - start))
+
+
+def _mlp_job(output: Output, first: int) -> Callable[[], NDArray[np.uint8]]:
+    gate, up, down = output.sources[first : first + 3]
+
+    def job() -> NDArray[np.uint8]:
+        parts = [encode(s.read(0, s.rows), output.type) for s in (gate, up, down)]
+        return join_mlp(*parts, output.type, gate.columns)
+
+    return job
+
+
+def _rows_job(output: Output, source: Any, start: int, n: int) -> Callable[[], NDArray[np.uint8]]:
+    def job() -> NDArray[np.uint8]:
+        return encode(np.ascontiguousarray(source.read(start, n)), output.type)
+
+    return job
