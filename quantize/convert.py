@@ -135,8 +135,8 @@ def _mlp_job(output: Output, first: int) -> Callable[[], NDArray[np.uint8]]:
     gate, up, down = output.sources[first : first + 3]
 
     def job() -> NDArray[np.uint8]:
-        parts = [encode(s.read(0, s.rows), output.type) for s in (gate, up, down)]
-        return join_mlp(*parts, output.type, gate.columns)
+        g, u, d = (encode(s.read(0, s.rows), output.type) for s in (gate, up, down))
+        return join_mlp(g, u, d, output.type, gate.columns)
 
     return job
 

@@ -30,7 +30,7 @@ def forward(weights: Weights, cache: LatentCache, ids_T: NDArray[np.int32]) -> F
         x_TD += feed_forward(layer, c, h_TD)
     cache.n += T
     last_1D = kernels.rms_norm(x_TD[-1:], weights.norm_D, c.rms_eps)
-    return kernels.linear(weights.head, last_1D)[0]
+    return kernels.linear(weights.head, last_1D).reshape(-1)
 
 
 def attention(

@@ -235,8 +235,8 @@ def _packed_table(file: GgufFile) -> dict[str, tuple[str, str, int, int, int]]:
     ]
     if not all(isinstance(column, list) for column in columns) or len({len(c) for c in columns if c}) != 1:
         raise ModelFileError(f"{file.path}: the table of packed tensors is damaged; quantize the model again")
-    table = {name: rest for name, *rest in zip(*columns, strict=True)}  # type: ignore[arg-type]
+    table = {name: rest for name, *rest in zip(*columns, strict=True)}
     strange = sorted({str(entry[0]) for entry in table.values()} - set(LAYOUTS))
     if strange:
         raise ModelFileError(f"{file.path}: unknown packed layouts {', '.join(strange)}; update kimi-lite")
-    return {name: tuple(entry) for name, entry in table.items()}  # type: ignore[misc]
+    return {name: tuple(entry) for name, entry in table.items()}

@@ -357,7 +357,7 @@ class ImageConfig:
             raise ModelFileError(
                 f"{where}: image_mean and image_std must be three numbers each, image_std positive"
             )
-        return cls(token_limit=read.integer("in_token_limit"), mean=mean, std=std)  # type: ignore[arg-type]
+        return cls(token_limit=read.integer("in_token_limit"), mean=mean, std=std)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,7 +80,7 @@ def row_bytes(type_name: str, n: int) -> int:
     """Bytes of n elements of a ggml type; n must fill whole blocks."""
     elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
     assert n % elements == 0, f"{n} elements do not fill blocks of {elements} ({type_name})"
-    return n // elements * size
+    return int(n // elements * size)
 
 
 class _Cursor:

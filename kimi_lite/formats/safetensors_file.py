@@ -74,7 +74,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             f"{path}: the header is not JSON; the file is damaged, download it again"
         ) from None
     tensors = {}
-    for name, entry in header.items() if isinstance(header, dict) else [("header", None)]:
+    entries: dict[str, Any] = header if isinstance(header, dict) else {"header": None}
+    for name, entry in entries.items():
         if name == "__metadata__":
             continue
         try:

@@ -45,8 +45,8 @@ def process(picture: Image.Image, config: ImageConfig) -> tuple[NDArray[np.float
         )
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[: size[1], : size[0]] = np.asarray(picture.convert("RGB"))
-    values = pixels.astype(np.float32) / np.float32(255)
-    values = (values - np.asarray(config.mean, np.float32)) / np.asarray(config.std, np.float32)
+    mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
+    values: NDArray[np.float32] = (pixels.astype(np.float32) / np.float32(255) - mean) / std
     h, w = height // PATCH, width // PATCH
     patches = values.reshape(h, PATCH, w, PATCH, 3).transpose(0, 2, 4, 1, 3)
     return patches.reshape(h * w, 3 * PATCH * PATCH), (h, w)

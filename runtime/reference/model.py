@@ -47,7 +47,7 @@ class KimiVL(nn.Module):
         """Token embeddings with the pictures' rows put in place of the pads, in order."""
         x_BTD = nn.functional.embedding(ids_BT, self.text.embed)
         if image_rows is not None:
-            pads_BT = ids_BT == self.config.media_pad_id
+            pads_BT = torch.eq(ids_BT, self.config.media_pad_id or -1)
             rows_MD = image_rows.reshape(-1, image_rows.shape[-1])
             if int(pads_BT.sum()) != len(rows_MD):
                 raise UsageError(
@@ -65,7 +65,8 @@ class KimiVL(nn.Module):
     ) -> list[list[int]]:
         """Greedy answers for a batch of prompts of one length; stop tokens are left out."""
         cache, stops = Cache(), torch.tensor(sorted(stop_ids))
-        x_BTD, answers = self.embed(ids_BT, image_rows), [[] for _ in ids_BT]  # type: list[list[int]]
+        x_BTD = self.embed(ids_BT, image_rows)
+        answers: list[list[int]] = [[] for _ in ids_BT]
         done_B = torch.zeros(len(ids_BT), dtype=torch.bool)
         for _ in range(max_tokens):
             ids_B = self.text(x_BTD, cache)[:, -1].float().argmax(-1)
@@ -188,5 +189,5 @@ def published_tensors(model: KimiVL) -> Iterator[tuple[str, Tensor]]:
 
 def expert_loads(model: KimiVL) -> Sequence[tuple[MoE, Tensor]]:
     """The MoE layers with the tokens that each expert took in the last call."""
-    layers = [layer.ffn for layer in model.text.layers if isinstance(layer.ffn, MoE)]  # type: ignore[union-attr]
+    layers = [layer.ffn for layer in model.text.layers if isinstance(layer.ffn, MoE)]
     return [(layer, layer.load_E) for layer in layers if layer.load_E is not None]

@@ -50,7 +50,7 @@ def font(path: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def text_picture(
-    text: str, grid: tuple[int, int], rng: np.random.Generator, n_fonts: int | None = None
+    text: str, grid: tuple[int, int], rng: np.random.Generator
 ) -> tuple[Image.Image, NDArray[np.int64]]:
     """The text somewhere in a picture that fills the grid, in a random font, size and pair of colours.
 
@@ -59,7 +59,7 @@ def text_picture(
     """
     rows, columns = grid
     width, height = columns * 28 - int(rng.integers(28)), rows * 28 - int(rng.integers(8))
-    path = font_files()[int(rng.integers(n_fonts or len(font_files())))]
+    path = font_files()[int(rng.integers(len(font_files())))]
     size = int(rng.integers(15, min(height, 38) + 1))
     while True:
         left, top, right, bottom = font(path, size).getbbox(text)

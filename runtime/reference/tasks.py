@@ -209,11 +209,12 @@ def count_letters(draw: Draw) -> Turn:
             "How many letters does {q} have?",
             "Count the letters in {q}.",
         )
-        steps = " ".join(f"{letter}{i}" for i, letter in enumerate(word, 1))
-        return Turn(draw.choose(forms).format(q=quoted), f"Count the letters: {steps}", str(len(word)))
+        counted = " ".join(f"{letter}{i}" for i, letter in enumerate(word, 1))
+        return Turn(draw.choose(forms).format(q=quoted), f"Count the letters: {counted}", str(len(word)))
     letter = draw.choose(list(word)) if draw.rng.random() < 0.8 else draw.choose(list(CONSONANTS + VOWELS))
     question = f'How many times does the letter "{letter}" appear in {quoted}?'
-    so_far, steps = 0, []
+    so_far = 0
+    steps: list[str] = []
     for each in word:
         so_far += each == letter
         steps.append(f"{each}{so_far}")
@@ -259,7 +260,7 @@ READ_FORMS = (
 )
 
 
-def reading(draw: Draw, grid: tuple[int, int], longest: int = 8, n_fonts: int | None = None) -> Sample:
+def reading(draw: Draw, grid: tuple[int, int], longest: int = 8) -> Sample:
     """A rendered word or number; the grid's width bounds the length that can be read."""
     longest = min(longest, 2 * grid[1])
     shortest = min(3, longest)
@@ -269,7 +270,7 @@ def reading(draw: Draw, grid: tuple[int, int], longest: int = 8, n_fonts: int | 
     else:
         text = draw.word(shortest, longest)
         text = text.upper() if kind < 0.45 else text
-    picture, codes = text_picture(text, grid, draw.rng, n_fonts)
+    picture, codes = text_picture(text, grid, draw.rng)
     return Sample(
         "read", (Turn(draw.choose(READ_FORMS), f"letters: {' '.join(text)}", text),), picture, codes
     )

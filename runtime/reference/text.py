@@ -202,6 +202,6 @@ def rope_angles(start: int, T: int, config: TextConfig, device: torch.device) ->
 
 def rotate(x_TR: Tensor, angles_TR: Tensor) -> Tensor:
     """Turn the pairs (x[2i], x[2i+1]) by position · theta^(-2i/R); x is [..., T, R], the result float32."""
-    even, odd = x_TR.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x_TR.float().reshape(*x_TR.shape[:-1], -1, 2).unbind(-1)
     cos, sin = angles_TR
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)

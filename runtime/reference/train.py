@@ -42,9 +42,12 @@ from kimi_lite.runtime.tokenizer import Tokenizer
 
 TEXT_BATCH, TEXT_POOL = 64, 768  # a pool is sorted by length and cut into batches of like length
 PICTURE_BATCH = 128
-READING_FROM = 900  # text and shapes come first; then single characters, then longer and longer words
-READING_LENGTHS = ((0, 1), (60, 2), (160, 3), (300, 5), (450, 8))  # steps after READING_FROM: longest word
-HINT_SHARE = 0.5  # of the loss that teaches the tower which character lies over each patch
+# First text and shapes; then the tower alone learns which character lies over each patch, in short steps; then all
+# together, reading longer and longer words.
+TOWER_FROM, READING_FROM = 900, 2200
+TOWER_RATE = 2.5  # learning rate of the tower's own phase, as a multiple
+READING_LENGTHS = ((0, 3), (60, 5), (120, 8))  # steps after READING_FROM: longest word
+HINT_SHARE = 0.3  # of the tower's task in the loss of the last phase
 N_CODES = 128
 MATRIX_RATE, OTHER_RATE = 0.003, 0.003
 WEIGHT_DECAY = 0.02
@@ -123,27 +126,27 @@ def collate(samples: list[Sample], tokenizer: Tokenizer, pad_id: int) -> Batch:
 def make_batches(seed: int, step: int) -> list[Batch]:
     """The batches of one step: text, then pictures, which grow longer and more varied over the first steps."""
     tokenizer, pad_id = nano_tokenizer(), NANO_TEXT.pad_id or 0
+    draw = Draw(np.random.default_rng((seed, 3, step)), held_out=False)
+    if TOWER_FROM <= step < READING_FROM:
+        grid = (int(draw.rng.choice((1, 1, 2, 2, 3))), int(draw.rng.integers(2, 7)))
+        return [collate([reading(draw, grid) for _ in range(PICTURE_BATCH)], tokenizer, pad_id)]
     per_pool = TEXT_POOL // TEXT_BATCH
-    draw = Draw(np.random.default_rng((seed, 1, step // per_pool)), held_out=False)
+    words = Draw(np.random.default_rng((seed, 1, step // per_pool)), held_out=False)
     # Length follows the reply; sorting by it keeps padding small.
     pool = sorted(
-        (text_sample(draw) for _ in range(TEXT_POOL)),
+        (text_sample(words) for _ in range(TEXT_POOL)),
         key=lambda s: len(s.turns[-1].reply) + 20 * len(s.turns),
     )
     order = np.random.default_rng((seed, 2, step // per_pool)).permutation(per_pool)
     at = int(order[step % per_pool]) * TEXT_BATCH
     batches = [collate(pool[at : at + TEXT_BATCH], tokenizer, pad_id)]
-    draw = Draw(np.random.default_rng((seed, 3, step)), held_out=False)
-    if step % 5 == 4 or step < READING_FROM:
+    if step % 5 == 4 or step < TOWER_FROM:
         grid = (int(draw.rng.integers(2, 5)), int(draw.rng.integers(2, 5)))
         samples = [shapes(draw, grid) for _ in range(PICTURE_BATCH // 2)]
     else:
         longest = max(length for begin, length in READING_LENGTHS if step - READING_FROM >= begin)
-        n_fonts = 4 if longest < 3 else None
-        tall = longest > 5 and draw.rng.random() < 0.2
-        columns = draw.rng.integers(1, 4) if longest < 3 else draw.rng.integers(2, 5 if longest < 8 else 8)
-        grid = (3 if tall else int(draw.rng.integers(1, 3)), int(columns))
-        samples = [reading(draw, grid, longest, n_fonts) for _ in range(PICTURE_BATCH)]
+        grid = (int(draw.rng.choice((1, 1, 2, 2, 3))), int(draw.rng.integers(2, 5 if longest < 8 else 8)))
+        samples = [reading(draw, grid, longest) for _ in range(PICTURE_BATCH)]
     batches.append(collate(samples, tokenizer, pad_id))
     return batches
 
@@ -181,15 +184,23 @@ def loss_of(model: KimiVL, hint: nn.Linear, batch: Batch) -> tuple[Tensor, Tenso
     ids, targets = torch.from_numpy(batch.ids_BT), torch.from_numpy(batch.targets_BT)
     rows, hint_loss = None, torch.zeros(())
     if batch.patches_BPX is not None and batch.grid is not None:
-        assert model.tower is not None
-        merged = model.tower(torch.from_numpy(batch.patches_BPX), batch.grid)  # [B, P/4, 4, W]
+        merged, hint_loss = look(model, hint, batch)
         rows = model.projector(merged)
-        if batch.codes_BP is not None:
-            codes = merge_patches(torch.from_numpy(batch.codes_BP)[..., None], batch.grid)[..., 0]
-            hint_loss = F_.cross_entropy(hint(merged).float().flatten(0, -2), codes.flatten())
     learned = targets != IGNORE
     logits = model(ids, rows, last=learned)
     return F_.cross_entropy(logits.float(), targets[learned]), hint_loss
+
+
+def look(model: KimiVL, hint: nn.Linear, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The tower's rows [B, P/4, 4, W], and the mean cross-entropy of the characters guessed from them."""
+    assert model.tower is not None
+    assert batch.patches_BPX is not None
+    assert batch.grid is not None
+    merged = model.tower(torch.from_numpy(batch.patches_BPX), batch.grid)
+    if batch.codes_BP is None:
+        return merged, torch.zeros(())
+    codes = merge_patches(torch.from_numpy(batch.codes_BP)[..., None], batch.grid)[..., 0]
+    return merged, F_.cross_entropy(hint(merged).float().flatten(0, -2), codes.flatten())
 
 
 class Trainer:
@@ -238,21 +249,25 @@ class Trainer:
 
     def update(self, batches: list[Batch], total_s: float) -> list[float]:
         """One step over all batches; returns the mean loss and hint loss of each."""
-        # Warm up over 100 steps, hold, and fall linearly to 2 % over the last 45 % of the time.
+        # Warm up over 100 steps, hold, and fall linearly to 2 % over the last 30 % of the time.
         left = max(0.0, 1 - self.trained_s / total_s)
-        factor = min(1.0, (self.step + 1) / 100, max(0.02, left / 0.45))
+        factor = min(1.0, (self.step + 1) / 100, max(0.02, left / 0.3))
+        tower_alone = len(batches) == 1
         losses = []
         for batch in batches:
             with torch.autocast("cpu", torch.bfloat16):
-                loss, hint_loss = loss_of(self.model, self.hint, batch)
-            (loss + HINT_SHARE * hint_loss).backward()  # type: ignore[no-untyped-call]
+                if tower_alone:
+                    loss = hint_loss = look(self.model, self.hint, batch)[1]
+                else:
+                    loss, hint_loss = loss_of(self.model, self.hint, batch)
+            (loss if tower_alone else loss + HINT_SHARE * hint_loss).backward()  # type: ignore[no-untyped-call]
             losses += [float(loss.detach()), float(hint_loss.detach())]
-            for layer, load_E in expert_loads(self.model):
+            for layer, load_E in expert_loads(self.model) if not tower_alone else ():
                 share_E = load_E.float()
                 layer.router_bias += BALANCE_RATE * factor * torch.sign(share_E.mean() - share_E)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * factor
+            optimizer.param_groups[0]["lr"] = rate * factor * (TOWER_RATE if tower_alone else 1)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -264,12 +279,14 @@ class Trainer:
         log = (self.run / "log.jsonl").open("a", buffering=1)
         for batches in prefetch(self.seed, self.step):
             start = time.monotonic()
-            text, _, picture, hint = self.update(batches, total_s)
+            losses = self.update(batches, total_s)
             self.trained_s += time.monotonic() - start
-            reads = batches[1].codes_BP is not None
-            for name, value in ("text", text), ("reading" if reads else "shapes", picture), ("hint", hint):
-                if name != "hint" or reads:
-                    seen.setdefault(name, []).append(value)
+            reads = batches[-1].codes_BP is not None
+            if len(batches) > 1:
+                seen.setdefault("text", []).append(losses[0])
+                seen.setdefault("reading" if reads else "shapes", []).append(losses[2])
+            if reads:
+                seen.setdefault("hint", []).append(losses[-1])
             if self.step % 50 == 0:
                 record: dict[str, float] = {"step": self.step, "trained_s": round(self.trained_s)}
                 record |= {f"{name}_loss": round(sum(v) / len(v), 4) for name, v in seen.items()}

@@ -93,7 +93,7 @@ def patch_angles(grid: tuple[int, int], config: VisionConfig) -> Tensor:
 
 def turn(x_PK: Tensor, angles: Tensor) -> Tensor:
     """Turn the pairs (x[2j], x[2j+1]); x is [..., P, K], the result float32."""
-    even, odd = x_PK.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x_PK.float().reshape(*x_PK.shape[:-1], -1, 2).unbind(-1)
     cos, sin = angles
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 

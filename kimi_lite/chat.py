@@ -1,0 +1,221 @@
+"""The conversation in a terminal, and the printing that `ask` shares with it.
+
+Ctrl-C while an answer is coming stops it and keeps what was said; at a prompt with text it clears the line; at an
+empty prompt it says how to leave. Ctrl-D leaves. Thinking is dim and stands apart from the answer.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TextIO
+
+from kimi_lite.api import Event, Model, Stats
+from kimi_lite.errors import KimiLiteError, UsageError
+from kimi_lite.runtime.sampling import SamplingOptions
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+PROGRESS_FROM = 512  # prompt tokens: shorter prompts are done before a line could be read
+HELP = """/help              this list
+/system TEXT       set the system message and start anew
+/set NAME VALUE    temperature, top_p, top_k, min_p, seed, max_tokens, thinking_budget
+/regen             answer the last question again
+/stats             statistics of the last answer
+/clear             forget the conversation
+/exit              leave (Ctrl-D)"""
+
+
+def colours(stream: TextIO) -> bool:
+    """Whether a stream wants escape codes: a terminal, and neither NO_COLOR nor a dumb terminal says otherwise."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+class Printer:
+    """Writes one reply as it comes: thinking to one stream, answer to another."""
+
+    def __init__(self, out: TextIO, err: TextIO, *, show_thinking: bool, show_answer: bool = True) -> None:
+        self.out, self.err = out, err
+        self.show_thinking, self.show_answer = show_thinking, show_answer
+        self.answer = self.thinking = ""
+        self.done: Event | None = None
+        self._dim = colours(err)
+        self._status = False
+
+    def show(self, event: Event) -> None:
+        self._clear_status()
+        if event.kind == "thinking":
+            if self.show_thinking:
+                self.err.write((DIM if self._dim and not self.thinking else "") + event.text)
+                self.err.flush()
+            self.thinking += event.text
+        elif event.kind == "answer":
+            self._close_thinking()
+            if self.show_answer:
+                self.out.write(event.text)
+                self.out.flush()
+            self.answer += event.text
+        else:
+            self.done = event
+
+    def end(self) -> None:
+        """Leave both streams at the beginning of a line and in plain colours."""
+        self._clear_status()
+        self._close_thinking()
+        if self.answer and self.show_answer:
+            self.out.write("\n")
+            self.out.flush()
+
+    def _close_thinking(self) -> None:
+        if self.thinking and self.show_thinking and not self.answer:
+            self.err.write((PLAIN if self._dim else "") + "\n")
+            self.err.flush()
+            self.show_thinking = False  # what was open is closed
+
+    def statistics(self, stats: Stats) -> None:
+        line = (
+            f"{stats.prompt_tokens} prompt tokens ({stats.reused} reused, {stats.prefill_tok_per_s:.0f} tok/s), "
+            f"{stats.tokens} tokens at {stats.decode_tok_per_s:.1f} tok/s, context {stats.context_used}/{stats.context}"
+        )
+        self.err.write(f"{DIM}{line}{PLAIN}\n" if self._dim else f"{line}\n")
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[int, int], None]]:
+        """A status line for long prompts, on a terminal only."""
+
+        def on_progress(done: int, total: int) -> None:
+            if total >= PROGRESS_FROM and self.err.isatty():
+                self._status = True
+                self.err.write(f"\rreading the prompt: {done}/{total} tokens")
+                self.err.flush()
+
+        try:
+            yield on_progress
+        finally:
+            self._clear_status()
+
+    def _clear_status(self) -> None:
+        if self._status:
+            self.err.write("\r\x1b[K")
+            self._status = False
+
+
+class Session:
+    """One conversation at the terminal."""
+
+    def __init__(
+        self,
+        model: Model,
+        options: SamplingOptions,
+        max_tokens: int | None,
+        thinking_budget: int | None,
+        *,
+        show_thinking: bool,
+    ) -> None:
+        self.model, self.options, self.show_thinking = model, options, show_thinking
+        self.max_tokens, self.thinking_budget = max_tokens, thinking_budget
+        self.last: Stats | None = None
+
+    def run(self) -> None:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.history import InMemoryHistory
+
+        prompt: PromptSession[str] = PromptSession(history=InMemoryHistory())
+        print("Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands.", file=sys.stderr)
+        while True:
+            try:
+                line = prompt.prompt("> ").strip()
+            except KeyboardInterrupt:
+                print("Ctrl-D or /exit to leave.", file=sys.stderr)
+                continue
+            except EOFError:
+                return
+            try:
+                if line in ("/exit", "/bye", "/quit"):
+                    return
+                if line.startswith("/"):
+                    self.command(line)
+                elif line:
+                    self.answer(line)
+            except KimiLiteError as error:  # the chat goes on
+                print(f"kimi-lite: {error}", file=sys.stderr)
+
+    def answer(self, text: str) -> None:
+        """Ask and print; Ctrl-C stops between tokens and keeps what was said."""
+        printer = Printer(sys.stdout, sys.stderr, show_thinking=self.show_thinking)
+        with printer.progress() as on_progress:
+            events = self.model.chat(
+                text,
+                options=self.options,
+                max_tokens=self.max_tokens,
+                thinking_budget=self.thinking_budget,
+                on_progress=on_progress,
+            )
+            try:
+                for event in events:
+                    printer.show(event)
+            except KeyboardInterrupt:
+                events.close()  # type: ignore[attr-defined]
+            finally:
+                printer.end()
+        if printer.done is None:
+            print("(stopped)", file=sys.stderr)
+            return
+        self.last = printer.done.stats
+        if printer.done.reason in ("length", "context"):
+            where = "inside its thinking" if not printer.answer else "before it was complete"
+            what = "/set max_tokens" if printer.done.reason == "length" else "/clear, or a larger --context,"
+            print(f"(cut off {where}; {what} makes room)", file=sys.stderr)
+
+    def command(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        conversation = self.model.conversation
+        match name:
+            case "/help" | "/?":
+                print(HELP, file=sys.stderr)
+            case "/clear":
+                self.model.clear()
+            case "/system":
+                conversation.system = rest.strip() or None
+                self.model.clear()
+            case "/stats" if self.last:
+                Printer(sys.stdout, sys.stderr, show_thinking=False).statistics(self.last)
+            case "/stats":
+                print("no answer yet", file=sys.stderr)
+            case "/regen":
+                if not conversation.messages:
+                    raise UsageError("there is no question to answer again")
+                question = conversation.messages[-2].content
+                del conversation.messages[-2:], conversation.thinking[-1:]
+                assert isinstance(question, str)
+                self.answer(question)
+            case "/image":
+                raise UsageError("pictures are not read yet; ask without them")
+            case "/set":
+                self.set(*[*rest.split(), "", ""][:2])
+            case _:
+                raise UsageError(f"{name} is not a command; /help lists them")
+
+    def set(self, name: str, value: str) -> None:
+        """Change one setting, with the checks of `SamplingOptions`."""
+        kinds: dict[str, type[int] | type[float]] = {
+            "temperature": float,
+            "top_p": float,
+            "min_p": float,
+            "top_k": int,
+        }
+        kinds |= {"seed": int, "max_tokens": int, "thinking_budget": int}
+        if name not in kinds:
+            raise UsageError(f"/set knows {', '.join(kinds)}, not {name!r}")
+        try:
+            number = kinds[name](value)
+        except ValueError:
+            raise UsageError(f"/set {name} needs a number, not {value!r}") from None
+        match name:
+            case "max_tokens":
+                self.max_tokens = int(number)
+            case "thinking_budget":
+                self.thinking_budget = int(number)
+            case _:
+                changes: dict[str, Any] = {name: number}
+                self.options = replace(self.options, **changes)

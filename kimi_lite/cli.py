@@ -1,0 +1,244 @@
+"""The command line. Each command turns its options into one call that the Python interface offers as well.
+
+Heavy modules are imported inside the commands, so that `--help` stays instant. Standard output carries the answer and
+nothing else; thinking, statistics, progress and warnings go to standard error.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kimi_lite.errors import UsageError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Kimi-VL-A3B, whole and faithful, on a laptop CPU or one graphics card.",
+)
+
+Model = Annotated[
+    Path | None, typer.Argument(help="A packed int4 or GGUF file; without it, the small kimi-vl-nano.")
+]
+Context = Annotated[int | None, typer.Option(help="Tokens of context to reserve; by default up to 32768.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; by default one per physical core.")]
+Temperature = Annotated[
+    float, typer.Option(help="0 repeats exactly; the makers recommend 0.6 to 0.8 for Thinking.")
+]
+TopP = Annotated[
+    float, typer.Option(help="Draw from the most likely tokens that together have this probability.")
+]
+Seed = Annotated[int | None, typer.Option(help="Repeats a draw at a temperature above 0.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Stop after this many tokens, thinking included.")]
+Budget = Annotated[int | None, typer.Option(help="Close the thinking after this many tokens and answer.")]
+System = Annotated[str | None, typer.Option(help="Replaces the default system message.")]
+
+REAL_MODEL = (
+    "kimi-lite: no model was named, so this is kimi-vl-nano, a toy for trying things out. For the real one: "
+    "hf download moonshotai/Kimi-VL-A3B-Thinking-2506 --local-dir DIR, then kimi-lite quantize DIR model.gguf"
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        import kimi_lite
+
+        print(kimi_lite.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def ask(
+    question: Annotated[
+        str | None, typer.Argument(help="The question; standard input, if piped, stands before it.")
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option("-m", "--model", help="A packed int4 or GGUF file; without it, the small kimi-vl-nano."),
+    ] = None,
+    system: System = None,
+    max_tokens: MaxTokens = None,
+    thinking_budget: Budget = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    context: Context = None,
+    threads: Threads = None,
+    show_thinking: Annotated[
+        bool | None,
+        typer.Option(
+            "--show-thinking/--hide-thinking",
+            help="Thinking on standard error; by default only on a terminal.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Answer, thinking, reason and statistics as one JSON object.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the answer and errors.")] = False,
+) -> None:
+    """Ask one question and print the answer.
+
+    Exit code 7: the answer was cut off by --max-tokens or the context before it was complete.
+    """
+    if not sys.stdin.isatty() and (piped := _stdin()):
+        question = f"{piped}\n{question}" if question else piped
+    if not question:
+        raise UsageError('no question; give one: kimi-lite ask "What is 38 + 47?", or pipe text in')
+    from kimi_lite.api import load
+    from kimi_lite.runtime.sampling import SamplingOptions
+
+    if model is None and not quiet:
+        print(REAL_MODEL, file=sys.stderr)
+    opened = load(model, context=context, threads=threads)
+    opened.conversation.system = system
+    dim = show_thinking if show_thinking is not None else sys.stderr.isatty()
+    from kimi_lite.chat import Printer
+
+    printer = Printer(
+        sys.stdout, sys.stderr, show_thinking=dim and not as_json and not quiet, show_answer=not as_json
+    )
+    options = SamplingOptions(temperature=temperature, top_p=top_p, seed=seed)
+    with printer.progress() as on_progress:
+        events = opened.chat(
+            question,
+            options=options,
+            max_tokens=max_tokens,
+            thinking_budget=thinking_budget,
+            on_progress=None if quiet else on_progress,
+        )
+        try:
+            for event in events:
+                printer.show(event)
+        finally:
+            printer.end()
+    done = printer.done
+    assert done is not None
+    assert done.stats is not None
+    if as_json:
+        reply = {
+            "schema": "kimi-lite/1",
+            "answer": printer.answer,
+            "thinking": printer.thinking,
+            "reason": done.reason,
+            "prompt_tokens": done.stats.prompt_tokens,
+            "tokens": done.stats.tokens,
+        }
+        print(json.dumps(reply, ensure_ascii=False))
+    elif not quiet:
+        printer.statistics(done.stats)
+    if done.reason in ("length", "context"):
+        where = (
+            "inside its thinking, so there is no answer" if not printer.answer else "before it was complete"
+        )
+        limit = "--max-tokens" if done.reason == "length" else "--context"
+        print(f"kimi-lite: the reply was cut off {where}; raise {limit}", file=sys.stderr)
+        raise typer.Exit(7)
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode().strip()
+    except UnicodeDecodeError:
+        raise UsageError("standard input is not UTF-8 text") from None
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    system: System = None,
+    max_tokens: MaxTokens = None,
+    thinking_budget: Budget = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    context: Context = None,
+    threads: Threads = None,
+    hide_thinking: Annotated[
+        bool, typer.Option("--hide-thinking", help="Do not print the thinking.")
+    ] = False,
+) -> None:
+    """Talk in the terminal. Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands."""
+    if not sys.stdin.isatty():
+        raise UsageError('chat needs a terminal; for scripts use `kimi-lite ask "…"`')
+    from kimi_lite.api import load
+    from kimi_lite.chat import Session
+    from kimi_lite.runtime.sampling import SamplingOptions
+
+    options = SamplingOptions(temperature=temperature, top_p=top_p, seed=seed)
+    if model is None:
+        print(REAL_MODEL, file=sys.stderr)
+    opened = load(model, context=context, threads=threads)
+    opened.conversation.system = system
+    Session(opened, options, max_tokens, thinking_budget, show_thinking=not hide_thinking).run()
+
+
+@app.command()
+def quantize(
+    checkpoint: Annotated[Path, typer.Argument(help="The directory of a downloaded checkpoint.")],
+    out: Annotated[
+        Path, typer.Argument(help="The file to write; pictures' weights go beside it as …-mmproj.gguf.")
+    ],
+    to: Annotated[str, typer.Option(help="int4 (packed), or GGUF as q8_0, q4_0, bf16 or f16.")] = "int4",
+    format: Annotated[str | None, typer.Option(help="int4 or gguf; follows from --to.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the file back and report the error per tensor.")
+    ] = False,
+) -> None:
+    """Turn a published checkpoint into one file that runs."""
+    from kimi_lite.quantize.convert import quantize as convert
+
+    result = None
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description:32}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("reading the checkpoint", total=None)
+            result = convert(
+                checkpoint,
+                out,
+                to=to,  # type: ignore[arg-type]
+                format=format,
+                progress=lambda name, done, total: bar.update(
+                    task, description=name, completed=done, total=total
+                ),
+            )
+    else:
+        result = convert(checkpoint, out, to=to, format=format)  # type: ignore[arg-type]
+    for path in result.paths:
+        print(path)
+    print(
+        f"{result.n_bytes / 1e9:.2f} GB in {result.seconds:.0f} s, {result.bits_per_weight:.2f} bits a weight",
+        file=sys.stderr,
+    )
+    if verify:
+        from kimi_lite.quantize.verify import tensor_errors
+
+        for name, error in tensor_errors(checkpoint, out):
+            print(f"{error:8.4%}  {name}", file=sys.stderr)
+
+
+@app.command()
+def info(model: Annotated[Path, typer.Argument(help="A packed int4 or GGUF file.")]) -> None:
+    """Say what a model file holds."""
+    from kimi_lite.doctor import file_report
+
+    for line in file_report(model):
+        print(line)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine offers and what kimi-lite uses of it."""
+    from kimi_lite.doctor import machine_report
+
+    for line in machine_report():
+        print(line)

@@ -1,0 +1,79 @@
+"""Reports: what this machine offers and what is in use, and what a model file holds."""
+
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+
+import kimi_lite
+from kimi_lite.api import nano_path
+from kimi_lite.formats.gguf_file import GgufFile
+from kimi_lite.formats.packed import LAYOUTS
+from kimi_lite.runtime import kernels
+from kimi_lite.runtime.cache import LatentCache
+from kimi_lite.runtime.weights import open_weights
+
+BEST_ISA = "avx512vnni"
+
+
+def machine_report() -> Iterator[str]:
+    """Lines for `kimi-lite doctor`. Whatever could be faster and is not in use says so."""
+    yield f"kimi-lite {kimi_lite.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    memory = psutil.virtual_memory()
+    yield f"memory    {memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free"
+    yield f"threads   {kernels.default_threads()} by default, {psutil.cpu_count()} logical processors"
+    isas = kernels.usable_isas()
+    yield f"kernels   {kernels.isa()} in use; usable here: {', '.join(isas)}"
+    if kernels.isa() != isas[0]:
+        yield f"          not the fastest: KIMI_LITE_ISA holds it at {kernels.isa()}, {isas[0]} would run"
+    elif isas[0] != BEST_ISA:
+        yield f"          this processor has no {BEST_ISA}, for which the fastest kernels are written"
+    yield "graphics  not in use: this version runs on the CPU"
+    yield "pictures  not in use: this version reads text only"
+    for package in ("numpy", "gguf", "tiktoken", "torch", "llama_cpp"):
+        if find_spec(package) is None:
+            continue
+        try:
+            yield f"package   {package} {version(package.replace('_', '-'))}"
+        except PackageNotFoundError:
+            yield f"package   {package}"
+    try:
+        yield f"nano      {nano_path()}"
+    except kimi_lite.ModelFileError as error:
+        yield f"nano      {error}"
+
+
+def file_report(path: Path) -> Iterator[str]:
+    """Lines for `kimi-lite info`. Raises ModelFileError as opening the file to run it would."""
+    weights = open_weights(path)
+    file, c = GgufFile(path), weights.config
+    packed = dict(
+        zip(
+            file.metadata.get("kimi_lite.packed.name", []),
+            file.metadata.get("kimi_lite.packed.layout", []),
+            strict=True,
+        )
+    )
+    yield f"{path}: {file.metadata.get('general.name', 'unnamed')}, {weights.n_bytes / 1e9:.3f} GB"
+    yield f"layers    {c.n_layers} ({c.n_dense_layers} dense), hidden {c.hidden_size}, vocabulary {c.vocab_size}"
+    yield f"experts   {c.n_active} of {c.n_experts} a token, {c.n_shared} shared, width {c.expert_hidden_size}"
+    yield (
+        f"heads     {c.n_heads} of {c.nope_dim} + {c.rope_dim}, values {c.value_dim}, latent {c.kv_rank}, "
+        f"rope theta {c.rope_theta:g}"
+    )
+    per_token = LatentCache.bytes_per_token(c)
+    yield f"context   {c.context_length} tokens, {per_token / 1e3:.1f} kB of cache each"
+    yield f"decoding  reads {weights.token_bytes / 1e9:.3f} GB a token"
+    counts, sizes = Counter[str](), Counter[str]()
+    for name, tensor in file.tensors.items():
+        kind = packed.get(name, tensor.type)
+        counts[kind] += 1
+        sizes[kind] += tensor.data.size
+    for kind, size in sizes.most_common():
+        form = LAYOUTS.get(kind)
+        bits = f", {form.bits_per_weight:g} bits a weight" if form else ""
+        yield f"  {kind:8} {counts[kind]:5} tensors {size / 1e9:9.3f} GB{bits}"

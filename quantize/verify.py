@@ -1,0 +1,45 @@
+"""Reads a packed or GGUF file back and compares every matrix with the checkpoint it was made from."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kimi_lite.formats.gguf_file import GgufFile
+from kimi_lite.formats.packed import matrix_bytes, mlp_bytes, split_mlp, unpack
+from kimi_lite.quantize.plan import Checkpoint, Output, text_outputs
+
+
+def tensor_errors(checkpoint_dir: Path, path: Path) -> Iterator[tuple[str, float]]:
+    """(name, rms of the difference over rms of the weights) for each tensor of the text model, in file order."""
+    file = GgufFile(path)
+    target = "int4" if "kimi_lite.packed.version" in file.metadata else "bf16"
+    for output in text_outputs(Checkpoint(checkpoint_dir), target):  # type: ignore[arg-type]
+        square = difference = 0.0
+        for source, stored in zip(output.sources, _stored(file, output), strict=True):
+            weight = source.read(0, source.rows).astype(np.float64)
+            square += float((weight**2).sum())
+            difference += float(((stored - weight) ** 2).sum())
+        yield output.name, (difference / square) ** 0.5 if square else 0.0
+
+
+def _stored(file: GgufFile, output: Output) -> Iterator[NDArray[np.float32]]:
+    """The weights that the file holds, one matrix for each of the output's sources."""
+    tensor = file.tensors[output.name]
+    if not output.packed:
+        whole = tensor.float32().reshape(len(output.sources), -1)
+        for row, source in zip(whole, output.sources, strict=True):
+            yield row.reshape(source.rows, source.columns)
+        return
+    count, rows, columns = output.packed_shape()
+    for i in range(count):
+        if output.kind == "mlp":
+            size = mlp_bytes(output.type, rows, columns)
+            gate, up, down = split_mlp(tensor.data[i * size : (i + 1) * size], output.type, rows, columns)
+            yield unpack(gate, output.type, rows, columns)
+            yield unpack(up, output.type, rows, columns)
+            yield unpack(down, output.type, columns, rows)
+        else:
+            size = matrix_bytes(output.type, rows, columns)
+            yield unpack(tensor.data[i * size : (i + 1) * size], output.type, rows, columns)
