@@ -1,0 +1,203 @@
+"""The CPU runtime against the slow numpy model, and against itself cut in every way."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from numpy_model import NumpyModel
+from tolerance import gamma
+
+from kimi_lite.errors import ModelFileError, UsageError
+from kimi_lite.quantize.convert import quantize
+from kimi_lite.runtime import kernels
+from kimi_lite.runtime.engine import Engine
+from kimi_lite.runtime.reference.random_checkpoint import write_checkpoint
+from kimi_lite.runtime.reference.tasks import Draw, text_sample
+from kimi_lite.runtime.sampling import SamplingOptions
+from kimi_lite.runtime.template import Message, render
+
+ROOT = Path(__file__).parents[2]
+NANO = ROOT / "kimi_lite" / "nano" / "kimi-vl-nano-int4.gguf"
+TARGETS = ("int4", "q8_0", "q4_0", "f16", "bf16")
+GREEDY = SamplingOptions()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    checkpoint = write_checkpoint(folder / "checkpoint", vision=None)
+    made = {to: folder / f"{to}.gguf" for to in TARGETS}
+    for to, path in made.items():
+        quantize(checkpoint, path, to=to)  # type: ignore[arg-type]
+    return made
+
+
+def prompt(seed: int, n: int) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(0, 512, n)]
+
+
+def rms(x: NDArray[Any]) -> float:
+    return float(np.sqrt((x**2).mean()))
+
+
+@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("seed", range(4))
+def test_logits_follow_the_numpy_model_to_float32_rounding(
+    files: dict[str, Path], to: str, seed: int
+) -> None:
+    # The runtime computes in float32 what the oracle's contract says in float64. The longest chain of roundings is
+    # about 16 groups in each of 8 products in each of 3 layers, times 4 for norms, softmax and residuals: 1536, each
+    # of 2^-24. Two tokens are short enough that no activation falls on the other side of an int8 step for it.
+    ids = prompt(seed, 2)
+    ours, contract = Engine(files[to]).append(ids), NumpyModel(files[to], contract=True).logits(ids)[-1]
+    exact = NumpyModel(files[to], contract=False).logits(ids)[-1]
+    bound = gamma(1536) * float(np.abs(contract).max())
+    assert rms(ours - contract) < bound
+    assert rms(contract - exact) > 0  # the contract rounds something, and the bound tells the two apart
+    assert rms(contract - exact) > 0.1 * bound
+    assert int(ours.argmax()) == int(contract.argmax())
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_long_prompts_stay_within_what_rounding_costs(files: dict[str, Path], to: str) -> None:
+    # Over many tokens an activation now and then rounds to the next int8 step, which is an error of the same kind and
+    # size as the contract's own roundings: the two differ from exact arithmetic alike.
+    ids = prompt(1, 24)
+    ours = Engine(files[to]).append(ids)
+    contract = NumpyModel(files[to], contract=True).logits(ids)[-1]
+    exact = NumpyModel(files[to], contract=False).logits(ids)[-1]
+    assert 0.5 < rms(ours - exact) / rms(contract - exact) < 2
+
+
+@pytest.mark.parametrize("to", ["int4", "q4_0", "bf16"])
+def test_a_prompt_gives_the_same_bits_however_it_is_cut(files: dict[str, Path], to: str) -> None:
+    ids = prompt(2, 150)
+    whole = Engine(files[to]).append(ids)
+    for sizes in ([1] * 150, [7, 64, 65, 14], [149, 1]):
+        engine, at = Engine(files[to]), 0
+        for n in sizes:
+            logits = engine.append(ids[at : at + n])
+            at += n
+        assert np.array_equal(logits, whole)
+
+
+def test_every_isa_and_thread_count_gives_the_same_bits(files: dict[str, Path]) -> None:
+    ids, results = prompt(3, 40), []
+    before = kernels.isa()
+    try:
+        for isa in kernels.usable_isas():
+            for threads in (1, 2, 3):
+                kernels._kernels.use_isa(isa)
+                for to in ("int4", "q8_0"):
+                    engine = Engine(files[to], threads=threads)
+                    assert kernels.isa() == isa
+                    results.append((to, engine.append(ids)))
+    finally:
+        kernels._kernels.use_isa(before)
+    for to, logits in results:
+        assert np.array_equal(logits, next(first for name, first in results if name == to))
+
+
+def test_a_second_turn_reuses_the_cache_and_equals_a_fresh_start(files: dict[str, Path]) -> None:
+    engine = Engine(files["int4"])
+    first = prompt(4, 30)
+    answer = list(engine.generate(first, GREEDY, max_tokens=12))
+    second = first + answer + prompt(5, 20)
+    reused = list(engine.generate(second, GREEDY, max_tokens=12))
+    assert engine.n_reused >= len(first) + len(answer) - 1
+    assert reused == list(Engine(files["int4"]).generate(second, GREEDY, max_tokens=12))
+
+
+def test_an_edited_prompt_keeps_only_the_shared_beginning(files: dict[str, Path]) -> None:
+    engine = Engine(files["int4"])
+    a = prompt(6, 30)
+    b = [*a[:17], *prompt(7, 13)]
+    b[17] = (a[17] + 1) % 512
+    engine.prefill(a)
+    logits = engine.prefill(b)
+    assert engine.n_reused == 17
+    assert np.array_equal(logits, Engine(files["int4"]).prefill(b))
+
+
+def test_a_closed_iterator_cancels_between_tokens(files: dict[str, Path]) -> None:
+    engine = Engine(files["int4"])
+    tokens = engine.generate(prompt(8, 10), GREEDY)
+    next(tokens)
+    tokens.close()  # type: ignore[attr-defined]
+    assert engine.finish_reason == "cancelled"
+    assert engine.tokens == prompt(8, 10)
+
+
+def test_the_end_of_the_context_is_said_not_hidden(files: dict[str, Path]) -> None:
+    engine = Engine(files["int4"], context=20)
+    out = list(engine.generate(prompt(9, 15), GREEDY))
+    assert engine.finish_reason in ("context", "stop")
+    assert len(out) <= 5
+    with pytest.raises(UsageError, match="holds 20"):
+        engine.prefill(prompt(9, 20))
+    with pytest.raises(UsageError, match="allows 1 to 4096"):
+        Engine(files["int4"], context=5000)
+
+
+def test_a_seed_repeats_a_draw_and_another_does_not(files: dict[str, Path]) -> None:
+    engine = Engine(files["int4"])
+
+    def draw(seed: int) -> list[int]:
+        return list(
+            engine.generate(prompt(10, 8), SamplingOptions(temperature=1.5, seed=seed), max_tokens=20)
+        )
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_a_legacy_file_with_a_joint_expansion_means_the_same_model(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    from kimi_lite.formats.gguf_file import GgufFile, GgufWriter, TensorSpec
+
+    old = GgufFile(files["f16"])
+    metadata = {k: v for k, v in old.metadata.items() if not k.endswith("_mla")}
+    metadata |= {"deepseek2.attention.key_length": 128, "deepseek2.attention.value_length": 64}
+    metadata["deepseek2.attention.head_count_kv"] = 4
+    data: dict[str, tuple[str, tuple[int, ...], np.ndarray]] = {}  # type: ignore[type-arg]
+    for name, t in old.tensors.items():
+        if "attn_k_b" in name:
+            k_HNC = t.float32().transpose(0, 2, 1)
+            v_HVC = old.tensors[name.replace("k_b", "v_b")].float32()
+            joint = np.concatenate([k_HNC, v_HVC], 1).reshape(-1, 128).astype(np.float16)
+            data[name.replace("k_b", "kv_b")] = ("F16", joint.shape, joint)
+        elif "attn_v_b" not in name:
+            data[name] = (t.type, t.shape, t.data)
+    path = tmp_path / "legacy.gguf"
+    with GgufWriter(path, metadata, [TensorSpec(n, k, s) for n, (k, s, _) in data.items()]) as out:
+        for _, _, values in data.values():
+            out.write(values)
+    ids = prompt(11, 12)
+    assert np.array_equal(Engine(path).append(ids), Engine(files["f16"]).append(ids))
+
+
+def test_a_file_that_lost_a_tensor_is_one_sentence(files: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "damaged.gguf"
+    raw = files["int4"].read_bytes()
+    assert raw.count(b"blk.1.attn_norm.weight") == 1
+    path.write_bytes(raw.replace(b"blk.1.attn_norm.weight", b"blk.9.attn_norm.weight"))
+    with pytest.raises(ModelFileError, match=r"blk\.1\.attn_norm\.weight' is missing"):
+        Engine(path)
+
+
+@pytest.mark.parity
+def test_greedy_tokens_equal_the_numpy_models_on_200_prompts_of_nano() -> None:
+    engine, oracle = Engine(NANO), NumpyModel(NANO, contract=True)
+    draw = Draw(np.random.default_rng(2026), held_out=True)
+    for _ in range(200):
+        question = text_sample(draw).turns[0].question
+        ids = render([Message("user", question)], engine.tokenizer)
+        ours = list(engine.generate(ids, GREEDY, max_tokens=64))
+        logits = oracle.logits(ids + ours)[len(ids) - 1 :]
+        expected = [int(row.argmax()) for row in logits]
+        stop = [] if engine.finish_reason == "length" else expected[len(ours) : len(ours) + 1]
+        assert ours == expected[: len(ours)], question
+        assert all(token in engine.stop_ids for token in stop), question
