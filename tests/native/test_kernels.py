@@ -1,0 +1,289 @@
+"""Every kernel on every instruction set, against formulas written out here."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from numpy_model import int8_groups, unpack
+from tolerance import U32, gamma
+
+from kimi_lite.formats.packed import pack_quantized
+from kimi_lite.runtime import kernels
+from kimi_lite.runtime.kernels import Matrix, Mlp
+
+F32 = NDArray[np.float32]
+GGML = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
+
+
+@pytest.fixture(params=kernels.usable_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = kernels.isa()
+    kernels._kernels.use_isa(request.param)
+    assert kernels.isa() == request.param
+    yield request.param
+    kernels._kernels.use_isa(before)
+
+
+def packed(rng: np.random.Generator, layout: str, O: int, I: int, count: int = 1) -> Matrix:
+    low, high = (0, 16) if layout == "q4g32" else (-127, 128)
+    data = [
+        pack_quantized(
+            rng.integers(low, high, (O, I)).astype(np.int8),
+            rng.normal(0, 0.01, (O, I // 32)).astype(np.float16),
+            layout,
+        )
+        for _ in range(count)
+    ]
+    return Matrix(layout, np.concatenate(data), O, I, count)
+
+
+def bound(w_OI: NDArray[Any], x_TI: NDArray[Any]) -> NDArray[Any]:
+    """Roundings of one row: the scale product and the fused step of each group, 8 in a chunk, then the chunks; and
+    the activations' own scale and quotient."""
+    groups = w_OI.shape[1] // 32
+    return gamma(2 * min(8, groups) + groups // 8 + 6) * (np.abs(x_TI) @ np.abs(w_OI).T) + 1e-30
+
+
+@pytest.mark.parametrize("layout", ["q4g32", "q8g32"])
+@pytest.mark.parametrize(("O", "I"), [(16, 32), (17, 64), (45, 288), (96, 1408)])
+@pytest.mark.parametrize("T", [1, 2, 3, 7, 8, 13])
+def test_packed_products_follow_the_formula(isa: str, layout: str, O: int, I: int, T: int) -> None:
+    rng = np.random.default_rng(O * I + T)
+    matrix = packed(rng, layout, O, I)
+    x_TI = rng.standard_normal((T, I), dtype=np.float32)
+    x_TI[0, :32] = 0  # a group of zeros has scale 0
+    w_OI = unpack(matrix.data, layout, O, I)
+    rounded = np.stack([int8_groups(x.astype(np.float64)) for x in x_TI])
+    error = np.abs(kernels.linear(matrix, x_TI) - rounded @ w_OI.T)
+    assert (error <= bound(w_OI, rounded)).all()
+
+
+def random_blocks(rng: np.random.Generator, kind: str, O: int, I: int) -> NDArray[np.uint8]:
+    """Valid blocks of any type: random bytes, with the float16 fields made small and finite."""
+    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    raw = rng.integers(0, 256, (O * I // elements, size), dtype=np.uint8)
+    halves = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind, (0,))
+    for at in halves:
+        raw[:, at : at + 2] = (
+            rng.uniform(0.001, 0.01, len(raw)).astype(np.float16).view(np.uint8).reshape(-1, 2)
+        )
+    return raw.reshape(-1)
+
+
+@pytest.mark.parametrize("kind", GGML)
+@pytest.mark.parametrize("T", [1, 5])
+def test_ggml_products_follow_the_gguf_package(isa: str, kind: str, T: int) -> None:
+    rng = np.random.default_rng(len(kind) + T)
+    O, I = 37, 512
+    data = random_blocks(rng, kind, O, I)
+    type_ = gguf.GGMLQuantizationType[kind]
+    w_OI = gguf.dequantize(data.reshape(O, -1), type_).reshape(O, I).astype(np.float64)
+    x_TI = rng.standard_normal((T, I), dtype=np.float32)
+    rounded = np.stack([int8_groups(x.astype(np.float64)) for x in x_TI])
+    matrix = Matrix(kind, data, O, I)
+    error = np.abs(kernels.linear(matrix, x_TI) - rounded @ w_OI.T)
+    # Types with a minimum subtract two large sums: their magnitude is that of both parts, at most 4 x here.
+    assert (error <= 4 * bound(w_OI, rounded)).all()
+    ids = np.array([0, 36, 5], np.int32)
+    assert np.abs(kernels.embed(matrix, ids) - w_OI[ids]).max() <= 4 * U32 * np.abs(w_OI).max() * 4
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_float_products_are_not_quantized(isa: str, kind: str) -> None:
+    rng = np.random.default_rng(3)
+    O, I, T = 33, 256, 3
+    w_OI = rng.standard_normal((O, I), dtype=np.float32)
+    data = gguf.quantize(w_OI, gguf.GGMLQuantizationType[kind])
+    exact = gguf.dequantize(data, gguf.GGMLQuantizationType[kind]).reshape(O, I).astype(np.float64)
+    x_TI = rng.standard_normal((T, I), dtype=np.float32)
+    y_TO = kernels.linear(Matrix(kind, data.reshape(-1).view(np.uint8), O, I), x_TI)
+    # 16 lanes: 16 fused steps each, then 4 additions.
+    assert (np.abs(y_TO - x_TI @ exact.T) <= gamma(20) * (np.abs(x_TI) @ np.abs(exact).T)).all()
+
+
+@pytest.mark.parametrize("layout", ["q4g32", "q8g32"])
+def test_embedding_rows_are_the_weights(isa: str, layout: str) -> None:
+    matrix = packed(np.random.default_rng(4), layout, 50, 96)
+    ids = np.array([0, 15, 16, 49, 3], np.int32)
+    assert np.array_equal(
+        kernels.embed(matrix, ids), unpack(matrix.data, layout, 50, 96)[ids].astype(np.float32)
+    )
+
+
+def test_each_head_gets_its_own_matrix(isa: str) -> None:
+    rng = np.random.default_rng(5)
+    matrix = packed(rng, "q8g32", 24, 64, count=3)
+    x_THI = rng.standard_normal((5, 3, 64), dtype=np.float32)
+    y_THO = kernels.linear_heads(matrix, x_THI)
+    for h in range(3):
+        size = matrix.data.size // 3
+        single = Matrix("q8g32", matrix.data[h * size : (h + 1) * size], 24, 64)
+        assert np.array_equal(y_THO[:, h], kernels.linear(single, np.ascontiguousarray(x_THI[:, h])))
+
+
+def test_rms_norm_follows_the_formula(isa: str) -> None:
+    rng = np.random.default_rng(6)
+    x, w = rng.standard_normal((3, 128), dtype=np.float32), rng.standard_normal(128, dtype=np.float32)
+    exact = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-5) * w
+    # 8 + 4 roundings of the sum (halved by the root), and 6 more.
+    assert (np.abs(kernels.rms_norm(x, w, 1e-5) - exact) <= gamma(12) * np.abs(exact)).all()
+
+
+def test_the_router_chooses_by_bias_and_weighs_without_it(isa: str) -> None:
+    rng = np.random.default_rng(7)
+    x, router = (
+        rng.standard_normal((20, 64), dtype=np.float32),
+        rng.standard_normal((9, 64), dtype=np.float32) / 8,
+    )
+    bias = rng.standard_normal(9, dtype=np.float32)
+    ids, weights = kernels.route(x, router, bias, 4, 2.446)
+    score = 1 / (1 + np.exp(-(x.astype(np.float64) @ router.T)))
+    for t in range(20):
+        chosen = sorted(np.argsort(-(score[t] + bias), kind="stable")[:4])
+        assert list(ids[t]) == chosen
+        expected = score[t][chosen] / score[t][chosen].sum() * 2.446
+        assert (
+            np.abs(weights[t] - expected) <= gamma(40) * expected
+        ).all()  # 8 in the product, ~20 in exp, the rest
+
+
+def test_equal_scores_go_to_the_lower_index(isa: str) -> None:
+    ids, weights = kernels.route(
+        np.ones((1, 16), np.float32), np.zeros((6, 16), np.float32), np.zeros(6, np.float32), 3, 1
+    )
+    assert list(ids[0]) == [0, 1, 2]
+    assert np.abs(weights - 1 / 3).max() <= 4 * U32
+
+
+def mlp_formula(parts: list[NDArray[Any]], x_D: NDArray[Any]) -> NDArray[Any]:
+    gate, up, down = parts
+    rounded = int8_groups(x_D)
+    g = gate @ rounded
+    return np.asarray(down @ int8_groups(g / (1 + np.exp(-g)) * (up @ rounded)))
+
+
+def test_a_mixture_is_the_weighted_sum_of_its_experts_and_the_shared_one(isa: str) -> None:
+    rng = np.random.default_rng(8)
+    D, F, E, T = 64, 32, 5, 11
+
+    def stack(count: int, width: int) -> tuple[Mlp, list[list[NDArray[Any]]]]:
+        made = [packed(rng, "q4g32", O, I, count) for O, I in ((width, D), (width, D), (D, width))]
+        per = [np.split(m.data, count) for m in made]
+        weights = [
+            [unpack(per[i][e], "q4g32", made[i].rows, made[i].columns) for i in range(3)]
+            for e in range(count)
+        ]
+        return Mlp.stacked(*made), weights
+
+    (routed, w_routed), (shared, w_shared) = stack(E, F), stack(1, 2 * F)
+    x = rng.standard_normal((T, D), dtype=np.float32)
+    ids = np.stack([np.sort(rng.permutation(E)[:2]) for _ in range(T)]).astype(np.int32)
+    weights = rng.uniform(0.2, 2, (T, 2)).astype(np.float32)
+    y = kernels.mixture(routed, shared, x, ids, weights)
+    for t in range(T):
+        x64 = x[t].astype(np.float64)
+        exact = sum(w * mlp_formula(w_routed[e], x64) for e, w in zip(ids[t], weights[t], strict=True))
+        exact = exact + mlp_formula(w_shared[0], x64)
+        # A hidden value on the border of two int8 steps may fall either way: one step of one channel.
+        step = max(np.abs(m).max() for w in (*w_routed, *w_shared) for m in w) * 2 * np.abs(y).max() / 127
+        assert np.abs(y[t] - exact).max() <= step
+    one = np.concatenate(
+        [kernels.mixture(routed, shared, x[t : t + 1], ids[t : t + 1], weights[t : t + 1]) for t in range(T)]
+    )
+    assert np.array_equal(y, one)
+
+
+def test_attention_sees_the_past_and_itself_only(isa: str) -> None:
+    rng = np.random.default_rng(9)
+    T, H, C, R, start = 5, 3, 32, 16, 130  # past two blocks of 64
+    q, qr = rng.standard_normal((T, H, C), dtype=np.float32), rng.standard_normal((T, H, R), dtype=np.float32)
+    latent = np.full((start + T + 3, C), np.nan, np.float16)  # rows beyond the present must not be read
+    key = np.full((start + T + 3, R), np.nan, np.float16)
+    latent[: start + T] = rng.standard_normal((start + T, C))
+    key[: start + T] = rng.standard_normal((start + T, R))
+    u = kernels.latent_attention(q, qr, latent, key, start, 0.2)
+    for t in range(T):
+        n = start + t + 1
+        for h in range(H):
+            score = 0.2 * (latent[:n].astype(np.float64) @ q[t, h] + key[:n].astype(np.float64) @ qr[t, h])
+            a = np.exp(score - score.max())
+            a /= a.sum()
+            exact = a @ latent[:n].astype(np.float64)
+            # Scores of magnitude s carry an error of gamma(8) s into the exponent; then n + 30 roundings of the sum.
+            magnitude = a @ np.abs(latent[:n].astype(np.float64))
+            relative = gamma(8) * 0.2 * (np.abs(latent[:n]) @ np.abs(q[t, h])).max() * 2 + gamma(n + 30)
+            assert (np.abs(u[t, h] - exact) <= relative * magnitude * 2).all()
+
+
+def test_all_instruction_sets_and_thread_counts_give_the_same_bits() -> None:
+    rng = np.random.default_rng(10)
+    matrices = [packed(rng, layout, 45, 320) for layout in ("q4g32", "q8g32")]
+    matrices += [Matrix(kind, random_blocks(rng, kind, 45, 512), 45, 512) for kind in GGML]
+    before, results = kernels.isa(), []
+    try:
+        for name in kernels.usable_isas():
+            for threads in (1, 2, 4):
+                kernels._kernels.use_isa(name)
+                kernels.set_threads(threads)
+                x = np.random.default_rng(11).standard_normal((9, 512), dtype=np.float32)
+                results.append([kernels.linear(m, np.ascontiguousarray(x[:, : m.columns])) for m in matrices])
+    finally:
+        kernels._kernels.use_isa(before)
+        kernels.set_threads(None)
+    for result in results:
+        assert all(np.array_equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_exponentials_are_exact_to_a_few_units_in_the_last_place(isa: str) -> None:
+    x = np.linspace(-25, 80, 100_000).astype(np.float32).reshape(-1, 16)
+    # The router's sigmoid of a product with the unit matrix is 1 / (1 + exp(-x)).
+    eye, none = np.eye(16, dtype=np.float32), np.zeros(16, np.float32)
+    _, weights = kernels.route(x, eye, none, 16, 1.0)
+    score = 1 / (1 + np.exp(-x.astype(np.float64)))
+    expected = score / score.sum(1, keepdims=True)
+    # From -25 up the 1e-20 in the sum does not count. At |x| = 80 the float32 n ln 2 is off by 2^-24 * 80 at most; a polynomial and two divisions add 12 roundings.
+    assert (np.abs(weights - expected) <= (gamma(80) + gamma(12)) * 2 * expected + 1e-37).all()
+
+
+@pytest.mark.parametrize("name", kernels.usable_isas())
+def test_a_forced_instruction_set_is_the_one_in_use(name: str) -> None:
+    code = "from kimi_lite.runtime import kernels; print(kernels.isa())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "KIMI_LITE_ISA": name},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == name
+
+
+def test_a_wrong_instruction_set_is_an_error_that_lists_the_right_ones() -> None:
+    command = [sys.executable, "-m", "kimi_lite", "doctor"]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "KIMI_LITE_ISA": "doesnotexist"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "doesnotexist" in done.stderr
+    assert "scalar" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_shapes_are_refused_at_the_border() -> None:
+    matrix = packed(np.random.default_rng(12), "q4g32", 16, 64)
+    with pytest.raises(ValueError, match="x's width is 32, expected 64"):
+        kernels.linear(matrix, np.zeros((1, 32), np.float32))
+    with pytest.raises(ValueError, match="does not lie in its data"):
+        kernels._kernels.Weights("q4g32", matrix.data[:-1].copy(), 0, 576, 16, 64)
+    with pytest.raises(ValueError, match="token id lies outside"):
+        kernels.embed(matrix, np.array([16], np.int32))
