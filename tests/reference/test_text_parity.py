@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from tolerance import gamma
+from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from kimi_lite.runtime.reference import text
@@ -66,8 +66,13 @@ def theirs(ours: KimiVL) -> Any:
     state = {n.removeprefix(prefix): t for n, t in published_tensors(ours) if n.startswith(prefix)}
     for layer in range(c.n_dense_layers, c.n_layers):
         at = f"model.layers.{layer}.mlp.experts."
-        parts = [[state.pop(f"{at}{e}.{p}_proj.weight") for e in range(c.n_experts)] for p in ("gate", "up", "down")]
-        state[f"{at}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(parts[0], parts[1], strict=True)])
+        parts = [
+            [state.pop(f"{at}{e}.{p}_proj.weight") for e in range(c.n_experts)]
+            for p in ("gate", "up", "down")
+        ]
+        state[f"{at}gate_up_proj"] = torch.stack(
+            [torch.cat(pair) for pair in zip(parts[0], parts[1], strict=True)]
+        )
         state[f"{at}down_proj"] = torch.stack(parts[2])
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not missing
@@ -158,7 +163,13 @@ ROUTE = text.MoE.route
     ids=["rotating halves", "bias in the weights", "no 2.446", "scale of N alone", "scale of C + R"],
 )
 def test_a_known_mistake_exceeds_the_bound(
-    monkeypatch: pytest.MonkeyPatch, ours: KimiVL, theirs: Any, ids: Tensor, where: Any, name: str, mistake: Any
+    monkeypatch: pytest.MonkeyPatch,
+    ours: KimiVL,
+    theirs: Any,
+    ids: Tensor,
+    where: Any,
+    name: str,
+    mistake: Any,
 ) -> None:
     monkeypatch.setattr(where, name, mistake)
     found, bound = difference(ours, theirs, ids)

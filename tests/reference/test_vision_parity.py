@@ -36,12 +36,70 @@ def theirs(ours: KimiVL) -> Any:
         hidden_size=v.hidden_size,
         intermediate_size=v.ffn_size,
     )
-    return Kimi_K25VisionModel(config).float().eval()
+    model = Kimi_K25VisionModel(config).float().eval()
+    names = {"patch_embed.proj": "patch", "final_layernorm": "final_norm"}
+    for i in range(v.n_layers):
+        names |= {f"layers.{i}.norm{j + 1}": f"blocks.{i}.norm{j}" for j in (0, 1)}
+        names |= {f"layers.{i}.mlp.fc{j + 1}": f"blocks.{i}.fc{j}" for j in (0, 1)}
+        names[f"layers.{i}.attn.proj"] = f"blocks.{i}.wo"
+    state = tower.state_dict()
+    mapped = {f"{a}.{end}": state[f"{b}.{end}"] for a, b in names.items() for end in ("weight", "bias")}
+    mapped["patch_embed.proj.weight"] = mapped["patch_embed.proj.weight"].view(-1, 3, 14, 14)
+    mapped["patch_embed.pos_emb.position_embeddings"] = state["positions_hwW"]
+    # Theirs rotates halves: in each head of q and k the even rows come first, then the odd ones.
+    W, K = v.hidden_size, v.hidden_size // v.n_heads
+    regroup = torch.arange(W).view(v.n_heads, K // 2, 2).transpose(1, 2).reshape(-1)
+    for i in range(v.n_layers):
+        for end in ("weight", "bias"):
+            q, k, value = state[f"blocks.{i}.wqkv.{end}"].chunk(3)
+            mapped[f"layers.{i}.attn.q_proj.{end}"] = q[regroup]
+            mapped[f"layers.{i}.attn.k_proj.{end}"] = k[regroup]
+            mapped[f"layers.{i}.attn.v_proj.{end}"] = value
+    model.load_state_dict(mapped, strict=True)
+    return model
 
 
-def test_the_towers_state_maps_name_by_name(theirs: Any) -> None:
-    names = {n.split(".", 1)[0] for n, _ in theirs.named_parameters()}
-    assert names
+@torch.no_grad()
+@pytest.mark.parametrize("grid", [(4, 6), (10, 22), (16, 16), (2, 2)])
+def test_the_tower_agrees_with_transformers_on_single_frames(
+    ours: KimiVL, theirs: Any, grid: tuple[int, int]
+) -> None:
+    P = grid[0] * grid[1]
+    patches = torch.randn(1, P, 588, generator=torch.Generator().manual_seed(P))
+    assert ours.tower is not None
+    found = ours.tower(patches, grid)[0]
+    expected = theirs(patches.view(P, 3, 14, 14), grid_thw=torch.tensor([[1, *grid]])).pooler_output
+    # Per block about 2 x (72 + 104) / 16 + P / 16 steps of products and a softmax over P; three blocks, and the
+    # position table's float32 coordinates: below 200 + P roundings of values up to the largest.
+    bound = gamma(200 + P) * float(expected.abs().max()) * 4
+    error = float((found - expected.reshape(found.shape)).abs().max())
+    assert 0 < error < bound
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mistake", ["rows and columns swapped", "antialiased table"])
+def test_a_known_mistake_is_far_outside(
+    monkeypatch: pytest.MonkeyPatch, ours: KimiVL, theirs: Any, mistake: str
+) -> None:
+    from kimi_lite.runtime.reference import vision
+
+    if mistake == "antialiased table":
+        resize = torch.nn.functional.interpolate
+        monkeypatch.setattr(vision.F_, "interpolate", lambda *a, **k: resize(*a, **k, antialias=True))
+    original = vision.patch_angles
+    if mistake == "rows and columns swapped":
+
+        def swapped(grid: tuple[int, int], config: Any) -> torch.Tensor:
+            angles = original((grid[1], grid[0]), config)
+            return angles.view(2, grid[1], grid[0], -1).transpose(1, 2).reshape(2, grid[0] * grid[1], -1)
+
+        monkeypatch.setattr(vision, "patch_angles", swapped)
+    patches = torch.randn(1, 24, 588, generator=torch.Generator().manual_seed(24))
+    assert ours.tower is not None
+    found = ours.tower(patches, (4, 6))[0]
+    monkeypatch.undo()
+    expected = theirs(patches.view(24, 3, 14, 14), grid_thw=torch.tensor([[1, 4, 6]])).pooler_output
+    assert float((found - expected.reshape(found.shape)).abs().max()) > 0.05
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (10, 10), (16, 16), (4, 6), (10, 34)])
