@@ -5,6 +5,7 @@
 """
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,6 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from kimi_lite.cli import app
 
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(
+            signal.SIGPIPE, signal.SIG_DFL
+        )  # a reader that goes away ends us quietly, as it does `cat`
     warnings.showwarning = _show_warning
     click_error: type[Any] = typer.BadParameter.__mro__[2]  # ClickException, which typer keeps to itself
     try:
@@ -38,10 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130  # 128 + SIGINT, what a shell expects
-    except BrokenPipeError:
-        # Python would complain once more when it closes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
     sys.exit(code or 0)
 
 

@@ -1,0 +1,272 @@
+"""The Python interface and the commands, on the shipped small model."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kimi_lite
+from kimi_lite.errors import UsageError
+from kimi_lite.runtime.sampling import Sampler, SamplingOptions
+
+LONG = 'Reverse "planet".'
+
+
+def command(*arguments: str, text: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kimi_lite", *arguments],
+        input=text if text is not None else "",
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> kimi_lite.Model:
+    return kimi_lite.load()
+
+
+def test_the_public_names_are_those_that_are_listed() -> None:
+    assert all(getattr(kimi_lite, name) is not None for name in kimi_lite.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        kimi_lite.nothing  # noqa: B018
+    assert (Path(kimi_lite.__file__).parent / "py.typed").exists()
+
+
+def test_streaming_equals_the_whole_answer(model: kimi_lite.Model) -> None:
+    model.clear()
+    events = list(model.chat(LONG))
+    whole = model.ask(LONG)
+    assert "".join(e.text for e in events if e.kind == "answer") == whole.text
+    assert "".join(e.text for e in events if e.kind == "thinking") == whole.thinking != ""
+    assert events[-1].kind == "done"
+    assert events[-1].reason == whole.reason == "stop"
+
+
+def test_a_conversation_is_kept_without_its_thinking(model: kimi_lite.Model) -> None:
+    model.clear()
+    list(model.chat("What is 12 + 34?"))
+    events = list(model.chat("Who are you?"))
+    contents = [m.content for m in model.conversation.messages]
+    assert contents[0] == "What is 12 + 34?"
+    assert len(contents) == 4
+    assert not any("think" in str(c) for c in contents)
+    assert events[-1].stats is not None
+    assert events[-1].stats.reused > 20  # the first turn was not computed again
+    fresh = kimi_lite.load()
+    fresh.conversation.messages = model.conversation.messages[:2]
+    assert [e.text for e in fresh.chat("Who are you?")] == [e.text for e in events]
+
+
+def test_cancelling_keeps_what_was_said(model: kimi_lite.Model) -> None:
+    model.clear()
+    events = model.chat(LONG)
+    first = next(events)
+    events.close()  # type: ignore[attr-defined]
+    assert model.conversation.messages[0].content == LONG
+    assert model.conversation.thinking == [first.text]
+    assert list(model.chat("What is 12 + 34?"))[-1].reason == "stop"
+
+
+def test_a_thinking_budget_closes_the_chain_and_answers(model: kimi_lite.Model) -> None:
+    free, short = model.ask(LONG), model.ask(LONG, thinking_budget=6)
+    assert len(short.thinking) < len(free.thinking)
+    assert short.text
+    assert "think" not in short.text
+
+
+def test_a_reply_cut_inside_its_thinking_has_no_answer(model: kimi_lite.Model) -> None:
+    cut = model.ask(LONG, max_tokens=6)
+    assert cut.text == ""
+    assert cut.thinking
+    assert cut.reason == "length"
+
+
+def test_a_stop_text_ends_the_answer(model: kimi_lite.Model) -> None:
+    whole = model.ask("Who are you?")
+    cut = model.ask("Who are you?", stop=["nano"])
+    assert whole.text.partition("nano")[0].rstrip() == cut.text
+
+
+def test_asynchronous_events_are_the_same(model: kimi_lite.Model) -> None:
+    import asyncio
+
+    model.clear()
+    expected = [e.text for e in model.chat(LONG)]
+    model.clear()
+
+    async def collect() -> list[str]:
+        return [e.text async for e in model.achat(LONG)]
+
+    assert asyncio.run(collect()) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"images": ["x.png"]}, "pictures are not read yet"),
+        ({"text": "  "}, "the question is empty"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"stop": [""]}, "a stop text is empty"),
+    ],
+)
+def test_a_request_that_cannot_be_is_one_sentence(
+    model: kimi_lite.Model, arguments: dict[str, object], says: str
+) -> None:
+    text = str(arguments.pop("text", "x"))
+    with pytest.raises(UsageError, match=says):
+        model.ask(text, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_p": 0}, {"min_p": 1}, {"top_k": -1}])
+def test_sampling_options_are_checked(options: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=next(iter(options))):
+        SamplingOptions(**options)  # type: ignore[arg-type]
+
+
+def test_filters_keep_what_they_say() -> None:
+    logits = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
+
+    def drawn(**options: float) -> set[int]:
+        sampler = Sampler(SamplingOptions(temperature=1, seed=0, **options), 4)  # type: ignore[arg-type]
+        return {sampler.draw(logits, []) for _ in range(300)}
+
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(top_k=2) == {0, 1}
+    assert drawn(top_p=0.7) == {0, 1}
+    assert drawn(min_p=0.29) == {0, 1, 2}
+    greedy = Sampler(SamplingOptions(logit_bias={3: 9.0}), 4)
+    assert greedy.draw(logits, []) == 3
+    assert Sampler(SamplingOptions(repetition_penalty=5), 4).draw(logits, [0]) != 0
+    counts = np.bincount(
+        [Sampler(SamplingOptions(temperature=1, seed=s), 4).draw(logits, []) for s in range(2000)]
+    )
+    # Each share is within five standard deviations of its probability.
+    p = np.array([0.5, 0.25, 0.15, 0.1])
+    assert (np.abs(counts / 2000 - p) < 5 * np.sqrt(p * (1 - p) / 2000)).all()
+
+
+def test_ask_prints_the_answer_alone() -> None:
+    done = command("ask", LONG)
+    assert done.returncode == 0
+    assert done.stdout.count("\n") == 1
+    assert "think" not in done.stdout
+    assert "kimi-vl-nano" in done.stderr
+    assert "tok/s" in done.stderr
+    assert "letters:" not in done.stderr  # thinking is not shown to a pipe
+    assert "letters:" in command("ask", "--show-thinking", LONG).stderr
+    assert command("ask", "-q", LONG).stderr == ""
+
+
+def test_ask_puts_standard_input_before_the_question() -> None:
+    assert command("ask", "-q", text=LONG).stdout == command("ask", "-q", LONG).stdout
+
+
+def test_ask_json_is_one_object() -> None:
+    reply = json.loads(command("ask", "--json", "-q", LONG).stdout)
+    assert reply["schema"] == "kimi-lite/1"
+    assert reply["answer"] == command("ask", "-q", LONG).stdout.strip()
+    assert reply["thinking"].startswith("letters:")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["ask"], 2, "no question"),
+        (["ask", "--max-tokens", "6", LONG], 7, "cut off inside its thinking"),
+        (["ask", "-m", "/nowhere/model.gguf", "x"], 3, "/nowhere/model.gguf: not found"),
+        (["ask", "--context", "999999", "x"], 2, "allows 1 to 8192"),
+        (["ask", "--context", "8", "a question of more than eight tokens"], 2, "the context holds 8"),
+        (["ask", "--threads", "0", "x"], 2, "0 threads"),
+        (["ask", "--temperature", "-1", "x"], 2, "temperature is -1"),
+        (["ask", "--nonsense"], 2, "No such option"),
+        (["chat"], 2, "needs a terminal"),
+        (["info", str(Path(__file__))], 3, "this is not a GGUF file"),
+    ],
+)
+def test_bad_usage_is_one_sentence_and_a_code(arguments: list[str], code: int, says: str) -> None:
+    done = command(*arguments)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_and_info_speak() -> None:
+    doctor = command("doctor").stdout
+    assert "kernels" in doctor
+    assert "not in use" in doctor
+    assert "not the fastest" in command("doctor", KIMI_LITE_ISA="scalar").stdout
+    info = command("info", str(Path(kimi_lite.__file__).parent / "nano" / "kimi-vl-nano-int4.gguf")).stdout
+    assert "q4g32" in info
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m kimi_lite ask -q {LONG!r} | true; echo ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.stdout.strip() in ("0", "141")  # whoever is first
+    assert "Traceback" not in done.stderr
+
+
+def talk_in_a_terminal(*typed: tuple[float, bytes]) -> tuple[str, int]:
+    """Run `chat` in a pseudo-terminal, typing each text after its delay; the screen and the exit code."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, [sys.executable, "-m", "kimi_lite", "chat"])
+    screen = b""
+    os.set_blocking(terminal, False)
+    for delay, text in [*typed, (60.0, b"")]:
+        until = time.monotonic() + delay
+        while time.monotonic() < until:
+            try:
+                chunk = os.read(terminal, 65536)
+            except BlockingIOError:
+                time.sleep(0.02)
+                continue
+            except OSError:  # the program has ended
+                chunk = b""
+            if not chunk:
+                until = 0.0
+                break
+            screen += chunk
+            if b"\x1b[6n" in chunk:  # prompt_toolkit asks where the cursor is
+                os.write(terminal, b"\x1b[1;1R")
+        if text:
+            os.write(terminal, text)
+    return screen.decode("utf-8", "replace"), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_chat_answers_knows_its_commands_and_leaves() -> None:
+    screen, code = talk_in_a_terminal(
+        (4, b"Who are you?\r"), (2, b"/stats\r"), (1, b"/nonsense\r"), (1, b"\x04")
+    )
+    assert code == 0
+    assert "kimi-vl-nano, a small model" in screen
+    assert "tok/s" in screen
+    assert "/nonsense is not a command" in screen
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("question", "answer"), [("What is 38 + 47?", "85"), ("Spell: planet", "p-l-a-n-e-t")]
+)
+def test_nano_answers(question: str, answer: str) -> None:
+    started = time.monotonic()
+    assert command("ask", "-q", question).stdout.strip() == answer
+    assert time.monotonic() - started < 20  # a hang, not a speed
