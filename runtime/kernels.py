@@ -31,14 +31,13 @@ except ImportError as error:  # a checkout that was never built
 Float = NDArray[np.float32]
 
 
-def use_environment() -> None:
-    """Obey KIMI_LITE_ISA. Raises UsageError for a name that does not run here."""
-    wanted = os.environ.get("KIMI_LITE_ISA")
-    if wanted and wanted not in usable_isas():
+def use_isa(name: str | None, said_by: str = "isa") -> None:
+    """Use an instruction set by name, or the best for None. Raises UsageError for one that does not run here."""
+    if name and name not in usable_isas():
         raise UsageError(
-            f"KIMI_LITE_ISA is {wanted!r}; on this machine it may be {', '.join(usable_isas())}, or unset for the best"
+            f"{said_by} is {name!r}; on this machine it may be {', '.join(usable_isas())}, or unset for the best"
         )
-    _kernels.use_isa(wanted or usable_isas()[0])
+    _kernels.use_isa(name or usable_isas()[0])
 
 
 def usable_isas() -> list[str]:
@@ -204,4 +203,4 @@ def latent_attention(
 
 
 _NO_EXPERTS = _kernels.Mlp()
-use_environment()
+use_isa(os.environ.get("KIMI_LITE_ISA"), "KIMI_LITE_ISA")

@@ -148,14 +148,14 @@ def unpack(data: NDArray[np.uint8], layout: str, rows: int, columns: int) -> F64
         q = data[start + c // 4 * 64 + r % 16 * 4 + c % 4].view(np.int8).astype(np.float64)
     at = start + run - 32 + r % 16 * 2
     scale = (data[at].astype(np.uint16) | (data[at + 1].astype(np.uint16) << 8)).view(np.float16)
-    return q * scale.astype(np.float64)
+    return np.asarray(q * scale.astype(np.float64))
 
 
 def norm(x: F64, w: F64, eps: float) -> F64:
-    return x / np.sqrt((x**2).mean() + eps) * w
+    return np.asarray(x / np.sqrt((x**2).mean() + eps) * w)
 
 
 def int8_groups(x_I: F64) -> F64:
     x = x_I.reshape(-1, 32)
     scale = np.abs(x).max(1, keepdims=True) / 127
-    return (np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)) * scale).reshape(-1)
+    return np.asarray(np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)) * scale).reshape(-1)

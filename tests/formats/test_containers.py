@@ -96,7 +96,7 @@ def good_file(path: Path) -> bytearray:
     return bytearray(path.read_bytes())
 
 
-DAMAGE: dict[str, Callable[[bytearray], bytes]] = {
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "not 'GGUF'|GGUF": lambda b: b"GGML" + b[4:],
     "version 99": lambda b: b[:4] + struct.pack("<I", 99) + b[8:],
     "too few": lambda b: b[:20],
@@ -122,7 +122,7 @@ DAMAGE: dict[str, Callable[[bytearray], bytes]] = {
 def test_a_damaged_gguf_is_one_sentence(tmp_path: Path, says: str) -> None:
     path = tmp_path / "x.gguf"
     whole = good_file(path)
-    damaged = bytes(DAMAGE[says](whole))
+    damaged = DAMAGE[says](bytes(whole))
     assert damaged != whole
     path.write_bytes(damaged)
     with pytest.raises(ModelFileError, match=says) as caught:
@@ -143,12 +143,13 @@ def test_random_damage_never_escapes(tmp_path_factory: pytest.TempPathFactory, d
 
 
 def test_a_writer_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    with (
-        pytest.raises(KeyboardInterrupt),
-        GgufWriter(tmp_path / "x.gguf", {}, [TensorSpec("t", "F32", (8,))]) as out,
-    ):
-        out.write(np.zeros(3, np.float32))
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with GgufWriter(tmp_path / "x.gguf", {}, [TensorSpec("t", "F32", (8,))]) as out:
+            out.write(np.zeros(3, np.float32))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 

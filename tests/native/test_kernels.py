@@ -14,7 +14,7 @@ from numpy_model import int8_groups, unpack
 from tolerance import U32, gamma
 
 from kimi_lite.formats.packed import pack_quantized
-from kimi_lite.runtime import kernels
+from kimi_lite.runtime import _kernels, kernels
 from kimi_lite.runtime.kernels import Matrix, Mlp
 
 F32 = NDArray[np.float32]
@@ -24,10 +24,10 @@ GGML = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "Q4_K", "Q5_
 @pytest.fixture(params=kernels.usable_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     before = kernels.isa()
-    kernels._kernels.use_isa(request.param)
+    kernels.use_isa(request.param)
     assert kernels.isa() == request.param
     yield request.param
-    kernels._kernels.use_isa(before)
+    kernels.use_isa(before)
 
 
 def packed(rng: np.random.Generator, layout: str, O: int, I: int, count: int = 1) -> Matrix:
@@ -47,7 +47,7 @@ def bound(w_OI: NDArray[Any], x_TI: NDArray[Any]) -> NDArray[Any]:
     """Roundings of one row: the scale product and the fused step of each group, 8 in a chunk, then the chunks; and
     the activations' own scale and quotient."""
     groups = w_OI.shape[1] // 32
-    return gamma(2 * min(8, groups) + groups // 8 + 6) * (np.abs(x_TI) @ np.abs(w_OI).T) + 1e-30
+    return np.asarray(gamma(2 * min(8, groups) + groups // 8 + 6) * (np.abs(x_TI) @ np.abs(w_OI).T) + 1e-30)
 
 
 @pytest.mark.parametrize("layout", ["q4g32", "q8g32"])
@@ -139,7 +139,7 @@ def test_the_router_chooses_by_bias_and_weighs_without_it(isa: str) -> None:
     rng = np.random.default_rng(7)
     x, router = (
         rng.standard_normal((20, 64), dtype=np.float32),
-        rng.standard_normal((9, 64), dtype=np.float32) / 8,
+        rng.standard_normal((9, 64), dtype=np.float32) / np.float32(8),
     )
     bias = rng.standard_normal(9, dtype=np.float32)
     ids, weights = kernels.route(x, router, bias, 4, 2.446)
@@ -229,12 +229,12 @@ def test_all_instruction_sets_and_thread_counts_give_the_same_bits() -> None:
     try:
         for name in kernels.usable_isas():
             for threads in (1, 2, 4):
-                kernels._kernels.use_isa(name)
+                kernels.use_isa(name)
                 kernels.set_threads(threads)
                 x = np.random.default_rng(11).standard_normal((9, 512), dtype=np.float32)
                 results.append([kernels.linear(m, np.ascontiguousarray(x[:, : m.columns])) for m in matrices])
     finally:
-        kernels._kernels.use_isa(before)
+        kernels.use_isa(before)
         kernels.set_threads(None)
     for result in results:
         assert all(np.array_equal(a, b) for a, b in zip(result, results[0], strict=True))
@@ -284,6 +284,6 @@ def test_wrong_shapes_are_refused_at_the_border() -> None:
     with pytest.raises(ValueError, match="x's width is 32, expected 64"):
         kernels.linear(matrix, np.zeros((1, 32), np.float32))
     with pytest.raises(ValueError, match="does not lie in its data"):
-        kernels._kernels.Weights("q4g32", matrix.data[:-1].copy(), 0, 576, 16, 64)
+        _kernels.Weights("q4g32", matrix.data[:-1].copy(), 0, 576, 16, 64)
     with pytest.raises(ValueError, match="token id lies outside"):
         kernels.embed(matrix, np.array([16], np.int32))

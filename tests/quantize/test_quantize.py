@@ -135,7 +135,7 @@ groups = arrays(np.float32, (3, 64), elements=st.floats(-1e4, 1e4, width=32))
 
 
 @given(groups)
-def test_q4g32_errs_by_at_most_half_a_step_inside_its_grid(w: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_q4g32_errs_by_at_most_half_a_step_inside_its_grid(w: np.ndarray) -> None:
     q, scale = quantize_q4g32(w)
     step = np.repeat(scale.astype(np.float64), 32, 1)
     error = np.abs(w.astype(np.float64) - step * (q.astype(np.float64) - 8))
@@ -147,7 +147,7 @@ def test_q4g32_errs_by_at_most_half_a_step_inside_its_grid(w: np.ndarray) -> Non
 
 
 @given(groups)
-def test_q8g32_errs_by_at_most_half_a_step_and_the_scales_rounding(w: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_q8g32_errs_by_at_most_half_a_step_and_the_scales_rounding(w: np.ndarray) -> None:
     q, scale = quantize_q8g32(w)
     step = np.repeat(scale.astype(np.float64), 32, 1)
     error = np.abs(w.astype(np.float64) - step * q)

@@ -9,6 +9,7 @@ from tolerance import gamma
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from kimi_lite.formats.config import TextConfig
 from kimi_lite.runtime.reference import text
 from kimi_lite.runtime.reference.model import KimiVL, expert_loads, load, published_tensors
 from kimi_lite.runtime.reference.random_checkpoint import write_checkpoint
@@ -97,25 +98,22 @@ def test_logits_agree_with_transformers(ours: KimiVL, theirs: Any, ids: Tensor) 
 
 
 @torch.no_grad()
-def test_router_choices_are_identical(ours: KimiVL, theirs: Any, ids: Tensor) -> None:
+def test_router_choices_are_identical(
+    monkeypatch: pytest.MonkeyPatch, ours: KimiVL, theirs: Any, ids: Tensor
+) -> None:
     chosen: list[Tensor] = []
     routed: list[Tensor] = []
-    originals = []
     for layer in theirs.model.layers[1:]:
         layer.mlp.experts.register_forward_hook(lambda _m, args, _o: chosen.append(args[1]))
-    for layer in ours.text.layers[1:]:
-        originals.append(layer.ffn.route)
 
-        def spy(x: Tensor, original: Any = layer.ffn.route) -> tuple[Tensor, Tensor]:
-            result = original(x)
-            routed.append(result[0])
-            return result  # type: ignore[no-any-return]
+    def spy(moe: text.MoE, x: Tensor) -> tuple[Tensor, Tensor]:
+        result = ROUTE(moe, x)
+        routed.append(result[0])
+        return result
 
-        layer.ffn.route = spy
+    monkeypatch.setattr(text.MoE, "route", spy)
     theirs(ids)
     ours(ids)
-    for layer in ours.text.layers[1:]:
-        del layer.ffn.route
     assert len(chosen) == len(routed) == 2
     for a, b in zip(chosen, routed, strict=True):
         assert torch.equal(a.sort(-1).values, b.sort(-1).values)
@@ -157,8 +155,8 @@ ROUTE = text.MoE.route
         (text, "rotate", half_rotation),
         (text.MoE, "route", biased_weights),
         (text.MoE, "route", unscaled_weights),
-        (text.TextConfig, "softmax_scale", property(lambda c: c.nope_dim**-0.5)),
-        (text.TextConfig, "softmax_scale", property(lambda c: (c.kv_rank + c.rope_dim) ** -0.5)),
+        (TextConfig, "softmax_scale", property(lambda c: c.nope_dim**-0.5)),
+        (TextConfig, "softmax_scale", property(lambda c: (c.kv_rank + c.rope_dim) ** -0.5)),
     ],
     ids=["rotating halves", "bias in the weights", "no 2.446", "scale of N alone", "scale of C + R"],
 )

@@ -85,7 +85,11 @@ def test_a_known_mistake_is_far_outside(
 
     if mistake == "antialiased table":
         resize = torch.nn.functional.interpolate
-        monkeypatch.setattr(vision.F_, "interpolate", lambda *a, **k: resize(*a, **k, antialias=True))
+        monkeypatch.setattr(
+            torch.nn.functional,
+            "interpolate",
+            lambda x, size, mode: resize(x, size=size, mode=mode, antialias=True),
+        )
     original = vision.patch_angles
     if mistake == "rows and columns swapped":
 

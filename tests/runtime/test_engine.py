@@ -89,13 +89,13 @@ def test_every_isa_and_thread_count_gives_the_same_bits(files: dict[str, Path]) 
     try:
         for isa in kernels.usable_isas():
             for threads in (1, 2, 3):
-                kernels._kernels.use_isa(isa)
+                kernels.use_isa(isa)
                 for to in ("int4", "q8_0"):
                     engine = Engine(files[to], threads=threads)
                     assert kernels.isa() == isa
                     results.append((to, engine.append(ids)))
     finally:
-        kernels._kernels.use_isa(before)
+        kernels.use_isa(before)
     for to, logits in results:
         assert np.array_equal(logits, next(first for name, first in results if name == to))
 
@@ -162,7 +162,7 @@ def test_a_legacy_file_with_a_joint_expansion_means_the_same_model(
     metadata = {k: v for k, v in old.metadata.items() if not k.endswith("_mla")}
     metadata |= {"deepseek2.attention.key_length": 128, "deepseek2.attention.value_length": 64}
     metadata["deepseek2.attention.head_count_kv"] = 4
-    data: dict[str, tuple[str, tuple[int, ...], np.ndarray]] = {}  # type: ignore[type-arg]
+    data: dict[str, tuple[str, tuple[int, ...], np.ndarray]] = {}
     for name, t in old.tensors.items():
         if "attn_k_b" in name:
             k_HNC = t.float32().transpose(0, 2, 1)
