@@ -1,0 +1,280 @@
+"""How fast does the full-size model run here, and in how much memory?
+
+    python benchmarks/full_shape.py make packed FILE     a 9 GB packed file of random weights, in the default recipe
+    python benchmarks/full_shape.py make gguf FILE       a 10.5 GB GGUF with llama.cpp's Q4_K_M mix of types
+    python benchmarks/full_shape.py make checkpoint DIR  a 32 GB bf16 checkpoint, sparse on disk
+    python benchmarks/full_shape.py run FILE             prefill and decode, speeds, bytes and memory
+
+Real weights are not needed to measure speed and memory: every tensor has the published name and shape (27 layers, 64
+experts, 163,840 tokens), and values are scaled so that activations stay near 1. One tile of valid random blocks a
+type is repeated, so a file takes minutes, not hours.
+
+Ceiling: a decoded token reads every byte that is not an embedding or an idle expert once; nothing can decode faster
+than those bytes can be read. `run` measures that read on the same file, and ends with one JSON line.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kimi_lite.formats.config import ModelConfig, TextConfig
+from kimi_lite.formats.gguf_file import GgufFile, GgufWriter
+from kimi_lite.formats.packed import LAYOUTS, PAGE
+from kimi_lite.formats.safetensors_file import StoredTensor
+from kimi_lite.formats.vocab import Vocab
+from kimi_lite.quantize.plan import Checkpoint, Output, text_metadata, text_outputs
+from kimi_lite.runtime.reference.random_checkpoint import SPECIAL_NAMES, text_shapes, write_side_files
+
+FULL = TextConfig(
+    vocab_size=163840,
+    hidden_size=2048,
+    n_layers=27,
+    n_heads=16,
+    kv_rank=512,
+    nope_dim=128,
+    rope_dim=64,
+    value_dim=128,
+    dense_hidden_size=11264,
+    n_dense_layers=1,
+    n_experts=64,
+    n_active=6,
+    n_shared=2,
+    expert_hidden_size=1408,
+    routed_scale=2.446,
+    rms_eps=1e-5,
+    rope_theta=800000.0,
+    context_length=131072,
+    bos_id=163584,
+    eos_id=163585,
+    pad_id=163839,
+)
+# Layers whose down projections llama-quantize gives more bits in Q4_K_M.
+MORE_BITS = {1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 25, 26}
+# Bytes a block; where the float16 scale stands in it; typical |scale multiplier| x |q|: the scale is 1/sqrt(I) over it.
+BLOCKS = {"Q4_K": (144, 0, 150.0), "Q5_0": (22, 0, 9.0), "Q6_K": (210, 208, 1150.0), "Q8_0": (34, 0, 74.0)}
+TILE = 4096
+
+
+def ranks() -> list[bytes]:
+    """163,584 tokens: all strings of one and two bytes, then enough of three."""
+    ones = [bytes([b]) for b in range(256)]
+    twos = [a + b for a in ones for b in ones]
+    threes = [pair + end for end in (b"a", b"b") for pair in twos]
+    return (ones + twos + threes)[: FULL.vocab_size - 256]
+
+
+class Shapes(Checkpoint):
+    """A checkpoint of sizes only: enough for the plan of a file."""
+
+    def __init__(self) -> None:
+        self.directory = Path("random")
+        self.config = ModelConfig(name="random-full-shape", text=FULL)
+        names = ranks()
+        self.vocab = Vocab(names, {n: len(names) + i for i, n in SPECIAL_NAMES.items()}, FULL.vocab_size)
+        self.tensors, self.missing, self.misshapen, self._seen = {}, [], [], set()
+
+    def tensor(self, name: str, *shape: int) -> StoredTensor | None:
+        return None
+
+
+def q4_k_m(output: Output) -> str:
+    """The type that llama-quantize's Q4_K_M gives a tensor of this model."""
+    if output.kind == "float":
+        return "F32"
+    name, layer = output.name, int(output.name.split(".")[1]) if output.name.startswith("blk") else -1
+    if name == "output.weight":
+        return "Q6_K"
+    if "attn_k_b" in name:
+        return "Q5_0"
+    if "ffn_down_exps" in name:
+        return "Q8_0" if layer in MORE_BITS else "Q5_0"
+    if "ffn_down" in name and (layer in MORE_BITS or layer == 0):
+        return "Q6_K"
+    return "Q4_K"
+
+
+def tile(kind: str, columns: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """A stretch of valid random blocks of one type for rows of this many columns."""
+    scale = columns**-0.5
+    if kind in LAYOUTS:
+        form = LAYOUTS[kind]
+        runs = rng.integers(0, 256, (TILE, form.run_bytes), dtype=np.uint8)
+        values = rng.uniform(0.5, 1.5, (TILE, 16)) * scale / (4.6 if form.bits == 4 else 73)
+        runs[:, -32:] = values.astype(np.float16).view(np.uint8)
+        return runs.reshape(-1)
+    size, at, typical = BLOCKS[kind]
+    blocks = rng.integers(0, 256, (TILE, size), dtype=np.uint8)
+    d = (rng.uniform(0.5, 1.5, TILE) * scale / typical).astype(np.float16)
+    blocks[:, at : at + 2] = d.view(np.uint8).reshape(-1, 2)
+    if kind == "Q4_K":  # the minimum centres the values
+        blocks[:, 2:4] = (d * np.float16(7.5)).view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(-1)
+
+
+def make(kind: str, path: Path) -> None:
+    checkpoint, rng = Shapes(), np.random.default_rng(0)
+    outputs = text_outputs(checkpoint, "int4" if kind == "packed" else "q8_0")
+    if kind == "gguf":
+        outputs = [Output(o.name, q4_k_m(o), o.shape, o.sources, o.kind) for o in outputs]
+    metadata = text_metadata(checkpoint, "int4" if kind == "packed" else "q8_0", outputs)
+    start = time.monotonic()
+    with GgufWriter(path, metadata, [o.spec() for o in outputs], PAGE if kind == "packed" else 32) as out:
+        for output in outputs:
+            columns, left = output.sources[0].columns, output.spec().n_bytes
+            if output.kind == "float":
+                values = rng.standard_normal(left // 4).astype(np.float32) * np.float32(columns**-0.5)
+                out.write(
+                    np.ones(left // 4, np.float32)
+                    if "norm" in output.name
+                    else values * ("bias" not in output.name)
+                )
+                continue
+            data = tile(output.type, columns, rng)
+            while left:
+                n = min(left, data.size)
+                out.write(data[:n])
+                left -= n
+    print(f"{path}: {path.stat().st_size / 1e9:.2f} GB in {time.monotonic() - start:.0f} s")
+
+
+def make_checkpoint(directory: Path) -> None:
+    """Every tensor in its place; all but the first shard's worth of bytes are holes that read as zeros."""
+    write_side_files(directory, FULL, None, ranks())
+    index: dict[str, str] = {}
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    size = 0
+    for name, shape in text_shapes(FULL, ""):
+        n_bytes = 2 * int(np.prod(shape))
+        if size + n_bytes > 5 << 30:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, shape))
+        size += n_bytes
+    rng = np.random.default_rng(0)
+    noise = (rng.standard_normal(1 << 20).astype(np.float32) * 0.02).view(np.uint32) >> 16
+    for number, tensors in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        header, at = {}, 0
+        for name, shape in tensors:
+            n_bytes = 2 * int(np.prod(shape))
+            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + n_bytes]}
+            index[name] = file
+            at += n_bytes
+        head = json.dumps(header).encode()
+        with (directory / file).open("wb") as out:
+            out.write(len(head).to_bytes(8, "little") + head)
+            if number == 1:
+                for _ in range(64):
+                    out.write(noise.astype(np.uint16).tobytes())
+            out.truncate(8 + len(head) + at)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def read_speed(path: Path, threads: int, n_bytes: int) -> float:
+    """GB/s of reading the file's tensor bytes through the map, as many threads as the engine uses."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    whole = np.frombuffer(GgufFile(path).map, np.uint8)[-n_bytes // 4096 * 4096 :]
+    words = whole[: whole.size // 8 * 8].view(np.uint64)
+    parts = np.array_split(words, threads)
+    words.max()  # bring the pages in
+    best = 0.0
+    for _ in range(3):
+        start = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(np.max, parts))
+        best = max(best, words.nbytes / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def run(path: Path, prompt_tokens: int, decode_tokens: int, threads: int | None) -> dict[str, Any]:
+    from kimi_lite.runtime import kernels
+    from kimi_lite.runtime.engine import Engine
+
+    started = time.perf_counter()
+    engine = Engine(path, context=4096, threads=threads)
+    load_s = time.perf_counter() - started
+    prompt = [int(i) for i in np.random.default_rng(1).integers(0, 163000, prompt_tokens)]
+    engine.append(prompt[:16])  # first touch of pages and threads
+    engine.rewind(0)
+    start = time.perf_counter()
+    logits = engine.append(prompt)
+    prefill_s = time.perf_counter() - start
+    assert np.isfinite(logits).all()
+    steps = []
+    for _ in range(decode_tokens):
+        start = time.perf_counter()
+        logits = engine.append([int(logits.argmax())])
+        steps.append(time.perf_counter() - start)
+    anonymous, peak = anonymous_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    steps.sort()
+    token_bytes, median = engine.weights.token_bytes, steps[len(steps) // 2]
+    reading = read_speed(path, kernels.threads(), 2 << 30)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
+    return {
+        "bench": "full_shape",
+        "file": path.name,
+        "commit": commit.stdout.strip(),
+        "machine": {"cpu": cpu.partition(": ")[2], "cores": os.cpu_count(), "system": platform.platform()},
+        **kernels.describe(),
+        "load_s": round(load_s, 2),
+        "prefill_tokens": prompt_tokens,
+        "prefill_tok_per_s": round(prompt_tokens / prefill_s, 1),
+        "decode_tok_per_s": {
+            "p10": round(1 / steps[len(steps) * 9 // 10], 2),
+            "p50": round(1 / median, 2),
+            "p90": round(1 / steps[len(steps) // 10], 2),
+        },
+        "bytes_per_token": token_bytes,
+        "decode_gb_per_s": round(token_bytes / median / 1e9, 2),
+        "read_gb_per_s": round(reading, 2),
+        "fraction_of_read": round(token_bytes / median / 1e9 / reading, 3),
+        "file_gb": round(path.stat().st_size / 1e9, 3),
+        "peak_rss_gb": round(peak / 1e9, 3),
+        "anonymous_gb": round(anonymous / 1e9, 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    making = verbs.add_parser("make")
+    making.add_argument("kind", choices=["packed", "gguf", "checkpoint"])
+    making.add_argument("path", type=Path)
+    running = verbs.add_parser("run")
+    running.add_argument("path", type=Path)
+    running.add_argument("--prompt", type=int, default=256)
+    running.add_argument("--decode", type=int, default=32)
+    running.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    if arguments.verb == "run":
+        print(json.dumps(run(arguments.path, arguments.prompt, arguments.decode, arguments.threads)))
+    elif arguments.kind == "checkpoint":
+        make_checkpoint(arguments.path)
+    else:
+        make(arguments.kind, arguments.path)
+
+
+if __name__ == "__main__":
+    main()
