@@ -190,14 +190,29 @@ def test_a_file_that_lost_a_tensor_is_one_sentence(files: dict[str, Path], tmp_p
 
 @pytest.mark.parity
 def test_greedy_tokens_equal_the_numpy_models_on_200_prompts_of_nano() -> None:
-    engine, oracle = Engine(NANO), NumpyModel(NANO, contract=True)
+    # An activation on the border of two int8 steps may fall either way, and the two then differ like two quantizations.
+    # That can decide a token only where the two best are closer than four times what quantizing activations costs at
+    # that place; there the comparison of the prompt ends. More than 4 of 200 such places would mean something else.
+    engine, oracle, exact = Engine(NANO), NumpyModel(NANO, contract=True), NumpyModel(NANO, contract=False)
     draw = Draw(np.random.default_rng(2026), held_out=True)
+    n_compared = n_borders = 0
     for _ in range(200):
         question = text_sample(draw).turns[0].question
         ids = render([Message("user", question)], engine.tokenizer)
         ours = list(engine.generate(ids, GREEDY, max_tokens=64))
         logits = oracle.logits(ids + ours)[len(ids) - 1 :]
-        expected = [int(row.argmax()) for row in logits]
-        stop = [] if engine.finish_reason == "length" else expected[len(ours) : len(ours) + 1]
-        assert ours == expected[: len(ours)], question
-        assert all(token in engine.stop_ids for token in stop), question
+        for at, row in enumerate(logits):
+            token = ours[at] if at < len(ours) else None
+            best = int(row.argmax())
+            if token == best or (
+                token is None and (best in engine.stop_ids or engine.finish_reason == "length")
+            ):
+                n_compared += 1
+                continue
+            cost = rms(row - exact.logits(ids + ours[:at])[-1])
+            margin = row[best] - (row[token] if token is not None else max(row[i] for i in engine.stop_ids))
+            assert margin < 4 * cost, f"{question}: token {at} is {token}, expected {best} by {margin:.3f}"
+            n_borders += 1
+            break
+    assert n_borders <= 4
+    assert n_compared > 4000
