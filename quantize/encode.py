@@ -6,7 +6,7 @@
 m is the group's value of largest magnitude, with its sign, so that it falls on the end of the grid that has eight
 steps. Of three divisors c the one with the smallest squared error wins: -8 keeps m exact, -8.8 trades m for finer
 steps, -7.2 the other way. On normal values that lowers the error from 8.6 to 8.3 % of the weights' size; sixteen
-divisors would reach 8.1 % (benchmarks/results/2026-11-24-encode.md).
+divisors would reach 8.1 % (benchmarks/results/2026-11-24-encode.jsonl).
 
 Error: |w - scale · (q - 8)| <= scale / 2 wherever q is not clipped and the scale is a normal float16, because we
 divide by the scale as stored.
