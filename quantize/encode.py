@@ -18,9 +18,10 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 
 from kimi_lite.errors import ModelFileError
-from kimi_lite.formats.packed import GROUP, pack_quantized
+from kimi_lite.formats.packed import GROUP, LAYOUTS, ROWS, pack_quantized
 
 DIVISORS = (-8.0, -8.8, -7.2)
+TILE_WEIGHTS = 1 << 20
 LIMIT = 7 * 65504.0  # a larger weight would need a scale beyond float16
 
 
@@ -32,10 +33,12 @@ def encode(weight_OI: NDArray[np.float32], kind: str) -> NDArray[np.uint8]:
     Raises:
         ModelFileError: a weight that is not finite, or beyond what a float16 scale can reach.
     """
-    if kind == "q4g32":
-        return pack_quantized(*quantize_q4g32(weight_OI), kind)
-    if kind == "q8g32":
-        return pack_quantized(*quantize_q8g32(weight_OI), kind)
+    if kind in LAYOUTS:
+        # A tile of whole row blocks at a time: the work in progress is several times as large as the weights.
+        rows = max(ROWS, TILE_WEIGHTS // weight_OI.shape[1] // ROWS * ROWS)
+        to_stored = quantize_q4g32 if kind == "q4g32" else quantize_q8g32
+        tiles = (weight_OI[at : at + rows] for at in range(0, len(weight_OI), rows))
+        return np.concatenate([pack_quantized(*to_stored(tile), kind) for tile in tiles])
     return np.asarray(quantize(weight_OI, GGMLQuantizationType[kind])).reshape(-1).view(np.uint8)
 
 
