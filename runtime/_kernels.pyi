@@ -18,6 +18,11 @@ class Mlp:
     def __init__(self) -> None: ...
     def add(self, gate: Weights, up: Weights, down: Weights) -> None: ...
 
+class LatentCache:
+    def __init__(
+        self, rows: NDArray[np.uint8], columns: NDArray[np.uint8], context: int, C: int, R: int
+    ) -> None: ...
+
 class AttentionLayer:
     def __init__(
         self,
@@ -61,22 +66,14 @@ def route(
 def mixture(
     routed: Mlp, ids: NDArray[np.int32], weights: Floats, shared: Mlp | None, x: Floats, y: Floats
 ) -> None: ...
-def attention(
-    q: Floats,
-    qr: Floats,
-    cache: NDArray[np.uint16],
-    rope: NDArray[np.uint16],
-    start: int,
-    scale: float,
-    u: Floats,
-) -> None: ...
+def remember(cache: LatentCache, rows: Floats, start: int) -> None: ...
+def attention(cache: LatentCache, q: Floats, qr: Floats, start: int, scale: float, u: Floats) -> None: ...
 def attention_layer(
     layer: AttentionLayer,
     x: Floats,
     cos: Floats,
     sin: Floats,
-    latent: NDArray[np.uint16],
-    key: NDArray[np.uint16],
+    cache: LatentCache,
     start: int,
 ) -> None: ...
 def feed_forward_layer(layer: FeedForwardLayer, x: Floats) -> None: ...

@@ -176,9 +176,8 @@ void decode_panel(const Block& block, const uint8_t* data, int rows, int columns
   const size_t row_bytes = static_cast<size_t>(columns / block.elements) * block.bytes;
   for (int r = 0; r < kRows; ++r) {
     for (int g = 0; g < columns / kGroup; ++g) {
-      Group group;
+      Group group{};
       if (first + r < rows) decode_group(block.kind, data + (first + r) * row_bytes, g, &group);
-      else std::memset(&group, 0, sizeof group);
       PanelRun& run = panel[g];
       for (int j = 0; j < 8; ++j) std::memcpy(run.q + 64 * j + 4 * r, group.q + 4 * j, 4);
       run.scale[0][r] = group.scale[0];

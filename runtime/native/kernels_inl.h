@@ -86,6 +86,10 @@ struct Panel {
   static inline V offset(const uint8_t* run) { return vload(reinterpret_cast<const PanelRun*>(run)->offset); }
 };
 
+// A single token is as fast as memory: its weights are asked for this many bytes ahead, across the ends of pages, where
+// the processor's own prefetching stops.
+constexpr int kAhead = 2048;
+
 // NT tokens of a tile of W, from lane `first`.
 template <class F, int NT, int W>
 static inline void tile_product(const uint8_t* run, const uint8_t* tile, int first, int groups, float* out, size_t stride) {
@@ -96,6 +100,8 @@ static inline void tile_product(const uint8_t* run, const uint8_t* tile, int fir
     const int8_t* x = reinterpret_cast<const int8_t*>(tile) + first * kGroup;
     const float* scale = reinterpret_cast<const float*>(tile + W * kGroup) + first;
     const int32_t* sum = reinterpret_cast<const int32_t*>(tile + W * (kGroup + 4)) + first;
+    if (NT == 1)
+      for (int line = 0; line < F::bytes; line += 64) __builtin_prefetch(run + kAhead + line);
     I low[NT], high[NT];  // of channels 0-15 and 16-31, or of odd and even lines, or low alone
     for (int t = 0; t < NT; ++t) {
       const int32_t whole = sum[t], part = sum[W + t];
@@ -170,114 +176,66 @@ static void axpy(float a, const float* x, int n, float* y) {
   for (int k = 0; k < n; k += 16) vstore(y + k, vfma(vset(a), vload(x + k), vload(y + k)));
 }
 
-static void float_to_half(const float* x, int n, uint16_t* out) {
-  for (int k = 0; k < n; k += 16) store_half(out + k, vload(x + k));
+static void residual(const float* x, const uint8_t* tile, int W, int lane, float* out) {
+  const V scale = vset(-reinterpret_cast<const float*>(tile + W * kGroup)[lane]);
+  for (int k = 0; k < kGroup; k += 16) vstore(out + k, vfma(scale, load_int8(tile + lane * kGroup + k), vload(x + k)));
 }
 
-// Scores of H heads against P cached rows, and their sums over the rows with weights: a cached row is converted once for
-// all heads, and H x P (or H x 4) chains hide each other's latency.
-template <int H, int P>
-static inline void scores(const float* q, const float* qr, const uint16_t* cache, const uint16_t* rope, int C, int R,
-                          float scale, float (*score)[kBlock], int j) {
-  V acc[H][P];
-  for (int h = 0; h < H; ++h)
-    for (int i = 0; i < P; ++i) acc[h][i] = vset(0.0f);
-  for (int k = 0; k < C; k += 16) {
-    V c[P];
-    for (int i = 0; i < P; ++i) c[i] = vhalf(cache + static_cast<size_t>(i) * C + k);
-    for (int h = 0; h < H; ++h) {
-      const V qk = vload(q + static_cast<size_t>(h) * C + k);
-      for (int i = 0; i < P; ++i) acc[h][i] = vfma(qk, c[i], acc[h][i]);
-    }
-  }
-  for (int k = 0; k < R; k += 16) {
-    V c[P];
-    for (int i = 0; i < P; ++i) c[i] = vhalf(rope + static_cast<size_t>(i) * R + k);
-    for (int h = 0; h < H; ++h) {
-      const V qk = vload(qr + static_cast<size_t>(h) * R + k);
-      for (int i = 0; i < P; ++i) acc[h][i] = vfma(qk, c[i], acc[h][i]);
-    }
-  }
-  for (int h = 0; h < H; ++h)
-    for (int i = 0; i < P; ++i) score[h][j + i] = scale * lane_sum(acc[h][i]);
+static float softmax(float* s, int n, float scale) {
+  const int padded = (n + kGroup - 1) / kGroup * kGroup;
+  for (int k = n; k < padded; ++k) s[k] = -INFINITY;
+  V top = vload(s);
+  for (int k = 16; k < padded; k += 16) top = vmax(top, vload(s + k));
+  const V most = vset(lane_max(top)), by = vset(scale);
+  for (int k = 0; k < padded; k += 16) vstore(s + k, vexp(vmul(by, vsub(vload(s + k), most))));
+  for (int k = n; k < padded; ++k) s[k] = 0.0f;
+  V total = vset(0.0f);
+  for (int k = 0; k < padded; k += 16) total = vadd(total, vload(s + k));
+  return lane_sum(total);
 }
 
-template <int H>
-static inline void attend_heads(const float* q, const float* qr, const uint16_t* cache, const uint16_t* rope, int m, int C,
-                                int R, float scale, float* top, float* total, float* u) {
-  for (int h = 0; h < H; ++h) {
-    top[h] = -INFINITY;
-    total[h] = 0.0f;
-    for (int k = 0; k < C; k += 16) vstore(u + static_cast<size_t>(h) * C + k, vset(0.0f));
-  }
-  // Online softmax over blocks of kBlock positions counted from position 0, so that the bits depend on the position
-  // alone and not on how the prompt was cut.
-  for (int start = 0; start < m; start += kBlock, cache += static_cast<size_t>(kBlock) * C, rope += static_cast<size_t>(kBlock) * R) {
-    const int n = m - start < kBlock ? m - start : kBlock;
-    float score[H][kBlock], keep[H][16];
-    int j = 0;
-    for (; j + 4 <= n; j += 4)
-      scores<H, 4>(q, qr, cache + static_cast<size_t>(j) * C, rope + static_cast<size_t>(j) * R, C, R, scale, score, j);
-    for (; j < n; ++j)
-      scores<H, 1>(q, qr, cache + static_cast<size_t>(j) * C, rope + static_cast<size_t>(j) * R, C, R, scale, score, j);
-    for (int h = 0; h < H; ++h) {
-      float block_top = top[h];
-      for (int i = 0; i < n; ++i) block_top = score[h][i] > block_top ? score[h][i] : block_top;
-      for (int i = n; i < kBlock; ++i) score[h][i] = -INFINITY;
-      for (int i = 0; i < kBlock; i += 16) vstore(score[h] + i, vexp(vsub(vload(score[h] + i), vset(block_top))));
-      float block_total = 0.0f;
-      for (int i = 0; i < n; ++i) block_total += score[h][i];
-      vstore(keep[h], vexp(vset(top[h] - block_top)));  // 1 when the top stays; the first block keeps nothing of nothing
-      total[h] = __builtin_fmaf(total[h], keep[h][0], block_total);
-      top[h] = block_top;
-    }
-    for (int k = 0; k < C; k += 64) {
-      const int vectors = C - k < 64 ? (C - k) / 16 : 4;
-      V acc[H][4];
-      for (int h = 0; h < H; ++h)
-        for (int v = 0; v < vectors; ++v)
-          acc[h][v] = vmul(vload(u + static_cast<size_t>(h) * C + k + 16 * v), vset(keep[h][0]));
-      if (vectors == 4) {
-        for (int i = 0; i < n; ++i) {
-          V c[4];
-          for (int v = 0; v < 4; ++v) c[v] = vhalf(cache + static_cast<size_t>(i) * C + k + 16 * v);
-          for (int h = 0; h < H; ++h) {
-            const V weight = vset(score[h][i]);
-            for (int v = 0; v < 4; ++v) acc[h][v] = vfma(weight, c[v], acc[h][v]);
-          }
-        }
-      } else {
-        for (int i = 0; i < n; ++i)
-          for (int v = 0; v < vectors; ++v) {
-            const V c = vhalf(cache + static_cast<size_t>(i) * C + k + 16 * v);
-            for (int h = 0; h < H; ++h) acc[h][v] = vfma(vset(score[h][i]), c, acc[h][v]);
-          }
-      }
-      for (int h = 0; h < H; ++h)
-        for (int v = 0; v < vectors; ++v) vstore(u + static_cast<size_t>(h) * C + k + 16 * v, acc[h][v]);
-    }
+// Scale in float16, and the factor that takes a value to its step; a group of zeros, or of values too small for a
+// float16 scale, is stored as zeros.
+static inline V step_of(V absmax, uint16_t* halves) {
+  store_half(halves, vmul(absmax, vset(1.0f / 127.0f)));
+  return vdiv(vset(1.0f), vmax(vhalf(halves), vset(1e-30f)));
+}
+static inline V to_step(V x, V inverse) { return vround(vmax(vmin(vmul(x, inverse), vset(127.0f)), vset(-127.0f))); }
+
+static void store_row(const float* x, int groups, uint8_t* block, int r) {
+  for (int g = 0; g < groups; ++g, x += kGroup, block += kQ8Run) {
+    const V a = vload(x), b = vload(x + 16);
+    uint16_t halves[16];
+    const V inverse = step_of(vset(lane_max(vmax(vabs(a), vabs(b)))), halves);
+    int8_t q[kGroup];
+    store_int8(q, to_step(a, inverse));
+    store_int8(q + 16, to_step(b, inverse));
+    for (int j = 0; j < 8; ++j) __builtin_memcpy(block + 64 * j + 4 * r, q + 4 * j, 4);
+    __builtin_memcpy(block + 512 + 2 * r, halves, 2);
   }
 }
 
-static void attend(const float* q, const float* qr, int heads, const uint16_t* cache, const uint16_t* rope, int m, int C,
-                   int R, float scale, float* top, float* total, float* u) {
-  if (heads == 4) return attend_heads<4>(q, qr, cache, rope, m, C, R, scale, top, total, u);
-  for (int h = 0; h < heads; ++h)
-    attend_heads<1>(q + static_cast<size_t>(h) * C, qr + static_cast<size_t>(h) * R, cache, rope, m, C, R, scale, top + h,
-                    total + h, u + static_cast<size_t>(h) * C);
-}
-
-static void attend_join(float* top, float* total, float* u, float later_top, float later_total, const float* later_u, int C) {
-  const float most = *top > later_top ? *top : later_top;
-  float keep[16], take[16];
-  vstore(keep, vexp(vset(*top - most)));
-  vstore(take, vexp(vset(later_top - most)));
-  *top = most;
-  *total = __builtin_fmaf(later_total, take[0], *total * keep[0]);
-  for (int k = 0; k < C; k += 16)
-    vstore(u + k, vfma(vset(take[0]), vload(later_u + k), vmul(vset(keep[0]), vload(u + k))));
+static void turn_rows(const uint8_t* rows, size_t block_stride, int first, int n, int C, uint8_t* out, size_t out_stride) {
+  for (int b = 0; b < C / kRows; ++b, out += out_stride) {
+    V value[kGroup], absmax = vset(0.0f);
+    for (int i = 0; i < n; ++i) {
+      const uint8_t* run = rows + (first + i) / kRows * block_stride + static_cast<size_t>(b / 2) * kQ8Run;
+      const int r = (first + i) % kRows;
+      uint8_t bytes[16];
+      for (int j = 0; j < 4; ++j) __builtin_memcpy(bytes + 4 * j, run + 64 * (b % 2 * 4 + j) + 4 * r, 4);
+      value[i] = vmul(vset(half_value(run + 512 + 2 * r)), load_int8(bytes));
+      absmax = vmax(absmax, vabs(value[i]));
+    }
+    for (int i = n; i < kGroup; ++i) value[i] = vset(0.0f);
+    uint16_t halves[16];
+    const V inverse = step_of(absmax, halves);
+    for (int j = 0; j < 8; ++j)
+      store_four(out + 64 * j, to_step(value[4 * j], inverse), to_step(value[4 * j + 1], inverse),
+                 to_step(value[4 * j + 2], inverse), to_step(value[4 * j + 3], inverse));
+    __builtin_memcpy(out + 512, halves, 32);
+  }
 }
 
 #define KIMI_TABLE(name, runs_here)                                                                                   \
   {name, runs_here, {block<Q4>, block<Q8>, block<Panel<false, false>>, block<Panel<true, false>>, block<Panel<false, true>>}, \
-   quantize, dot, half_to_float, float_to_half, rms_norm, silu_mul, sigmoid, axpy, attend, attend_join}
+   quantize, dot, half_to_float, rms_norm, silu_mul, sigmoid, axpy, residual, softmax, store_row, turn_rows}

@@ -53,6 +53,26 @@ static inline int32_t store_int8(int8_t* p, V x) {
   const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 }
+static inline V load_int8(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+static inline float half_value(const uint8_t* p) {
+  uint16_t h;
+  __builtin_memcpy(&h, p, 2);
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
+}
+static inline __m256i four_8(__m256 a, __m256 b, __m256 c, __m256 d) {
+  const __m256i byte = _mm256_set1_epi32(255);
+  const __m256i low = _mm256_or_si256(_mm256_and_si256(_mm256_cvtps_epi32(a), byte),
+                                      _mm256_slli_epi32(_mm256_and_si256(_mm256_cvtps_epi32(b), byte), 8));
+  const __m256i high = _mm256_or_si256(_mm256_and_si256(_mm256_cvtps_epi32(c), byte), _mm256_slli_epi32(_mm256_cvtps_epi32(d), 8));
+  return _mm256_or_si256(low, _mm256_slli_epi32(high, 16));
+}
+static inline void store_four(uint8_t* p, V a, V b, V c, V d) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), four_8(a.a, b.a, c.a, d.a));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), four_8(a.b, b.b, c.b, d.b));
+}
 static inline I iset(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 template <int n> static inline I ishl(I x) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
 static inline I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }

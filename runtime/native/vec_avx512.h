@@ -36,6 +36,21 @@ static inline int32_t store_int8(int8_t* p, V x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(whole));
   return _mm512_reduce_add_epi32(whole);
 }
+static inline V load_int8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+static inline float half_value(const uint8_t* p) {
+  uint16_t h;
+  __builtin_memcpy(&h, p, 2);
+  return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_castsi128_si256(_mm_cvtsi32_si128(h))));
+}
+static inline void store_four(uint8_t* p, V a, V b, V c, V d) {
+  const __m512i byte = _mm512_set1_epi32(255);
+  const __m512i low = _mm512_or_si512(_mm512_and_si512(_mm512_cvtps_epi32(a), byte),
+                                      _mm512_slli_epi32(_mm512_and_si512(_mm512_cvtps_epi32(b), byte), 8));
+  const __m512i high = _mm512_or_si512(_mm512_and_si512(_mm512_cvtps_epi32(c), byte), _mm512_slli_epi32(_mm512_cvtps_epi32(d), 8));
+  _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
 static inline I iset(int32_t x) { return _mm512_set1_epi32(x); }
 template <int n> static inline I ishl(I x) { return _mm512_slli_epi32(x, n); }
 static inline I izero() { return _mm512_setzero_si512(); }

@@ -18,7 +18,7 @@ static inline V vpow2(V n) {  // 2^n for whole n in [-126, 127]
   EACH { int32_t bits = (static_cast<int32_t>(n.v[k]) + 127) << 23; __builtin_memcpy(&n.v[k], &bits, 4); }
   return n;
 }
-static inline float half_value(uint16_t h) {
+static inline float half_value_of(uint16_t h) {
   uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
   if (exponent == 31) bits = sign | 0x7f800000u | (mantissa << 13);
   else if (exponent) bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
@@ -31,7 +31,8 @@ static inline float half_value(uint16_t h) {
   __builtin_memcpy(&f, &bits, 4);
   return f;
 }
-static inline V vhalf(const uint16_t* p) { V r; EACH r.v[k] = half_value(p[k]); return r; }
+static inline float half_value(const uint8_t* p) { uint16_t h; __builtin_memcpy(&h, p, 2); return half_value_of(h); }
+static inline V vhalf(const uint16_t* p) { V r; EACH r.v[k] = half_value_of(p[k]); return r; }
 static inline void store_half(uint16_t* p, V a) {  // to nearest, ties to even
   EACH {
     uint32_t bits;
@@ -66,6 +67,16 @@ static inline int32_t store_int8(int8_t* p, V a) {
   int32_t sum = 0;
   EACH { p[k] = static_cast<int8_t>(a.v[k]); sum += p[k]; }
   return sum;
+}
+static inline V load_int8(const uint8_t* p) { V r; EACH r.v[k] = static_cast<float>(static_cast<int8_t>(p[k])); return r; }
+// Lane k's four whole numbers as bytes 4k..4k+3.
+static inline void store_four(uint8_t* p, V a, V b, V c, V d) {
+  EACH {
+    p[4 * k] = static_cast<uint8_t>(static_cast<int8_t>(a.v[k]));
+    p[4 * k + 1] = static_cast<uint8_t>(static_cast<int8_t>(b.v[k]));
+    p[4 * k + 2] = static_cast<uint8_t>(static_cast<int8_t>(c.v[k]));
+    p[4 * k + 3] = static_cast<uint8_t>(static_cast<int8_t>(d.v[k]));
+  }
 }
 static inline I iset(int32_t x) { I r; EACH r.v[k] = x; return r; }
 template <int n> static inline I ishl(I a) { EACH a.v[k] = static_cast<int32_t>(static_cast<uint32_t>(a.v[k]) << n); return a; }
