@@ -20,8 +20,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,7 +67,10 @@ class Peer:
     """What llama.cpp and ik_llama.cpp have in common: llama_batch, llama_decode, llama_get_logits_ith."""
 
     version = ""
-    state_head, state_cell = 0, 2  # int32 words in a saved state: before its count of cells, and for each cell
+    state_head, state_cell = (
+        0,
+        2,
+    )  # int32 words in a saved state: before its count of cells, and for each cell
 
     def __init__(self, api: Any, model: int | None, parameters: Any, job: dict[str, Any]) -> None:
         if not model:
@@ -132,7 +135,9 @@ class Llama(Peer):
         quiet = api.llama_log_callback(lambda level, text, data: None)
         api.llama_log_set(quiet, None)
         self.keep = quiet
-        self.version = f"llama-cpp-python {version('llama-cpp-python')}: {api.llama_print_system_info().decode()}"
+        self.version = (
+            f"llama-cpp-python {version('llama-cpp-python')}: {api.llama_print_system_info().decode()}"
+        )
         api.llama_backend_init()
         wanted = api.llama_model_default_params()
         wanted.use_extra_bufts = job["repack"]
@@ -147,7 +152,9 @@ class Llama(Peer):
     def state(self) -> bytes:
         size = self.api.llama_state_seq_get_size(self.context, 0)
         buffer = (ctypes.c_uint8 * size)()
-        return bytes(buffer)[: self.api.llama_state_seq_get_data(self.context, buffer, size, 0)] and bytes(buffer)
+        return bytes(buffer)[: self.api.llama_state_seq_get_data(self.context, buffer, size, 0)] and bytes(
+            buffer
+        )
 
     def load(self, state: bytes) -> None:
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
@@ -301,7 +308,9 @@ def main() -> None:
     memory = Memory()
     if job["rows"] == ["first"]:
         {"ours": Ours, "llama": Llama, "ik": Ik}[job["engine"]](job).append(tokens(16))
-        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf(
+            "SC_CLK_TCK"
+        )
         print(json.dumps({"first": time.clock_gettime(time.CLOCK_BOOTTIME) - started}), flush=True)
         os._exit(0)
     memory.start()
