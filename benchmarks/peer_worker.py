@@ -62,6 +62,12 @@ class Ours:
 
         fill_cache(self.runtime, n)
 
+    def fraction_of_read(self) -> float:
+        """Bytes a second of decoding over those of a plain read in between, as `kimi-lite bench` measures them."""
+        from kimi_lite.bench import decode_speed
+
+        return decode_speed(self.runtime, PROMPT, DECODED).fraction_of_read or 0.0
+
 
 class Peer:
     """What llama.cpp and ik_llama.cpp have in common: llama_batch, llama_decode, llama_get_logits_ith."""
@@ -205,6 +211,12 @@ class Ik(Peer):
             raise SystemExit("ik_llama.cpp did not take the repeated state; its layout has changed")
 
 
+def open_engine(job: dict[str, Any]) -> Engine:
+    if job["engine"] == "ours":
+        return Ours(job)
+    return Llama(job) if job["engine"] == "llama" else Ik(job)
+
+
 def repeat_state(state: bytes, n: int, target: int, head: int, cell: int) -> bytes:
     """The saved state of n positions made into one of `target` positions by repeating its rows.
 
@@ -291,6 +303,9 @@ def measure(engine: Engine, rows: list[str]) -> Iterator[tuple[str, float]]:
         kind, _, size = row.partition("_")
         if kind == "prefill":
             yield row, prefill(engine, int(size))
+        elif row == "read_fraction":
+            assert isinstance(engine, Ours)
+            yield row, engine.fraction_of_read()
         elif row == "busy":
             prefill(engine, PROMPT)
             with busy_core():
@@ -307,7 +322,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     memory = Memory()
     if job["rows"] == ["first"]:
-        {"ours": Ours, "llama": Llama, "ik": Ik}[job["engine"]](job).append(tokens(16))
+        open_engine(job).append(tokens(16))
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf(
             "SC_CLK_TCK"
         )
@@ -315,7 +330,7 @@ def main() -> None:
         os._exit(0)
     memory.start()
     start = time.perf_counter()
-    engine: Engine = {"ours": Ours, "llama": Llama, "ik": Ik}[job["engine"]](job)
+    engine = open_engine(job)
     result: dict[str, Any] = {"version": engine.version, "load_s": round(time.perf_counter() - start, 2)}
     for row, speed in measure(engine, job["rows"]):
         result[row] = round(speed, 3)

@@ -34,7 +34,8 @@ from kimi_lite.runtime.cache import LatentCache
 from kimi_lite.runtime.engine import Engine
 
 PROMPTS, DEPTHS, DECODED = (256, 2048), (0, 4096), 32
-READ_BYTES = 2 << 30  # far more than any processor's cache holds, and read in a tenth of a second
+READ_BYTES = 1 << 30  # more than processors' caches hold, and read in less than a tenth of a second
+READ_EVERY = 8  # decoded tokens between two readings
 SAMPLE_S = 2.0  # a prompt is run again, up to five times in all, until this long was measured
 
 
@@ -59,13 +60,14 @@ class Speed:
     p90: float
     bytes_per_token: int | None  # of weights and cache, for decoding
     gb_per_s: float | None
+    read_gb_per_s: float | None  # of a plain read, the median of those between the tokens
     fraction_of_read: float | None
     memory: Memory
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `kimi-lite bench` prints. `read_gb_per_s` is by thread count."""
+    """What `kimi-lite bench` prints."""
 
     file: str
     file_bytes: int
@@ -76,7 +78,6 @@ class Report:
     machine: dict[str, Any]
     versions: dict[str, str]
     isa: str
-    read_gb_per_s: dict[int, float]
     rows: list[Speed]
 
     def as_json(self) -> dict[str, Any]:
@@ -121,19 +122,17 @@ def measure(
     started = time.perf_counter()
     engine = Engine(path, context=context or needed, threads=threads[0])
     load_s = time.perf_counter() - started
-    reading, rows = dict[int, float](), list[Speed]()
+    rows = list[Speed]()
     for n_threads in threads:
         kernels.set_threads(n_threads)
         used = kernels.threads()
-        progress(f"reading with {used} threads")
-        reading[used] = round(read_gb_per_s(path, used), 2)
         warm_up(engine)
         for n in prompts:
-            progress(f"prefill of {n} tokens with {used} threads")
-            rows.append(_prefill(engine, n))
+            progress(f"prefill of {n} tokens, {used} threads")
+            rows.append(prefill_speed(engine, n))
         for depth in depths if decode else ():
-            progress(f"decoding at {depth} tokens with {used} threads")
-            rows.append(_decode(engine, depth, decode, reading[used]))
+            progress(f"decoding after {depth} tokens, {used} threads")
+            rows.append(decode_speed(engine, depth, decode))
     config = engine.weights.config
     return Report(
         file=path.name,
@@ -149,9 +148,40 @@ def measure(
             "numpy": np.__version__,
         },
         isa=kernels.isa(),
-        read_gb_per_s=reading,
         rows=rows,
     )
+
+
+def prefill_speed(engine: Engine, n: int) -> Speed:
+    """Of a prompt of n random tokens from an empty cache."""
+    prompt, seconds = random_tokens(engine, n), list[float]()
+    with PeakMemory() as memory:
+        while len(seconds) < 5 and sum(seconds) < SAMPLE_S:
+            engine.rewind(0)
+            start = time.perf_counter()
+            engine.append(prompt)
+            seconds.append(time.perf_counter() - start)
+    p10, p50, p90 = _percentiles([n / s for s in seconds])
+    return Speed("prefill", kernels.threads(), 0, n, p50, p10, p90, None, None, None, None, memory.peak)
+
+
+def decode_speed(engine: Engine, depth: int, n: int) -> Speed:
+    """Of n tokens, one by one, after a made-up cache of `depth`."""
+    fill_cache(engine, depth)
+    reader, config = Reader(engine, kernels.threads()), engine.weights.config
+    seconds, reading = list[float](), list[float]()
+    with PeakMemory() as memory:
+        for i, token in enumerate(random_tokens(engine, n)):
+            if i % READ_EVERY == 0:
+                reading.append(reader.gb_per_s())
+            start = time.perf_counter()
+            engine.append([token])
+            seconds.append(time.perf_counter() - start)
+    p10, p50, p90 = _percentiles([1 / s for s in seconds])
+    moved = engine.weights.token_bytes + (depth + n // 2) * LatentCache.bytes_per_token(config)
+    read, used = statistics.median(reading), moved * p50 / 1e9
+    traffic = moved, round(used, 2), round(read, 2), round(used / read, 3)
+    return Speed("decode", kernels.threads(), depth, n, p50, p10, p90, *traffic, memory.peak)
 
 
 def fill_cache(engine: Engine, n: int) -> None:
@@ -179,25 +209,30 @@ def warm_up(engine: Engine) -> None:
     engine.rewind(0)
 
 
-def read_gb_per_s(path: Path, threads: int, n_bytes: int = READ_BYTES) -> float:
-    """How fast that many threads read the last bytes of a mapped file that is in memory: the best of several passes.
+class Reader:
+    """Times a plain read of a model's mapped bytes, from memory, with some number of threads.
 
-    numpy's maximum of 64-bit words is one load and one vector instruction for 64 bytes, runs without Python's lock, and
-    reads as fast as a C loop with prefetching does (docs/lab-log.md).
+    numpy's sum of 64-bit words runs without Python's lock and came out no slower than its other reductions or a C loop
+    of 64-byte loads with prefetching (docs/lab-log.md).
     """
-    whole = np.frombuffer(GgufFile(path).map, np.uint8)[-(n_bytes // 8 * 8) :]
-    words = whole[whole.size % 8 :].view(np.uint64)
-    parts = np.array_split(
-        words, threads * max(1, min(32, words.size // 4096))
-    )  # small: nobody waits for the last
-    best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(np.max, parts))  # bring the pages in
-        for _ in range(5):
+
+    def __init__(self, engine: Engine, threads: int) -> None:
+        whole = engine.weights.head.data
+        while isinstance(whole.base, np.ndarray):  # a view of the whole map
+            whole = whole.base
+        words = whole[: whole.size // 8 * 8].view(np.uint64)[-READ_BYTES // 8 :]
+        self._parts = np.array_split(words, threads * min(8, 1 + words.nbytes // (threads << 23)))
+        self._pool, self._n_bytes = ThreadPoolExecutor(threads), words.nbytes
+        self.gb_per_s()  # bring the pages in
+
+    def gb_per_s(self) -> float:
+        """The better of two passes: in the first, threads may have to wake up."""
+        seconds = []
+        for _ in range(2):
             start = time.perf_counter()
-            list(pool.map(np.max, parts))
-            best = max(best, words.nbytes / (time.perf_counter() - start) / 1e9)
-    return best
+            list(self._pool.map(np.add.reduce, self._parts))
+            seconds.append(time.perf_counter() - start)
+        return self._n_bytes / min(seconds) / 1e9
 
 
 class PeakMemory(threading.Thread):
@@ -263,59 +298,23 @@ def table(report: Report) -> Iterator[str]:
     yield f"kimi-lite {version['kimi-lite']} with {report.isa}, Python {version['python']}, numpy {version['numpy']}"
     yield ""
     yield (
-        f"{'threads':>7}  {'':7} {'tokens':>6} {'at':>6}  {'tok/s':>7} {'p10–p90':>13}  {'GB a token':>10} {'GB/s':>6} "
-        f"{'of reading':>10}  {'own memory':>10} {'mapped file':>11}"
+        f"{'threads':>7}  {'':7} {'tokens':>6} {'after':>6}  {'tok/s':>7} {'p10–p90':>15}  {'GB a token':>10} "
+        f"{'GB/s':>6} {'reading':>7} {'share':>6}  {'own memory':>10} {'mapped file':>11}"
     )
     for row in report.rows:
-        traffic = f"{'':10} {'':6} {'':10}"
+        traffic = " " * 32
         if row.bytes_per_token is not None:
-            traffic = f"{row.bytes_per_token / 1e9:10.3f} {row.gb_per_s:6.1f} {row.fraction_of_read:10.0%}"
+            traffic = (
+                f"{row.bytes_per_token / 1e9:10.3f} {row.gb_per_s:6.1f} {row.read_gb_per_s:7.1f} "
+                f"{row.fraction_of_read:6.0%}"
+            )
         yield (
             f"{row.threads:7}  {row.kind:7} {row.n:6} {row.depth:6}  {row.tok_per_s:7.1f} "
-            f"{f'{row.p10:.1f}–{row.p90:.1f}':>13}  {traffic}  {row.memory.anonymous / 1e9:7.2f} GB "
+            f"{f'{row.p10:.1f}–{row.p90:.1f}':>15}  {traffic}  {row.memory.anonymous / 1e9:7.2f} GB "
             f"{row.memory.mapped / 1e9:8.2f} GB"
         )
     yield ""
-    for threads, speed in report.read_gb_per_s.items():
-        yield f"plain reading of the mapped file, {threads} threads: {speed:.1f} GB/s"
-
-
-def _prefill(engine: Engine, n: int) -> Speed:
-    prompt, seconds = random_tokens(engine, n), list[float]()
-    with PeakMemory() as memory:
-        while len(seconds) < 5 and sum(seconds) < SAMPLE_S:
-            engine.rewind(0)
-            start = time.perf_counter()
-            engine.append(prompt)
-            seconds.append(time.perf_counter() - start)
-    p10, p50, p90 = _percentiles([n / s for s in seconds])
-    return Speed("prefill", kernels.threads(), 0, n, p50, p10, p90, None, None, None, memory.peak)
-
-
-def _decode(engine: Engine, depth: int, n: int, reading: float) -> Speed:
-    fill_cache(engine, depth)
-    ids, seconds = random_tokens(engine, n), list[float]()
-    with PeakMemory() as memory:
-        for token in ids:
-            start = time.perf_counter()
-            engine.append([token])
-            seconds.append(time.perf_counter() - start)
-    p10, p50, p90 = _percentiles([1 / s for s in seconds])
-    moved = engine.weights.token_bytes + (depth + n // 2) * LatentCache.bytes_per_token(engine.weights.config)
-    speed = moved * p50 / 1e9
-    return Speed(
-        "decode",
-        kernels.threads(),
-        depth,
-        n,
-        p50,
-        p10,
-        p90,
-        moved,
-        round(speed, 2),
-        round(speed / reading, 3),
-        memory.peak,
-    )
+    yield "reading: GB/s of a plain read of the same mapped file with as many threads, timed between the tokens"
 
 
 def _percentiles(values: list[float]) -> tuple[float, float, float]:
