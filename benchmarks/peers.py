@@ -69,18 +69,20 @@ class Setting:
         return f"repack {'on' if self.repack else 'off'}, flash attention {'on' if self.flash else 'off'}, ubatch {self.ubatch}"
 
 
-# A larger ubatch changes nothing below its size, and flash attention is what both are quick with at depth.
+# What is worth trying. A larger ubatch changes nothing below its size. llama.cpp's repacked experts are multiplied one
+# token at a time, which makes long prompts slower; at depth, flash attention is what both are quick with.
+SHORT = ("prefill_256", "decode", "busy", "decode_4096")
 SETTINGS = {
     "ours": (Setting(),),
     "llama": (
         Setting(),
-        Setting(repack=True),
-        Setting(flash=False, rows=("prefill_256", "prefill_2048", "decode", "decode_4096")),
+        Setting(repack=True, rows=(*SHORT, *DEEP)),
+        Setting(flash=False, rows=("prefill_256", "decode")),
         Setting(ubatch=2048, rows=("prefill_2048",)),
         Setting(flash=False, ubatch=2048, rows=("prefill_2048",)),
     ),
     "ik": (
-        Setting(),
+        Setting(rows=(*SHORT, *DEEP)),
         Setting(repack=True),
         Setting(ubatch=2048, rows=("prefill_2048",)),
         Setting(repack=True, ubatch=2048, rows=("prefill_2048",)),
@@ -95,7 +97,7 @@ class Bench:
         self.arguments = arguments
         self.files = {"ours": arguments.packed, "llama": arguments.gguf, "ik": arguments.gguf}
         self.interpreters = {"ours": sys.executable, "llama": arguments.python, "ik": arguments.python}
-        self.rows = [row for row in ROWS if arguments.deep or row not in DEEP]
+        self.rows = [row for row in ROWS if row in arguments.rows]
         self.samples: dict[str, dict[tuple[str, Setting], list[float]]] = {}
         self.memory: dict[str, dict[str, float]] = {}
         self.versions: dict[str, str] = {}
@@ -107,7 +109,8 @@ class Bench:
             for engine in engines if number % 2 == 0 else engines[::-1]:
                 for setting, rows in self.jobs(engine, first=number == 0):
                     self.measure(engine, setting, rows)
-                self.measure(engine, self.best(engine, "first"), ["first"])
+                if "first" in self.arguments.rows:
+                    self.measure(engine, self.best(engine, "first"), ["first"])
 
     def present(self) -> list[str]:
         """The peers that the interpreter has; the others are said and remembered."""
@@ -211,6 +214,7 @@ def ratios(medians: dict[str, Speeds], excess_mb: float) -> dict[str, float | No
         return min((value for value in values if value is not None), default=None)
 
     ours = medians["ours"]
+    busy, quiet = ours.get("busy"), ours.get("decode")
     out: dict[str, float | None] = {"decode": ours_over("decode", "llama", "ik")}
     for peer in PEERS:
         lengths = {n: ours_over(f"prefill_{n}", peer) for n in (256, 2048)}
@@ -220,8 +224,8 @@ def ratios(medians: dict[str, Speeds], excess_mb: float) -> dict[str, float | No
     out["decode_4k_ik"] = ours_over("decode_4096", "ik")
     out["decode_16k"] = ours_over("decode_16384", "llama", "ik")
     out["decode_64k"] = ours_over("decode_65536", "llama", "ik")
-    out["read_fraction"] = round(ours["read_fraction"], 3)
-    out["busy_core"] = round(ours["busy"] / ours["decode"], 3)
+    out["read_fraction"] = ours.get("read_fraction")
+    out["busy_core"] = round(busy / quiet, 3) if busy and quiet else None
     out["peak_excess_mb"] = excess_mb
     return out
 
@@ -273,11 +277,15 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", default=",".join([*(r for r in ROWS if r not in DEEP), "first"]))
     parser.add_argument("--deep", action="store_true", help="decode at 16,384 and 65,536 tokens too")
     parser.add_argument(
         "--wrap", default="", help="put before each engine's command, such as 'taskset -c 0,1'"
     )
     arguments = parser.parse_args()
+    arguments.rows = [*arguments.rows.split(","), *(DEEP if arguments.deep else ())]
+    if unknown := set(arguments.rows) - {*ROWS, "first"}:
+        parser.error(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join([*ROWS, 'first'])}")
     for kind, path in (("packed", arguments.packed), ("gguf", arguments.gguf)):
         if not path.exists():
             make(kind, path)
