@@ -187,10 +187,9 @@ class Bench:
             peaks = self.memory.setdefault(engine, {})
             for name, value in (("anonymous_mb", result["anonymous_mb"]), ("excess_mb", excess)):
                 peaks[name] = round(max(peaks.get(name, 0.0), value), 1)
+        how = "" if engine == "ours" else f" ({setting})"
         for row in rows:
-            print(
-                f"{time.strftime('%H:%M:%S')} {engine} {row}: {result[row]:.2f} ({setting})", file=sys.stderr
-            )
+            print(f"{time.strftime('%H:%M:%S')} {engine} {row}: {result[row]:.2f}{how}", file=sys.stderr)
 
     def medians(self) -> dict[str, Speeds]:
         """Of each row's best setting."""

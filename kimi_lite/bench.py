@@ -2,8 +2,9 @@
 
 Prefill is arithmetic: tokens a second of a prompt, for several lengths. Decoding is memory traffic: each token reads
 the weights of the experts that it goes through, and the cached rows of all tokens before it, once. Nothing can decode
-faster than those bytes can be read, so `read_gb_per_s` measures a plain read of the same mapped file with the same
-number of threads, and every decoding speed is also given as a share of it.
+faster than those bytes can be read, so a plain read of the same mapped file by as many threads is timed every few
+tokens, and each decoding speed is also given as a share of it. (In between, because on shared machines the speed of
+memory was seen to change by half from one second to the next.)
 
 A deep context is not computed but made up (`fill_cache`): attention does the same work whatever the rows say. Tokens
 are random, which spreads them evenly over the experts: the hardest case for prefill.
@@ -168,9 +169,8 @@ def prefill_speed(engine: Engine, n: int) -> Speed:
 def decode_speed(engine: Engine, depth: int, n: int) -> Speed:
     """Of n tokens, one by one, after a made-up cache of `depth`."""
     fill_cache(engine, depth)
-    reader, config = Reader(engine, kernels.threads()), engine.weights.config
     seconds, reading = list[float](), list[float]()
-    with PeakMemory() as memory:
+    with Reader(engine, kernels.threads()) as reader, PeakMemory() as memory:
         for i, token in enumerate(random_tokens(engine, n)):
             if i % READ_EVERY == 0:
                 reading.append(reader.gb_per_s())
@@ -178,7 +178,7 @@ def decode_speed(engine: Engine, depth: int, n: int) -> Speed:
             engine.append([token])
             seconds.append(time.perf_counter() - start)
     p10, p50, p90 = _percentiles([1 / s for s in seconds])
-    moved = engine.weights.token_bytes + (depth + n // 2) * LatentCache.bytes_per_token(config)
+    moved = engine.weights.token_bytes + (depth + n // 2) * LatentCache.bytes_per_token(engine.weights.config)
     read, used = statistics.median(reading), moved * p50 / 1e9
     traffic = moved, round(used, 2), round(read, 2), round(used / read, 3)
     return Speed("decode", kernels.threads(), depth, n, p50, p10, p90, *traffic, memory.peak)
@@ -224,6 +224,12 @@ class Reader:
         self._parts = np.array_split(words, threads * min(8, 1 + words.nbytes // (threads << 23)))
         self._pool, self._n_bytes = ThreadPoolExecutor(threads), words.nbytes
         self.gb_per_s()  # bring the pages in
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown()
 
     def gb_per_s(self) -> float:
         """The better of two passes: in the first, threads may have to wake up."""
