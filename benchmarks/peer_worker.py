@@ -158,13 +158,12 @@ class Llama(Peer):
     def state(self) -> bytes:
         size = self.api.llama_state_seq_get_size(self.context, 0)
         buffer = (ctypes.c_uint8 * size)()
-        return bytes(buffer)[: self.api.llama_state_seq_get_data(self.context, buffer, size, 0)] and bytes(
-            buffer
-        )
+        self.api.llama_state_seq_get_data(self.context, buffer, size, 0)
+        return bytes(buffer)
 
     def load(self, state: bytes) -> None:
-        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        if self.api.llama_state_seq_set_data(self.context, buffer, len(state), 0) != len(state):
+        pointer = ctypes.cast(ctypes.c_char_p(state), ctypes.POINTER(ctypes.c_uint8))
+        if self.api.llama_state_seq_set_data(self.context, pointer, len(state), 0) != len(state):
             raise SystemExit("llama.cpp did not take the repeated state; its layout has changed")
 
 
@@ -281,8 +280,12 @@ class Memory(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.anonymous = self.mapped = 0
+        self.watching = threading.Event()
+        self.watching.set()
 
     def look(self) -> None:
+        if not self.watching.is_set():
+            return
         for line in Path("/proc/self/status").read_text().splitlines():
             name, _, value = line.partition(":")
             if name == "RssAnon":
@@ -296,7 +299,7 @@ class Memory(threading.Thread):
             time.sleep(0.1)
 
 
-def measure(engine: Engine, rows: list[str]) -> Iterator[tuple[str, float]]:
+def measure(engine: Engine, rows: list[str], memory: Memory) -> Iterator[tuple[str, float]]:
     """One number a row: tokens a second."""
     prefill(engine, PROMPT)  # touch every page and start every thread
     for row in rows:
@@ -312,7 +315,9 @@ def measure(engine: Engine, rows: list[str]) -> Iterator[tuple[str, float]]:
                 yield row, decode(engine, DECODED)
         else:  # decode, or decode_DEPTH
             if size:
+                memory.watching.clear()  # the state's copies are ours, not the engine's
                 engine.deepen(int(size))
+                memory.watching.set()
             else:
                 prefill(engine, PROMPT)
             yield row, decode(engine, DECODED)
@@ -332,7 +337,7 @@ def main() -> None:
     start = time.perf_counter()
     engine = open_engine(job)
     result: dict[str, Any] = {"version": engine.version, "load_s": round(time.perf_counter() - start, 2)}
-    for row, speed in measure(engine, job["rows"]):
+    for row, speed in measure(engine, job["rows"], memory):
         result[row] = round(speed, 3)
         print(row, result[row], file=sys.stderr, flush=True)
     memory.look()

@@ -18,6 +18,7 @@ Prints a table, and ends with one JSON line.
 import argparse
 import json
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -202,7 +203,7 @@ class Bench:
         }
 
 
-def ratios(medians: dict[str, Speeds], excess_mb: float) -> dict[str, float | None]:
+def ratios(medians: dict[str, Speeds], excess_mb: float | None) -> dict[str, float | None]:
     """What the comparison comes to; None where a peer or a row is missing."""
 
     def ours_over(row: str, *peers: str) -> float | None:
@@ -258,9 +259,8 @@ def report(medians: dict[str, Speeds], bench: Bench) -> Iterable[str]:
     for row, text in {**ROWS, "first": "first token, seconds"}.items():
         if any(row in medians[e] for e in engines):
             yield f"{text:26}" + "".join(f"{medians[e].get(row, float('nan')):14.2f}" for e in engines)
-    yield f"{'memory of its own, MB':26}" + "".join(
-        f"{bench.memory[e]['anonymous_mb']:14.0f}" for e in engines
-    )
+    own = [bench.memory.get(e, {}).get("anonymous_mb", float("nan")) for e in engines]
+    yield f"{'memory of its own, MB':26}" + "".join(f"{value:14.0f}" for value in own)
 
 
 def main() -> None:
@@ -285,18 +285,24 @@ def main() -> None:
     arguments.rows = [*arguments.rows.split(","), *(DEEP if arguments.deep else ())]
     if unknown := set(arguments.rows) - {*ROWS, "first"}:
         parser.error(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join([*ROWS, 'first'])}")
+    if shutil.which(arguments.python) is None:
+        parser.error(
+            f"--python is {arguments.python}, which does not run; name the interpreter that has the peers"
+        )
     for kind, path in (("packed", arguments.packed), ("gguf", arguments.gguf)):
         if not path.exists():
             make(kind, path)
     bench = Bench(arguments)
     bench.run()
     medians = bench.medians()
+    if "ours" not in medians:
+        raise SystemExit("kimi-lite gave no result, so there is nothing to compare")
     print("\n".join(report(medians, bench)))
     print(
         json.dumps(
             {
                 "bench": "peers",
-                **ratios(medians, bench.memory["ours"]["excess_mb"]),
+                **ratios(medians, bench.memory.get("ours", {}).get("excess_mb")),
                 "medians": medians,
                 "memory": bench.memory,
                 "settings": {
