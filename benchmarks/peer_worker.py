@@ -28,6 +28,7 @@ from typing import Any, Protocol
 N_PLAIN = 163000  # ids below are ordinary tokens
 PROMPT = 256  # tokens in front of a decode at short context, and of the state that a deep one is made from
 DECODED = 32
+NOT_NUMBERS = "the logits are not numbers; the file is not fit for a measurement"
 
 
 class Engine(Protocol):
@@ -52,7 +53,9 @@ class Ours:
         self.version = f"kimi-lite {kimi_lite.__version__}, {kernels.isa()}"
 
     def append(self, ids: list[int]) -> None:
-        self.runtime.append(ids)
+        logit = self.runtime.append(ids)[0]
+        if logit != logit:
+            raise SystemExit(NOT_NUMBERS)
 
     def rewind(self, n: int) -> None:
         self.runtime.rewind(n)
@@ -104,7 +107,7 @@ class Peer:
             self.n += len(part)
         logit = self.api.llama_get_logits_ith(self.context, -1)[0]
         if logit != logit:
-            raise SystemExit("the logits are not numbers; the file is not fit for a measurement")
+            raise SystemExit(NOT_NUMBERS)
 
     def rewind(self, n: int) -> None:
         self.forget(n)

@@ -78,7 +78,7 @@ SETTINGS = {
     "llama": (
         Setting(),
         Setting(repack=True, rows=(*SHORT, *DEEP)),
-        Setting(flash=False, rows=("prefill_256", "decode")),
+        Setting(flash=False, rows=("prefill_256",)),
         Setting(ubatch=2048, rows=("prefill_2048",)),
         Setting(flash=False, ubatch=2048, rows=("prefill_2048",)),
     ),
@@ -171,9 +171,10 @@ class Bench:
                 str(WORKER),
                 json.dumps(job),
             ]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                print(f"{engine}: no result with {setting}", file=sys.stderr)
+                last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+                print(f"{engine}: no result with {setting}: {last}", file=sys.stderr)
                 continue
             self.keep(engine, setting, group, json.loads(done.stdout.splitlines()[-1]))
 
