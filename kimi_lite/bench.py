@@ -185,14 +185,14 @@ def decode_speed(engine: Engine, depth: int, n: int) -> Speed:
 
 
 def fill_cache(engine: Engine, n: int) -> None:
-    """Make the cache n tokens deep with random rows. The only place here that knows how the cache is laid out."""
+    """Make the cache n tokens deep with random rows."""
     engine.rewind(0)
-    rng = np.random.default_rng(0)
-    for array_LSX in (engine.cache.latent_LSC, engine.cache.key_LSR):
-        tile_SX = rng.standard_normal((min(n, 256), array_LSX.shape[2]), np.float32).astype(np.float16)
+    config = engine.weights.config
+    width = config.kv_rank + config.rope_dim
+    tile_SX = np.random.default_rng(0).standard_normal((256, width), np.float32)
+    for layer in engine.cache.layers:
         for start in range(0, n, 256):
-            end = min(start + 256, n)
-            array_LSX[:, start:end] = tile_SX[: end - start]
+            kernels.remember(layer, tile_SX[: n - start], start)
     engine.cache.n, engine.tokens = n, [0] * n
 
 

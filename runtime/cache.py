@@ -35,7 +35,9 @@ class LatentCache:
         self.n = n
 
     @staticmethod
-    def bytes_per_token(config: TextConfig) -> float:
+    def bytes_per_token(config: TextConfig) -> int:
         """Over many positions; memory comes in whole groups."""
         many = 1 << 20
-        return config.n_layers * sum(kernels.latent_cache_bytes(many, config.kv_rank, config.rope_dim)) / many
+        return (
+            config.n_layers * sum(kernels.latent_cache_bytes(many, config.kv_rank, config.rope_dim)) // many
+        )

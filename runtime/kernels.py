@@ -180,6 +180,11 @@ def latent_cache_bytes(context: int, C: int, R: int) -> tuple[int, int]:
     return matrix_bytes("q8g32", context, C + R), matrix_bytes("q8g32", C, context)
 
 
+def remember(cache: "_kernels.LatentCache", rows_TX: Float, start: int) -> None:
+    """Store T positions from `start` on; a row is the latent and the rotated key, X = C + R."""
+    _kernels.remember(cache, rows_TX, start)
+
+
 def latent_attention(
     cache: "_kernels.LatentCache", q_THC: Float, qr_THR: Float, start: int, scale: float
 ) -> Float:

@@ -207,7 +207,7 @@ def remembered(
     # Bytes beyond the present must not be read: 0x7f in a scale is not a number.
     rows, columns = (np.full(n, 0x7F, np.uint8) for n in kernels.latent_cache_bytes(room, C, R))
     cache = kernels.latent_cache(rows, columns, room, C, R)
-    _kernels.remember(cache, np.ascontiguousarray(np.concatenate([latent_SC, key_SR], 1)), 0)
+    kernels.remember(cache, np.ascontiguousarray(np.concatenate([latent_SC, key_SR], 1)), 0)
     latent, key = (np.stack([cached(row) for row in x.astype(np.float64)]) for x in (latent_SC, key_SR))
     return cache, latent, key
 
@@ -245,7 +245,7 @@ def test_the_cache_does_not_depend_on_how_it_was_filled(isa: str) -> None:
     cache = remembered(latent_SC[::-1].copy(), key_SR, S)[0]  # another past, to be written over
     at = 0
     for n in (1, 30, 1, 1, 31, 36):
-        _kernels.remember(cache, both[at : at + n], at)
+        kernels.remember(cache, both[at : at + n], at)
         part = kernels.latent_attention(cache, q[at : at + n], qr[at : at + n], at, 0.2)
         assert np.array_equal(part, whole[at : at + n])
         at += n
