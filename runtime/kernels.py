@@ -97,6 +97,22 @@ class Matrix:
         ]
 
 
+def packed_as(layout: str) -> str | None:
+    """The packed layout that holds a ggml type bit for bit, or None."""
+    return None if layout in LAYOUTS else _kernels.packed_as(layout)
+
+
+def pack(matrix: Matrix) -> Matrix:
+    """The same matrices in their packed layout, in memory of their own; the type must have one."""
+    layout = packed_as(matrix.layout)
+    assert layout is not None, f"{matrix.layout} has no packed layout"
+    size = matrix_bytes(layout, matrix.rows, matrix.columns)
+    data = np.empty(matrix.count * size, np.uint8)
+    for i, handle in enumerate(matrix.handles):
+        _kernels.pack(handle, data[i * size : (i + 1) * size])
+    return Matrix(layout, data, matrix.rows, matrix.columns, matrix.count)
+
+
 class Mlp:
     """One or more SwiGLU experts of width F on model width D, from packed runs or from three stacked matrices."""
 

@@ -48,7 +48,7 @@ Weights weights(const std::string& type, const Bytes& data, size_t offset, size_
   require(rows > 0 && columns > 0, "a matrix needs rows and columns");
   require(columns % (block.elements == 1 ? 16 : kGroup) == 0 && columns % block.elements == 0,
           type + " needs columns in whole blocks of " + std::to_string(std::max(block.elements, kGroup)) + ", not " + std::to_string(columns));
-  const bool packed = block.kind == Kind::q4g32 || block.kind == Kind::q8g32;
+  const bool packed = is_packed(block.kind);
   const size_t row_bytes = static_cast<size_t>(columns) / block.elements * block.bytes;
   const size_t need = packed ? (static_cast<size_t>(rows + kRows - 1) / kRows - 1) * stride + row_bytes * kRows : row_bytes * rows;
   require(offset + need <= data.shape(0), "a matrix of " + std::to_string(need) + " bytes does not lie in its data");
@@ -112,10 +112,24 @@ NB_MODULE(_kernels, m) {
     const int T = axis(ids, 0, "ids");
     same(axis(y, 0, "y"), T, "y's length");
     same(axis(y, 1, "y"), w.columns, "y's width");
+    require(!is_packed(w.block->kind) || w.block->kind <= Kind::q8g32, std::string("rows of ") + w.block->name + " cannot be looked up");
     for (int t = 0; t < T; ++t) require(ids.data()[t] >= 0 && ids.data()[t] < w.rows, "a token id lies outside the vocabulary");
     Computing computing;
     embed(w, ids.data(), T, y.data());
   }, "w"_a, "ids"_a, "y"_a);
+  m.def("packed_as", [](const std::string& type) -> std::optional<std::string> {
+    const char* name = packed_as(block_named(type.c_str()).kind);
+    return name ? std::optional<std::string>(name) : std::nullopt;
+  }, "type"_a);
+  m.def("pack", [](const Weights& w, const BytesOut& out) {
+    const char* name = packed_as(w.block->kind);
+    require(name != nullptr, std::string(w.block->name) + " has no packed layout");
+    const Block& packed = block_named(name);
+    const size_t size = static_cast<size_t>(w.rows + kRows - 1) / kRows * kRows * w.columns / packed.elements * packed.bytes;
+    require(out.shape(0) == size, "the packed matrix takes " + std::to_string(size) + " bytes");
+    Computing computing;
+    pack(w, out.data());
+  }, "w"_a, "out"_a);
   m.def("rms_norm", [](const Floats& x, const Floats& weight, float eps, const Out& y) {
     const int T = axis(x, 0, "x"), D = axis(x, 1, "x");
     same(axis(weight, 0, "weight"), D, "the norm's width");

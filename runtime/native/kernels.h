@@ -19,6 +19,12 @@ constexpr int kGroup = 32;   // input channels that share an activation scale
 constexpr int kChunk = 8;    // groups between two roundings of the running total
 constexpr int kQ4Run = 288;  // bytes of 16 rows x 32 channels: 4 lines of 64, 16 float16 scales
 constexpr int kQ8Run = 544;  // 8 lines of 64, 16 float16 scales
+constexpr int kQ5Run = 352;  // 4 lines, one line of fifth bits, 16 float16 scales
+// K-quants in sixteens: 256 channels share 16 float16 scales (and, in q4k, 16 scales of the minima), then come 8 runs.
+constexpr int kQ4KHead = 64, kQ4KRun = 288;  // 4 lines, 16 scales and 16 minima of one byte
+constexpr int kQ6KHead = 32, kQ6KRun = 416;  // 4 lines, 2 lines of upper bits, 2 x 16 signed scales of one byte
+// What the 16 codes of IQ4_NL stand for.
+constexpr int8_t kNonLinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 constexpr int kTile = 8;     // tokens whose activations stand together
 
 // A panel is one row block of a ggml type, decoded: what differs between the types is gone.
@@ -34,7 +40,7 @@ static_assert(sizeof(PanelRun) == 512 + 4 * 3 * kRows, "PanelRun has no padding"
 // W times -8 x (sum of the values), W times the same of the first 16 channels. One pointer walks a tile.
 constexpr int kTokenGroup = 32 + 4 + 4 + 4;  // bytes of one token's group
 
-enum class Form { q4g32, q8g32, panel, panel_halves, panel_offsets, count };
+enum class Form { q4g32, q8g32, q5g32, i4g32, q4k, q6k, panel, panel_halves, panel_offsets, count };
 
 // One row block times a tile: out[i * stride + row] for its W tokens, 16 floats each.
 using BlockKernel = void (*)(const void* w, const uint8_t* tile, int groups, int W, float* out, size_t stride);

@@ -104,11 +104,9 @@ void row_block(const Weights& w, int b, const Operand& x, float* out, size_t str
       }
       return;
     }
-    case Kind::q4g32:
-      return multiply(Form::q4g32, w.data + b * w.stride, x, out, stride);
-    case Kind::q8g32:
-      return multiply(Form::q8g32, w.data + b * w.stride, x, out, stride);
     default: {
+      if (is_packed(w.block->kind))  // Kind and Form list the packed layouts in one order
+        return multiply(static_cast<Form>(w.block->kind), w.data + b * w.stride, x, out, stride);
       PanelRun* panel = scratch.panel.get(w.columns / kGroup);
       decode_panel(*w.block, w.data, w.rows, w.columns, b * kRows, panel);
       const Form form = w.block->halves ? Form::panel_halves : w.block->offsets ? Form::panel_offsets : Form::panel;
@@ -276,6 +274,12 @@ void embed(const Weights& w, const int32_t* ids, int T, float* y) {
       }
     }
   }
+}
+
+void pack(const Weights& w, uint8_t* out) {
+  const Block& packed = block_named(packed_as(w.block->kind));
+  const size_t size = static_cast<size_t>(w.columns) / packed.elements * packed.bytes * kRows;
+  pool().run(blocks_of(w.rows), [&](int b, int) { pack_block(*w.block, w.data, w.rows, w.columns, b, out + b * size); });
 }
 
 void rms_norm(const float* x, const float* weight, int T, int D, float eps, float* y) {

@@ -48,7 +48,8 @@ class Buffer {
 
 void linear(const Weights& w, const float* x, int T, float* y);                         // [T][I] -> [T][O]
 void linear_heads(const std::vector<Weights>& w, const float* x, int T, float* y);      // [T][H][I] -> [T][H][O]
-void embed(const Weights& w, const int32_t* ids, int T, float* y);                      // rows, dequantized
+void embed(const Weights& w, const int32_t* ids, int T, float* y);  // rows, dequantized; q4g32, q8g32 or a ggml type
+void pack(const Weights& w, uint8_t* out);  // a ggml matrix in its packed layout
 void rms_norm(const float* x, const float* weight, int T, int D, float eps, float* y);
 // Sigmoid scores of x [T][D] against router [E][D]; the A largest of score + bias, ties to the lower index, listed by
 // index; weights are their unbiased scores over their sum, times scale.

@@ -53,6 +53,10 @@ static inline int32_t store_int8(int8_t* p, V x) {
   const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 }
+static inline V load_uint8(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+}
 static inline V load_int8(const uint8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
@@ -90,6 +94,20 @@ static inline L llow(L w) {
 static inline L lhigh(L w) {
   const __m256i m = _mm256_set1_epi8(15);
   return {_mm256_and_si256(_mm256_srli_epi16(w.a, 4), m), _mm256_and_si256(_mm256_srli_epi16(w.b, 4), m)};
+}
+static inline L lor(L x, L y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+// Shifts run over 16-bit lanes; the masks keep only bits that came from the same byte.
+template <int j> static inline __m256i bit_8(__m256i x) {
+  return _mm256_and_si256(j < 4 ? _mm256_slli_epi16(x, j < 4 ? 4 - j : 0) : _mm256_srli_epi16(x, j < 4 ? 0 : j - 4), _mm256_set1_epi8(16));
+}
+template <int j> static inline __m256i two_8(__m256i x) {
+  return _mm256_and_si256(j < 2 ? _mm256_slli_epi16(x, j < 2 ? 4 - 2 * j : 0) : _mm256_srli_epi16(x, j < 2 ? 0 : 2 * j - 4), _mm256_set1_epi8(48));
+}
+template <int j> static inline L lbit(L x) { return {bit_8<j>(x.a), bit_8<j>(x.b)}; }
+template <int j> static inline L ltwo(L x) { return {two_8<j>(x.a), two_8<j>(x.b)}; }
+static inline L lcode(L x) {
+  const __m256i codes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNonLinear)));
+  return {_mm256_shuffle_epi8(codes, x.a), _mm256_shuffle_epi8(codes, x.b)};
 }
 static inline int32_t four(const int8_t* x) { int32_t r; __builtin_memcpy(&r, x, 4); return r; }
 static inline I dot_u7(I acc, L w, const int8_t* x) {

@@ -36,6 +36,9 @@ static inline int32_t store_int8(int8_t* p, V x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(whole));
   return _mm512_reduce_add_epi32(whole);
 }
+static inline V load_uint8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 static inline V load_int8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
@@ -59,6 +62,17 @@ static inline I iadd(I x, I y) { return _mm512_add_epi32(x, y); }
 static inline L lload(const uint8_t* p) { return _mm512_loadu_si512(p); }
 static inline L llow(L w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
 static inline L lhigh(L w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
+static inline L lor(L a, L b) { return _mm512_or_si512(a, b); }
+// Shifts run over 16-bit lanes; the masks keep only bits that came from the same byte.
+template <int j> static inline L lbit(L a) {
+  return _mm512_and_si512(j < 4 ? _mm512_slli_epi16(a, j < 4 ? 4 - j : 0) : _mm512_srli_epi16(a, j < 4 ? 0 : j - 4), _mm512_set1_epi8(16));
+}
+template <int j> static inline L ltwo(L a) {
+  return _mm512_and_si512(j < 2 ? _mm512_slli_epi16(a, j < 2 ? 4 - 2 * j : 0) : _mm512_srli_epi16(a, j < 2 ? 0 : 2 * j - 4), _mm512_set1_epi8(48));
+}
+static inline L lcode(L a) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNonLinear))), a);
+}
 static inline int32_t four(const int8_t* x) { int32_t r; __builtin_memcpy(&r, x, 4); return r; }
 static inline I dot_u7(I acc, L w, const int8_t* x) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four(x))); }
 static inline I dot_s8(I acc, L w, const int8_t* x) {

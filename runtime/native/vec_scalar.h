@@ -68,6 +68,7 @@ static inline int32_t store_int8(int8_t* p, V a) {
   EACH { p[k] = static_cast<int8_t>(a.v[k]); sum += p[k]; }
   return sum;
 }
+static inline V load_uint8(const uint8_t* p) { V r; EACH r.v[k] = static_cast<float>(p[k]); return r; }
 static inline V load_int8(const uint8_t* p) { V r; EACH r.v[k] = static_cast<float>(static_cast<int8_t>(p[k])); return r; }
 // Lane k's four whole numbers as bytes 4k..4k+3.
 static inline void store_four(uint8_t* p, V a, V b, V c, V d) {
@@ -88,6 +89,11 @@ struct L { uint8_t b[64]; };
 static inline L lload(const uint8_t* p) { L r; __builtin_memcpy(r.b, p, 64); return r; }
 static inline L llow(L a) { for (int k = 0; k < 64; ++k) a.b[k] &= 15; return a; }
 static inline L lhigh(L a) { for (int k = 0; k < 64; ++k) a.b[k] >>= 4; return a; }
+static inline L lor(L a, L b) { for (int k = 0; k < 64; ++k) a.b[k] |= b.b[k]; return a; }
+// Bit j of every byte, moved to bit 4; bits 2j and 2j + 1, moved to bits 4 and 5; what a code of IQ4_NL stands for.
+template <int j> static inline L lbit(L a) { for (int k = 0; k < 64; ++k) a.b[k] = static_cast<uint8_t>((a.b[k] >> j & 1) << 4); return a; }
+template <int j> static inline L ltwo(L a) { for (int k = 0; k < 64; ++k) a.b[k] = static_cast<uint8_t>((a.b[k] >> 2 * j & 3) << 4); return a; }
+static inline L lcode(L a) { for (int k = 0; k < 64; ++k) a.b[k] = static_cast<uint8_t>(kNonLinear[a.b[k]]); return a; }
 // acc[row] += dot of the row's 4 weights (unsigned, at most 127) and the 4 activations at x.
 static inline I dot_u7(I acc, L w, const int8_t* x) {
   EACH for (int c = 0; c < 4; ++c) acc.v[k] += static_cast<int32_t>(w.b[4 * k + c]) * x[c];

@@ -94,6 +94,18 @@ def test_ggml_products_follow_the_gguf_package(isa: str, kind: str, T: int) -> N
     assert np.abs(kernels.embed(matrix, ids) - w_OI[ids]).max() <= 4 * U32 * np.abs(w_OI).max() * 4
 
 
+@pytest.mark.parametrize("kind", [kind for kind in GGML if kernels.packed_as(kind)])
+@pytest.mark.parametrize("T", [1, 2, 5, 8, 15])
+def test_packed_ggml_types_give_the_bits_of_the_stored_ones(isa: str, kind: str, T: int) -> None:
+    rng = np.random.default_rng(len(kind) + T)
+    O, I = 37, 768
+    stored = Matrix(kind, np.concatenate([random_blocks(rng, kind, O, I) for _ in range(2)]), O, I, 2)
+    x_T2I = rng.standard_normal((T, 2, I), dtype=np.float32)
+    packed_matrix = kernels.pack(stored)
+    assert packed_matrix.layout == kernels.packed_as(kind)
+    assert np.array_equal(kernels.linear_heads(packed_matrix, x_T2I), kernels.linear_heads(stored, x_T2I))
+
+
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
 def test_float_products_are_not_quantized(isa: str, kind: str) -> None:
     rng = np.random.default_rng(3)
@@ -255,6 +267,7 @@ def test_all_instruction_sets_and_thread_counts_give_the_same_bits() -> None:
     rng = np.random.default_rng(10)
     matrices = [packed(rng, layout, 45, 320) for layout in ("q4g32", "q8g32")]
     matrices += [Matrix(kind, random_blocks(rng, kind, 45, 512), 45, 512) for kind in GGML]
+    matrices += [kernels.pack(m) for m in matrices if kernels.packed_as(m.layout)]
     before, results = kernels.isa(), []
     try:
         for name in kernels.usable_isas():
