@@ -105,6 +105,10 @@ def tile(kind: str, columns: int, rng: np.random.Generator) -> NDArray[np.uint8]
     if kind in LAYOUTS:
         form = LAYOUTS[kind]
         runs = rng.integers(0, 256, (TILE, form.run_bytes), dtype=np.uint8)
+        if form.bits == 4:
+            # -7 to 7: with -8, all weights lean one way, and all tokens choose the same experts.
+            low, high = rng.integers(1, 16, (2, *runs.shape), dtype=np.uint8)
+            runs = low | high << 4
         values = rng.uniform(0.5, 1.5, (TILE, 16)) * scale / (4.6 if form.bits == 4 else 73)
         runs[:, -32:] = values.astype(np.float16).view(np.uint8)
         return runs.reshape(-1)

@@ -7,7 +7,7 @@ tokens, and each decoding speed is also given as a share of it. (In between, bec
 memory was seen to change by half from one second to the next.)
 
 A deep context is not computed but made up (`fill_cache`): attention does the same work whatever the rows say. Tokens
-are random, which spreads them evenly over the experts: the hardest case for prefill.
+are random, so that a prompt needs more of the experts than text on one subject does.
 
 Dimension key:  S cached positions   C latent   R rope
 """
