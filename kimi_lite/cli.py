@@ -6,6 +6,8 @@ nothing else; thinking, statistics, progress and warnings go to standard error.
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -194,25 +196,8 @@ def quantize(
     """Turn a published checkpoint into one file that runs."""
     from kimi_lite.quantize.convert import quantize as convert
 
-    result = None
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description:32}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("reading the checkpoint", total=None)
-            result = convert(
-                checkpoint,
-                out,
-                to=to,  # type: ignore[arg-type]
-                format=format,
-                progress=lambda name, done, total: bar.update(
-                    task, description=name, completed=done, total=total
-                ),
-            )
-    else:
-        result = convert(checkpoint, out, to=to, format=format)  # type: ignore[arg-type]
+    with _progress("reading the checkpoint") as progress:
+        result = convert(checkpoint, out, to=to, format=format, progress=progress)  # type: ignore[arg-type]
     for path in result.paths:
         print(path)
     print(
@@ -224,6 +209,35 @@ def quantize(
 
         for name, error in tensor_errors(checkpoint, out):
             print(f"{error:8.4%}  {name}", file=sys.stderr)
+
+
+@app.command()
+def pack(
+    model: Annotated[Path, typer.Argument(help="A standard GGUF file of this model.")],
+    out: Annotated[Path, typer.Argument(help="The packed file to write.")],
+) -> None:
+    """Pack a standard GGUF once for all: the same weights, ready to be mapped."""
+    from kimi_lite.pack import pack as write_packed
+
+    with _progress("reading the file") as progress:
+        n_bytes = write_packed(model, out, progress)
+    print(out)
+    print(f"{n_bytes / 1e9:.2f} GB", file=sys.stderr)
+
+
+@contextmanager
+def _progress(beginning: str) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar on a terminal: name, bytes done, in all. None elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:32}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(beginning, total=None)
+        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
 
 
 @app.command()

@@ -199,63 +199,94 @@ const char* packed_as(Kind kind) {
   }
 }
 
+namespace {
+uint64_t eight(const uint8_t* p) {
+  uint64_t x;
+  std::memcpy(&x, p, 8);
+  return x;
+}
+uint32_t four(const uint8_t* p) {
+  uint32_t x;
+  std::memcpy(&x, p, 4);
+  return x;
+}
+constexpr uint64_t kNibbles = 0x0f0f0f0f0f0f0f0f;
+
+// Line p of row r from the nibbles of channels 8p..8p+7, a byte each: four low, four high.
+void put(uint8_t* run, int p, int r, uint64_t channels) {
+  const uint32_t line = static_cast<uint32_t>(channels) | static_cast<uint32_t>(channels >> 32) << 4;
+  std::memcpy(run + 64 * p + 4 * r, &line, 4);
+}
+}  // namespace
+
+// Bytes are moved eight at a time; all shifts stay within their byte. (Little-endian, as every processor we run on.)
 void pack_block(const Block& block, const uint8_t* data, int rows, int columns, int b, uint8_t* out) {
   const Kind kind = block.kind;
-  const size_t row_bytes = static_cast<size_t>(columns / block.elements) * block.bytes;
+  const bool wide = kind == Kind::Q4_K || kind == Kind::Q6_K;  // blocks of 256
   const int run_bytes = kind == Kind::Q8_0 ? kQ8Run : kind == Kind::Q5_0 ? kQ5Run : kind == Kind::Q6_K ? kQ6KRun : kQ4Run;
   const int head_bytes = kind == Kind::Q4_K ? kQ4KHead : kind == Kind::Q6_K ? kQ6KHead : 0;
-  // Added to a decoded value, this gives what is stored.
-  const int bias = kind == Kind::Q4_0 ? 8 : kind == Kind::Q5_0 ? 16 : kind == Kind::Q6_K ? 32 : 0;
-  for (int g = 0; g < columns / kGroup; ++g) {
-    uint8_t* head = out + static_cast<size_t>(g / 8) * (head_bytes + 8 * run_bytes);  // of the 256 channels
-    uint8_t* run = head + head_bytes + g % 8 * run_bytes;
-    std::memset(run, 0, run_bytes);
-    for (int r = 0; r < kRows; ++r) {
-      const int row = b * kRows + r;
-      uint8_t u[kGroup] = {};
-      if (row >= rows) {  // scale 0; the stored value does not matter
-        if (head_bytes && g % 8 == 0) for (int at = 2 * r; at < head_bytes; at += 32) std::memset(head + at, 0, 2);
-        continue;
-      }
-      const uint8_t* stored = data + row * row_bytes;
-      if (kind == Kind::IQ4_NL) {
-        nibbles(stored + 18 * g + 2, reinterpret_cast<int8_t*>(u));
-      } else {
-        Group group;
-        decode_group(kind, stored, g, &group);
-        for (int i = 0; i < kGroup; ++i) u[i] = static_cast<uint8_t>(group.q[i] + bias);
-      }
-      if (kind == Kind::Q8_0) {
-        for (int j = 0; j < 8; ++j) std::memcpy(run + 64 * j + 4 * r, u + 4 * j, 4);
-      } else {
-        for (int p = 0; p < 4; ++p)
-          for (int c = 0; c < 4; ++c)
-            run[64 * p + 4 * r + c] = static_cast<uint8_t>((u[8 * p + c] & 15) | (u[8 * p + 4 + c] & 15) << 4);
-      }
-      if (kind == Kind::Q5_0)
-        for (int i = 0; i < kGroup; ++i) run[256 + 4 * r + i % 4] |= static_cast<uint8_t>((u[i] >> 4 & 1) << (i / 4));
-      if (kind == Kind::Q6_K)
-        for (int i = 0; i < kGroup; ++i) run[256 + 64 * (i / 16) + 4 * r + i % 4] |= static_cast<uint8_t>((u[i] >> 4 & 3) << (2 * (i / 4 % 4)));
+  const size_t row_bytes = static_cast<size_t>(columns / block.elements) * block.bytes;
+  for (int r = 0; r < kRows; ++r) {
+    const int row = b * kRows + r;
+    for (int g = 0; g < columns / kGroup; ++g) {
+      uint8_t* head = out + static_cast<size_t>(g / 8) * (head_bytes + 8 * run_bytes);  // of 256 channels
+      uint8_t* run = head + head_bytes + g % 8 * run_bytes;
+      static const uint8_t zeros[256] = {};  // past the end: scale 0, whatever the values
+      const uint8_t* from = row < rows ? data + row * row_bytes + static_cast<size_t>(wide ? g / 8 : g) * block.bytes : zeros;
       switch (kind) {
+        case Kind::Q8_0:
+          for (int j = 0; j < 8; ++j) std::memcpy(run + 64 * j + 4 * r, from + 2 + 4 * j, 4);
+          std::memcpy(run + 512 + 2 * r, from, 2);
+          break;
+        case Kind::Q4_0:
+        case Kind::IQ4_NL:
+        case Kind::Q5_0: {
+          const bool five = kind == Kind::Q5_0;
+          for (int k = 0; k < 2; ++k) {  // low halves are channels 0-15, high halves 16-31
+            const uint64_t bytes = eight(from + (five ? 6 : 2) + 8 * k);
+            put(run, k, r, bytes & kNibbles);
+            put(run, 2 + k, r, bytes >> 4 & kNibbles);
+          }
+          if (five) {
+            const uint32_t bits = four(from + 2);  // bit i is channel i's; byte c gathers those of 4j + c in order of j
+            for (int c = 0; c < 4; ++c) {
+              uint32_t x = bits >> c & 0x11111111u;
+              x = (x | x >> 3) & 0x03030303u;
+              x = (x | x >> 6) & 0x000f000fu;
+              run[256 + 4 * r + c] = static_cast<uint8_t>(x | x >> 12);
+            }
+          }
+          std::memcpy(run + run_bytes - 32 + 2 * r, from, 2);
+          break;
+        }
         case Kind::Q4_K: {
-          const uint8_t* super = stored + 144 * (g / 8);
+          for (int p = 0; p < 4; ++p) {
+            const uint64_t bytes = eight(from + 16 + 32 * (g % 8 / 2) + 8 * p);
+            put(run, p, r, (g % 2 ? bytes >> 4 : bytes) & kNibbles);
+          }
           int scale, minimum;
-          k_scale(super + 4, g % 8, &scale, &minimum);
-          std::memcpy(head + 2 * r, super, 2);
-          std::memcpy(head + 32 + 2 * r, super + 2, 2);
+          k_scale(from + 4, g % 8, &scale, &minimum);
           run[256 + r] = static_cast<uint8_t>(scale);
           run[272 + r] = static_cast<uint8_t>(minimum);
+          std::memcpy(head + 2 * r, from, 2);
+          std::memcpy(head + 32 + 2 * r, from + 2, 2);
           break;
         }
-        case Kind::Q6_K: {
-          const uint8_t* super = stored + 210 * (g / 8);
-          std::memcpy(head + 2 * r, super + 208, 2);
-          run[384 + r] = super[192 + 2 * (g % 8)];
-          run[400 + r] = super[192 + 2 * (g % 8) + 1];
-          break;
+        default: {  // Q6_K
+          const int part = g % 8 / 4, j = g % 4;
+          for (int p = 0; p < 4; ++p) {
+            const uint64_t bytes = eight(from + 64 * part + 32 * (j % 2) + 8 * p);
+            put(run, p, r, (j / 2 ? bytes >> 4 : bytes) & kNibbles);
+          }
+          for (int half = 0; half < 2; ++half) {
+            uint32_t upper = 0;
+            for (int k = 0; k < 4; ++k)
+              upper |= (four(from + 128 + 32 * part + 16 * half + 4 * k) >> (2 * j) & 0x03030303u) << (2 * k);
+            std::memcpy(run + 256 + 64 * half + 4 * r, &upper, 4);
+            run[384 + 16 * half + r] = from[192 + 2 * (g % 8) + half];
+          }
+          std::memcpy(head + 2 * r, from + 208, 2);
         }
-        default:
-          std::memcpy(run + run_bytes - 32 + 2 * r, stored + static_cast<size_t>(block.bytes) * g, 2);
       }
     }
   }

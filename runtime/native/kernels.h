@@ -70,6 +70,8 @@ struct Kernels {
 
 extern const Kernels kScalar;
 #if defined(__x86_64__) || defined(_M_X64)
-extern const Kernels kAvx2, kAvx512Vnni;
+extern const Kernels kAvx2, kAvxVnni, kAvx512Vnni256, kAvx512Vnni;
+#elif defined(__aarch64__) || defined(_M_ARM64)
+extern const Kernels kNeon;
 #endif
 }  // namespace kimi

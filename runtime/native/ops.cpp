@@ -10,7 +10,9 @@ namespace {
 
 const Kernels* const kBestFirst[] = {
 #if defined(__x86_64__) || defined(_M_X64)
-    &kAvx512Vnni, &kAvx2,
+    &kAvx512Vnni, &kAvxVnni, &kAvx512Vnni256, &kAvx2,
+#elif defined(__aarch64__) || defined(_M_ARM64)
+    &kNeon,
 #endif
     &kScalar};
 

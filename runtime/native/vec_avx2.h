@@ -110,6 +110,27 @@ static inline L lcode(L x) {
   return {_mm256_shuffle_epi8(codes, x.a), _mm256_shuffle_epi8(codes, x.b)};
 }
 static inline int32_t four(const int8_t* x) { int32_t r; __builtin_memcpy(&r, x, 4); return r; }
+#if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
+// VNNI at 256 bits: four byte products a lane and step. Newer processors without AVX-512 have it in one encoding, those
+// with AVX-512 in another.
+static inline __m256i dot_8(__m256i acc, __m256i w, __m256i x) {
+#ifdef __AVXVNNI__
+  return _mm256_dpbusd_avx_epi32(acc, w, x);
+#else
+  return _mm256_dpbusd_epi32(acc, w, x);
+#endif
+}
+static inline I dot_u7(I acc, L w, const int8_t* x) {
+  const __m256i b = _mm256_set1_epi32(four(x));
+  return {dot_8(acc.a, w.a, b), dot_8(acc.b, w.b, b)};
+}
+static inline I dot_s8(I acc, L w, const int8_t* x) {
+  // Unsigned weights are wanted: w + 128. The caller takes 128 * (sum of activations) off again, exactly.
+  const __m256i b = _mm256_set1_epi32(four(x)), top = _mm256_set1_epi8(-128);
+  return {dot_8(acc.a, _mm256_xor_si256(w.a, top), b), dot_8(acc.b, _mm256_xor_si256(w.b, top), b)};
+}
+static constexpr int32_t bias_s8 = 128;
+#else
 static inline I dot_u7(I acc, L w, const int8_t* x) {
   // Two products of at most 127 * 127 fit in int16, so maddubs cannot saturate: 32258 < 32767.
   const __m256i b = _mm256_set1_epi32(four(x)), ones = _mm256_set1_epi16(1);
@@ -124,5 +145,6 @@ static inline I dot_s8(I acc, L w, const int8_t* x) {
   return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(pa, ones)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(pb, ones))};
 }
 static constexpr int32_t bias_s8 = 0;
+#endif
 static constexpr int kBatch = 4;  // a vector is two registers, of which there are 16
 #undef TWO

@@ -40,8 +40,8 @@ from kimi_lite.runtime.reference.vision import merge_patches
 from kimi_lite.runtime.template import ImagePart, Message, render
 from kimi_lite.runtime.tokenizer import Tokenizer
 
-TEXT_BATCH, TEXT_POOL = 64, 768  # a pool is sorted by length and cut into batches of like length
-PICTURE_BATCH = 128
+TEXT_BATCH, TEXT_POOL = 32, 768  # a pool is sorted by length and cut into batches of like length
+PICTURE_BATCH = 64
 # First text and shapes; then the tower alone learns what lies over each half patch (which character, and the how
 # manyeth; the how manyeth shape), in short steps; then all together.
 TOWER_FROM, READING_FROM = 900, 2700

@@ -1,15 +1,18 @@
 """The CPU runtime against the slow numpy model, and against itself cut in every way."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from numpy.typing import NDArray
 from numpy_model import NumpyModel
 from tolerance import gamma
 
-from kimi_lite.errors import ModelFileError, UsageError
+from kimi_lite.errors import DoesNotFitError, ModelFileError, UsageError
+from kimi_lite.pack import pack
 from kimi_lite.quantize.convert import quantize
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.engine import Engine
@@ -17,6 +20,7 @@ from kimi_lite.runtime.reference.random_checkpoint import write_checkpoint
 from kimi_lite.runtime.reference.tasks import Draw, text_sample
 from kimi_lite.runtime.sampling import SamplingOptions
 from kimi_lite.runtime.template import Message, render
+from kimi_lite.runtime.weights import open_weights
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "kimi_lite" / "nano" / "kimi-vl-nano-int4.gguf"
@@ -73,6 +77,45 @@ def test_long_prompts_stay_within_what_rounding_costs(files: dict[str, Path], to
     contract = NumpyModel(files[to], contract=True).logits(ids)[-1]
     exact = NumpyModel(files[to], contract=False).logits(ids)[-1]
     assert 0.5 < rms(ours - exact) / rms(contract - exact) < 2
+
+
+@pytest.mark.parametrize("to", ["q8_0", "q4_0"])
+def test_a_packed_gguf_gives_the_bits_of_the_one_it_was_made_from(
+    files: dict[str, Path], to: str, tmp_path: Path
+) -> None:
+    out, ids = tmp_path / "packed.gguf", prompt(8, 20)
+    assert pack(files[to], out) == out.stat().st_size
+    packed, standard = Engine(out), Engine(files[to])
+    assert packed.weights.packed_bytes == 0  # mapped as it lies
+    assert standard.weights.packed_bytes > 0
+    assert np.array_equal(packed.append(ids), standard.append(ids))
+    # and those of the stored blocks, which run without being packed
+    standard.weights = open_weights(files[to], pack=False)
+    standard.rewind(0)
+    assert np.array_equal(standard.append(ids), Engine(out).append(ids))
+
+
+def test_packing_refuses_what_it_cannot_do(files: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="packed already"):
+        pack(files["int4"], tmp_path / "out.gguf")
+    with pytest.raises(UsageError, match="none of its types"):
+        pack(files["bf16"], tmp_path / "out.gguf")
+    with pytest.raises(UsageError, match="is a directory"):
+        pack(files["q8_0"], tmp_path)
+    with pytest.raises(UsageError, match="cannot take the place"):
+        pack(files["q8_0"], files["q8_0"])
+    with pytest.raises(ModelFileError, match="not found"):
+        pack(tmp_path / "none.gguf", tmp_path / "out.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gguf_that_memory_cannot_hold_packed_is_refused_with_numbers(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(DoesNotFitError, match=r"takes 0\.\d GB; 0\.0 GB are free.*kimi-lite pack"):
+        Engine(files["q8_0"])
+    Engine(files["int4"])  # needs no room
 
 
 @pytest.mark.parametrize("to", ["int4", "q4_0", "bf16"])
