@@ -209,6 +209,11 @@ class GgufFile:
                 )
             self.tensors[name] = GgufTensor(name, type_name, shape, whole[base + offset :][:n_bytes])
 
+    def drop_pages(self) -> None:
+        """Tell the system that the file's pages are not needed again soon, once everything was copied out of it."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.map.madvise(mmap.MADV_DONTNEED)
+
     @staticmethod
     def _declaration(read: _Cursor) -> tuple[str, str, tuple[int, ...], int, int]:
         name = read.string()
