@@ -5,6 +5,7 @@ heads read the one cached row of a position. With sums in one fixed order (docs/
 bits however it is cut.
 
 Dimension key:  T tokens   D hidden   H heads   N/R/C no-rope, rope, latent   V value width, or vocabulary   A active
+                M image tokens
 """
 
 import numpy as np
@@ -16,12 +17,21 @@ from kimi_lite.runtime.cache import LatentCache
 from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.weights import Layer, Weights
 
+Spliced = tuple[NDArray[np.int64], NDArray[np.float16]]
 
-def forward(weights: Weights, cache: LatentCache, ids_T: NDArray[np.int32]) -> Float:
-    """Append T tokens to the cache; returns the last one's logits, float32 [V]."""
+
+def forward(
+    weights: Weights, cache: LatentCache, ids_T: NDArray[np.int32], pictures: Spliced | None = None
+) -> Float:
+    """Append T tokens to the cache; returns the last one's logits, float32 [V].
+
+    `pictures` gives embedding rows to the positions of image tokens: (positions [M] in this step, rows [M, D]).
+    """
     c, T = weights.config, len(ids_T)
     assert cache.n + T <= cache.context, f"{T} tokens after {cache.n} exceed {cache.context}"
     x_TD = kernels.embed(weights.embed, ids_T)
+    if pictures is not None:
+        x_TD[pictures[0]] = pictures[1]
     cos_TR, sin_TR = rope_tables(c, cache.n, T)
     for index, layer in enumerate(weights.layers):
         h_TD = kernels.rms_norm(x_TD, layer.attn_norm_D, c.rms_eps)

@@ -20,12 +20,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from kimi_lite.errors import ModelFileError
+from kimi_lite.errors import ModelFileError, UsageError
 from kimi_lite.formats.config import ImageConfig, VisionConfig
 from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.formats.packed import GROUP, matrix_bytes
-from kimi_lite.runtime import _kernels
+from kimi_lite.runtime import _kernels, image
+from kimi_lite.runtime.image_cache import ImageCache
 from kimi_lite.runtime.kernels import Float, Matrix, linear
 from kimi_lite.runtime.template import ImagePart
 
@@ -365,3 +367,72 @@ def patch_angles(grid: tuple[int, int], K: int) -> tuple[Float, Float]:
     row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     angle = np.stack([column[:, None] * frequency, row[:, None] * frequency], -1).reshape(len(row), K // 2)
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+class ImageEncoder:
+    """Pictures to embedding rows, through the cache; the weights are read when the first picture is new."""
+
+    def __init__(self, path: Path, text_width: int, cache: ImageCache, max_tokens: int | None = None) -> None:
+        """`path` is an mmproj file. `max_tokens` caps the tokens of one picture below the published limit.
+
+        Raises:
+            ModelFileError: the file is missing, damaged, or belongs to another model.
+        """
+        file = GgufFile(path)
+        table = _Reader(file, True).get("v.position_embd.weight")
+        VisionConfig.from_gguf(file.metadata, table.shape[0], str(path))
+        self.image = ImageConfig.from_gguf(file.metadata, path)
+        found = file.metadata.get("clip.vision.projection_dim")
+        if found != text_width:
+            raise ModelFileError(
+                f"{path}: gives rows of {found} values, but the text model takes {text_width}; "
+                "it belongs to another model"
+            )
+        if max_tokens is not None and max_tokens < 1:
+            raise UsageError(f"{max_tokens} image tokens were asked for; give at least 1")
+        self.path, self.cache, self.max_tokens = path, cache, max_tokens
+        self.text_width, self.identity = text_width, _identity(file)
+        self.n_encoded = 0  # pictures that no cache knew
+        self._weights: VisionWeights | None = None
+
+    def n_tokens(self, size: tuple[int, int], *, capped: bool = True) -> int:
+        """Tokens of a picture (width, height). Raises UsageError for a shape that the model cannot take."""
+        _, (h, w) = image.plan(size, self.image, self.max_tokens if capped else None)
+        return h * w // 4
+
+    def encode(
+        self, pictures: Sequence[Image.Image], on_progress: Progress | None = None
+    ) -> list[EncodedImage]:
+        """One row of embeddings for each image token; `pictures` are RGB."""
+        canvases, keys = [], []
+        for picture in pictures:
+            size, grid = image.plan(picture.size, self.image, self.max_tokens)
+            pixels = image.canvas(picture, size, grid)
+            # The canvas and the processor's constants are all that the tower sees of a picture.
+            facts = f"{RESULT_VERSION} {self.identity} {grid} {self.image.mean} {self.image.std}"
+            digest = hashlib.sha256(facts.encode())
+            digest.update(pixels.data)
+            canvases.append((pixels, grid))
+            keys.append(digest.hexdigest())
+        new = {key: c for key, c in zip(keys, canvases, strict=True) if self.cache.get(key) is None}
+        if new:
+            self._weights = self._weights or open_vision(self.path)
+            inputs = [(image.patches(pixels, self.image), grid) for pixels, grid in new.values()]
+            self.n_encoded += len(new)
+            fresh = dict(zip(new, map(_rounded, encode(self._weights, inputs, on_progress)), strict=True))
+            for key, made_MD in fresh.items():
+                self.cache.put(key, made_MD)
+        else:
+            fresh = {}
+        out = []
+        for key in keys:
+            known = fresh[key] if key in fresh else self.cache.get(key)
+            assert known is not None
+            out.append(EncodedImage(len(known), known, key))
+        return out
+
+
+def _rounded(rows_MD: Float) -> NDArray[np.float16]:
+    if not np.abs(rows_MD).max() < 65504:  # also false for NaN
+        raise ModelFileError("the image side gives values beyond float16; its weights are damaged")
+    return rows_MD.astype(np.float16)
