@@ -34,7 +34,7 @@ from kimi_lite.runtime.template import ImagePart
 LN_EPS = 1e-5
 ROPE_THETA = 10000.0
 ROWS = 512  # worked on at once: whole blocks of keys, and few enough to stay in the processor's cache
-PACK_ROWS = 1024  # rows of a matrix that are floats at one moment while it is packed
+PACK_ROWS = 256  # rows of a matrix that are floats at one moment while it is packed
 RESULT_VERSION = 1  # raised whenever the same picture may give other bits
 
 Progress = Callable[[float], None]  # the share that is done
@@ -113,7 +113,7 @@ def open_vision(path: Path, *, packed: bool = True) -> VisionWeights:
     D = file.metadata.get("clip.vision.projection_dim")
     if not isinstance(D, int) or D < 1:
         raise ModelFileError(f"{path}: clip.vision.projection_dim is {D!r}; expected a whole number")
-    positions = read.floats("v.position_embd.weight", c.grid_height * c.grid_width, W)
+    positions = read.mapped("v.position_embd.weight", c.grid_height * c.grid_width, W)
     weights = VisionWeights(
         path,
         c,
@@ -159,6 +159,13 @@ class _Reader:
 
     def floats(self, name: str, *shape: int) -> Float:
         return np.ascontiguousarray(self._shaped(name, *shape).float32()).reshape(shape)
+
+    def mapped(self, name: str, *shape: int) -> Float:
+        """The same, where it lies in the file if it is stored so; for a table that is read in places."""
+        tensor = self._shaped(name, *shape)
+        return (
+            tensor.data.view(np.float32).reshape(shape) if tensor.type == "F32" else self.floats(name, *shape)
+        )
 
     def norm(self, name: str, W: int) -> Norm:
         return Norm(self.floats(f"{name}.weight", W), self.floats(f"{name}.bias", W))
@@ -237,17 +244,21 @@ class _Piece:
 
 
 def encode(
-    weights: VisionWeights,
-    pictures: Sequence[tuple[Float, tuple[int, int]]],
-    on_progress: Progress | None = None,
+    weights: VisionWeights, canvases: Sequence[NDArray[np.uint8]], on_progress: Progress | None = None
 ) -> list[Float]:
-    """Embedding rows [M, D] of pictures, given as patches [P, X] and grids (rows, columns)."""
+    """Embedding rows [M, D] of pictures, each resized and padded: uint8 [14 h, 14 w, 3], h and w even."""
     c = weights.config
     W, H = c.hidden_size, c.n_heads
-    calls = list(_calls([len(patches_PX) for patches_PX, _ in pictures]))
-    x_PW = np.concatenate([_embed(weights, patches_PX, grid) for patches_PX, grid in pictures])
-    angles = [patch_angles(grid, W // H) for _, grid in pictures]
-    stores = [_kernels.PatchStore(len(patches_PX), H, W // H) for patches_PX, _ in pictures]
+    grids = [(pixels.shape[0] // c.patch_size, pixels.shape[1] // c.patch_size) for pixels in canvases]
+    sizes = [h * w for h, w in grids]
+    calls = list(_calls(sizes))
+    ends = np.cumsum(sizes).tolist()
+    spans = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    x_PW = np.empty((ends[-1], W), np.float32)
+    for pixels, grid, span in zip(canvases, grids, spans, strict=True):
+        _embed(weights, pixels, grid, x_PW[span])
+    angles = [patch_angles(grid, W // H) for grid in grids]
+    stores = [_kernels.PatchStore(size, H, W // H) for size in sizes]
     done, total = 0, len(weights.blocks) * len(calls)
     for block in weights.blocks:
         for call in calls:
@@ -270,9 +281,7 @@ def encode(
             done += 1
             if on_progress:
                 on_progress(done / total)
-    ends = np.cumsum([len(patches_PX) for patches_PX, _ in pictures]).tolist()
-    spans = zip([0, *ends[:-1]], ends, pictures, strict=True)
-    return [_project(weights, x_PW[start:end], grid) for start, end, (_, grid) in spans]
+    return [_project(weights, x_PW[span], grid) for span, grid in zip(spans, grids, strict=True)]
 
 
 def _calls(sizes: Sequence[int]) -> Iterator[list[_Piece]]:
@@ -290,14 +299,17 @@ def _calls(sizes: Sequence[int]) -> Iterator[list[_Piece]]:
     yield call
 
 
-def _embed(weights: VisionWeights, patches_PX: Float, grid: tuple[int, int]) -> Float:
-    """Patch projection plus the position table at this grid: the residual stream [P, W]."""
-    padded = np.zeros((len(patches_PX), weights.patch.matrix.columns), np.float32)
-    padded[:, : patches_PX.shape[1]] = patches_PX
-    x_PW = weights.patch(padded)
-    for row, values_wW in enumerate(position_rows(weights.positions_hwW, grid)):
-        _kernels.add_bias(values_wW, weights.patch.bias, x_PW[row * grid[1] : (row + 1) * grid[1]])
-    return x_PW
+def _embed(weights: VisionWeights, pixels: NDArray[np.uint8], grid: tuple[int, int], x_PW: Float) -> None:
+    """Patch projection plus the position table at this grid: the residual stream."""
+    patch, (h, w) = weights.config.patch_size, grid
+    places = position_rows(weights.positions_hwW, grid)
+    step = max(1, ROWS // w)
+    for first in range(0, h, step):
+        strip = pixels[first * patch : (first + step) * patch]
+        out_PW = x_PW[first * w : (first + step) * w]
+        out_PW[:] = weights.patch(_pad(image.patches(strip, weights.image)))
+        for row_wW, values_wW in zip(out_PW.reshape(-1, w, x_PW.shape[1]), places, strict=False):
+            _kernels.add_bias(values_wW, weights.patch.bias, row_wW)
 
 
 def _gelu(layer: Linear, x_TX: Float, *, exact: bool) -> Float:
@@ -412,14 +424,15 @@ class ImageEncoder:
             facts = f"{RESULT_VERSION} {self.identity} {grid} {self.image.mean} {self.image.std}"
             digest = hashlib.sha256(facts.encode())
             digest.update(pixels.data)
-            canvases.append((pixels, grid))
+            canvases.append(pixels)
             keys.append(digest.hexdigest())
         new = {key: c for key, c in zip(keys, canvases, strict=True) if self.cache.get(key) is None}
         if new:
             self._weights = self._weights or open_vision(self.path)
-            inputs = [(image.patches(pixels, self.image), grid) for pixels, grid in new.values()]
             self.n_encoded += len(new)
-            fresh = dict(zip(new, map(_rounded, encode(self._weights, inputs, on_progress)), strict=True))
+            fresh = dict(
+                zip(new, map(_rounded, encode(self._weights, list(new.values()), on_progress)), strict=True)
+            )
             for key, made_MD in fresh.items():
                 self.cache.put(key, made_MD)
         else:
