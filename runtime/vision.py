@@ -325,7 +325,7 @@ def _project(weights: VisionWeights, x_PW: Float, grid: tuple[int, int]) -> Floa
     W = weights.config.hidden_size
     x_hwW = x_PW.reshape(h // 2, 2, w // 2, 2, W)
     out = []
-    step = max(1, ROWS // (w // 2))
+    step = max(1, ROWS // 2 // w)  # rows of tokens: ROWS patches
     for first in range(0, h // 2, step):
         part = x_hwW[first : first + step].transpose(0, 2, 1, 3, 4)  # token row, token column, 2, 2, W
         rows_PW = np.ascontiguousarray(part).reshape(-1, W)
