@@ -5,10 +5,12 @@ checked, so that an answer which changes in between leads nowhere. Redirects are
 same checks. Proxies, cookies and credentials are not used.
 """
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -51,13 +53,26 @@ def is_public(address: str) -> bool:
 def _get(shown: str, url: str, deadline: float) -> tuple[bytes, str | None]:
     """The body, or where a redirect leads."""
     parts = _checked(shown, url)
-    connection = _connect(shown, parts, deadline)
     try:
+        plain = _connect(shown, parts, deadline)
+        # A timeout of the socket bounds each wait; this bounds their sum, through handshake, headers and body alike.
+        handle = plain.dup()
+        alarm = threading.Timer(_left(deadline), _hang_up, [handle])
+        alarm.daemon = True
+        alarm.start()
+    except OSError as error:
+        raise _failure(shown, error, deadline) from None
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80)
+    try:
+        secure = parts.scheme == "https"
+        connection.sock = (
+            ssl.create_default_context().wrap_socket(plain, server_hostname=parts.hostname)
+            if secure
+            else plain
+        )
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request(
-            "GET",
-            target,
-            headers={"User-Agent": "kimi-lite", "Accept": "image/*, application/pdf, video/*, */*"},
+            "GET", target, headers={"Host": parts.netloc, "User-Agent": "kimi-lite", "Accept": "*/*"}
         )
         response = connection.getresponse()
         if response.status in (301, 302, 303, 307, 308) and (location := response.getheader("Location")):
@@ -66,18 +81,19 @@ def _get(shown: str, url: str, deadline: float) -> tuple[bytes, str | None]:
             raise UsageError(
                 f"{shown}: the server answered {response.status} {response.reason}; expected a picture"
             )
-        return _body(shown, response, connection, deadline), None
-    except (
-        TimeoutError,
-        ssl.SSLError,
-        OSError,
-        http.client.HTTPException,
-        UnicodeError,
-        ValueError,
-    ) as error:
+        return _body(shown, response, deadline), None
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise _failure(shown, error, deadline) from None
     finally:
+        alarm.cancel()
+        handle.close()
         connection.close()
+        plain.close()
+
+
+def _hang_up(handle: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        handle.shutdown(socket.SHUT_RDWR)
 
 
 def _checked(shown: str, url: str) -> SplitResult:
@@ -93,52 +109,52 @@ def _checked(shown: str, url: str) -> SplitResult:
     return parts
 
 
-def _connect(shown: str, parts: SplitResult, deadline: float) -> http.client.HTTPConnection:
+def _connect(shown: str, parts: SplitResult, deadline: float) -> socket.socket:
+    """A connection to an address that was checked. Raises OSError besides UsageError."""
     host = parts.hostname or ""
-    secure = parts.scheme == "https"
-    port = parts.port or (443 if secure else 80)
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        raise UsageError(
-            f"{shown}: the host {host!r} is not known; check the address and the connection"
-        ) from None
-    addresses = [str(entry[4][0]) for entry in found]
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    addresses = _addresses(host, port, deadline)
+    if not addresses:
+        raise UsageError(f"{shown}: the host {host!r} is not known; check the address and the connection")
     private = [a for a in addresses if not is_public(a)]
-    if private or not addresses:
+    if private:
         raise UsageError(
             f"{shown}: {host!r} is the private address {private[0]}; only public addresses are fetched"
         )
-    try:
-        plain = socket.create_connection((addresses[0], port), timeout=_left(deadline))
-        if secure:
-            plain = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-    except OSError as error:
-        raise _failure(shown, error, deadline) from None
-    connection = http.client.HTTPConnection(host, port)
-    connection.sock = plain
-    return connection
+    return socket.create_connection((addresses[0], port), timeout=_left(deadline))
 
 
-def _body(
-    shown: str, response: http.client.HTTPResponse, connection: http.client.HTTPConnection, deadline: float
-) -> bytes:
+def _addresses(host: str, port: int, deadline: float) -> list[str]:
+    """What a name resolves to; in a thread, because the system's resolver takes no deadline."""
+    found: list[str] = []
+
+    def look() -> None:
+        with contextlib.suppress(OSError, UnicodeError):
+            found.extend(
+                str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            )
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(_left(deadline))
+    return list(found)
+
+
+def _body(shown: str, response: http.client.HTTPResponse, deadline: float) -> bytes:
     parts: list[bytes] = []
     total = 0
-    while True:
-        if connection.sock is not None:
-            connection.sock.settimeout(_left(deadline))
-        elif _left(deadline) <= 0:
-            raise TimeoutError
-        chunk = response.read1(CHUNK)
-        if not chunk:
-            return b"".join(parts)
+    while chunk := response.read1(CHUNK):
         parts.append(chunk)
         total += len(chunk)
         if total > MAX_BYTES:
             raise UsageError(
                 f"{shown}: more than {MAX_BYTES >> 20} MB; download it, make it smaller and give the file"
             )
+        _left(deadline)
+    _left(deadline)  # an end that the alarm made is no end
+    if response.length:
+        raise UsageError(f"{shown}: the answer was cut short; try again, or download it and give the file")
+    return b"".join(parts)
 
 
 def _left(deadline: float) -> float:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 100 << 20  # of a file, and of what comes through a pipe
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; larger than the sensors of nearly all cameras
 MAX_PICTURES = 32  # of one question, PDF pages and video frames included
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 KINDS = "PNG, JPEG, WebP, GIF, BMP, TIFF, PPM or AVIF"
 SELECTION = re.compile(r"(?P<path>.+)#(?P<what>pages|frames|times)=(?P<which>[^#]+)", re.DOTALL)
 
@@ -157,7 +157,9 @@ def _decode(data: bytes, name: str) -> "Image.Image":
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # size is checked here; odd metadata does not matter
         try:
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+            Image.init()
+            readable = [f for f in FORMATS if f in Image.OPEN]  # AVIF depends on how Pillow was built
+            picture = Image.open(io.BytesIO(data), formats=readable)
         except UnidentifiedImageError:
             raise UsageError(
                 f"{name}: not a picture that is read here (it begins with {data[:8]!r}); expected {KINDS}"
