@@ -151,9 +151,10 @@ class Session:
             try:
                 if line in ("/exit", "/bye", "/quit"):
                     return
-                line, dropped = dropped_files(line)
-                for source in dropped:
-                    self.attach(source)
+                if not line.startswith("/image"):
+                    line, dropped = dropped_files(line)
+                    for source in dropped:
+                        self.attach(source)
                 if line.startswith("/"):
                     self.command(line)
                 elif line:
