@@ -211,6 +211,7 @@ def test_chat_sees_attached_and_dragged_pictures_and_survives_bad_ones(pictures:
         (4, f"/image {pictures['red']}\r".encode()),
         (1, f"{COLOUR}\r".encode()),
         (2, b"/image /nowhere.png\r"),
+        (1, b"/clear\r"),
         (1, f"{pictures['green']} {COLOUR}\r".encode()),
         (2, b"/regen\r"),
         (2, b"\x04"),
