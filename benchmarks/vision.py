@@ -19,6 +19,7 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -145,6 +146,10 @@ def ours(directory: Path, side: int, threads: int | None) -> dict[str, Any]:
     peak = watch.stop()
     assert np.isfinite(rows).all()
     P = grid[0] * grid[1]
+    product, attention = rates(weights)
+    int8_peak = peak_int8(kernels.isa(), kernels.threads())
+    mac = flops(P) / 2e9
+    attended = L * 2 * W * P * P / 1e9
     return {
         "engine": "kimi-lite",
         "isa": kernels.isa(),
@@ -154,9 +159,85 @@ def ours(directory: Path, side: int, threads: int | None) -> dict[str, Any]:
         "load_s": round(load_s, 2),
         "process_s": round(process_s, 3),
         "encode_s": round(encode_s, 2),
-        "gmac_per_s": round(flops(P) / 2e9 / encode_s, 1),
+        "gmac_per_s": round(mac / encode_s, 1),
+        "int8_product_alone": round(product, 1),
+        "int16_attention_alone": round(attention, 1),
+        "share_of_kernels": round(((mac - attended) / product + attended / attention) / encode_s, 3),
+        "int8_peak": int8_peak and round(int8_peak, 1),
+        "share_of_int8_peak": int8_peak and round(mac / encode_s / int8_peak, 3),
         "peak_extra_mb": round((peak - before) / 1e6),
     }
+
+
+def rates(weights: Any) -> tuple[float, float]:
+    """Billions of multiply-adds a second of one product (512 rows, W to F) and of one head's attention, alone."""
+    import numpy as np
+
+    from kimi_lite.runtime import _kernels, vision
+
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((512, W), dtype=np.float32)
+    store = _kernels.PatchStore(4096, 2, 72)
+    angle = np.ones((4096, 36), np.float32)
+    store.place(
+        0, rng.standard_normal((4096, 432), dtype=np.float32), np.zeros(432, np.float32), angle, angle
+    )
+    out = np.empty((1024, 144), np.float32)
+
+    def best(call: Any) -> float:
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    layer: vision.Linear = weights.blocks[0].fc0
+    return 512 * W * F / best(lambda: layer(x)) / 1e9, 1024 * 4096 * 288 / best(
+        lambda: store.attend(0, out)
+    ) / 1e9
+
+
+PEAK = """
+#include <immintrin.h>
+#define TEN(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9)
+#define DECLARE(i) __m512i a##i = _mm512_set1_epi32(i);
+#define STEP(i) __asm__ volatile("vpdpbusd %1, %1, %0" : "+v"(a##i) : "v"(x));
+#define SUM(i) x = _mm512_add_epi32(x, a##i);
+int run(long n) {
+  __m512i x = _mm512_set1_epi8(1);
+  TEN(DECLARE)
+  for (long k = 0; k < n; ++k) { TEN(STEP) }
+  TEN(SUM)
+  return _mm512_reduce_add_epi32(x);
+}
+"""
+
+
+def peak_int8(isa: str, threads: int) -> float | None:
+    """Billions of int8 multiply-adds a second that the processor can do at all: ten independent chains of vpdpbusd on
+    every thread, compiled here. None without that instruction or a compiler."""
+    if isa != "avx512vnni":
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "peak.c", Path(folder) / "peak.so"
+        source.write_text(PEAK)
+        flags = ["-O2", "-mavx512f", "-mavx512bw", "-mavx512vnni", "-shared", "-fPIC"]
+        try:
+            subprocess.run(["cc", *flags, str(source), "-o", str(library)], check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        run = ctypes.CDLL(str(library)).run
+        run.argtypes, n, best = [ctypes.c_long], 20_000_000, float("inf")
+        for _ in range(3):
+            workers = [threading.Thread(target=run, args=(n,)) for _ in range(threads)]
+            start = time.perf_counter()
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            best = min(best, time.perf_counter() - start)
+        return 64 * 10 * n * threads / best / 1e9
 
 
 def peer(directory: Path, side: int, threads: int) -> dict[str, Any]:
