@@ -18,6 +18,34 @@ class Mlp:
     def __init__(self) -> None: ...
     def add(self, gate: Weights, up: Weights, down: Weights) -> None: ...
 
+class AttentionLayer:
+    def __init__(
+        self,
+        norm: Floats,
+        q: Weights,
+        kv_a: Weights,
+        kv_norm: Floats,
+        k_b: list[Any],
+        v_b: list[Any],
+        o: Weights,
+        eps: float,
+        kv_eps: float,
+        scale: float,
+    ) -> None: ...
+
+class FeedForwardLayer:
+    def __init__(
+        self,
+        norm: Floats,
+        shared: Mlp,
+        eps: float,
+        router: Floats | None,
+        bias: Floats | None,
+        routed: Mlp | None,
+        active: int,
+        scale: float,
+    ) -> None: ...
+
 def isa() -> str: ...
 def usable_isas() -> list[str]: ...
 def use_isa(name: str) -> None: ...
@@ -42,6 +70,16 @@ def attention(
     scale: float,
     u: Floats,
 ) -> None: ...
+def attention_layer(
+    layer: AttentionLayer,
+    x: Floats,
+    cos: Floats,
+    sin: Floats,
+    latent: NDArray[np.uint16],
+    key: NDArray[np.uint16],
+    start: int,
+) -> None: ...
+def feed_forward_layer(layer: FeedForwardLayer, x: Floats) -> None: ...
 
 # The image tower's own steps; see runtime/native/vision.h.
 PATCH_BLOCK: int

@@ -100,8 +100,8 @@ class Matrix:
 class Mlp:
     """One or more SwiGLU experts of width F on model width D, from packed runs or from three stacked matrices."""
 
-    def __init__(self, gate: list[Any], up: list[Any], down: list[Any], keep: object) -> None:
-        self.handle, self._keep = _kernels.Mlp(), (gate, up, down, keep)
+    def __init__(self, gate: list[Any], up: list[Any], down: list[Any]) -> None:
+        self.handle = _kernels.Mlp()
         for parts in zip(gate, up, down, strict=True):
             self.handle.add(*parts)
 
@@ -115,13 +115,12 @@ class Mlp:
             [make(layout, data, start, 2 * block, F, D) for start in at],
             [make(layout, data, start + block, 2 * block, F, D) for start in at],
             [make(layout, data, start + 2 * size, row_block_bytes(layout, F), D, F) for start in at],
-            data,
         )
 
     @classmethod
     def stacked(cls, gate: Matrix, up: Matrix, down: Matrix) -> "Mlp":
         """From three matrices of equal count, as a standard GGUF has them."""
-        return cls(gate.handles, up.handles, down.handles, (gate, up, down))
+        return cls(gate.handles, up.handles, down.handles)
 
 
 def linear(matrix: Matrix, x_TI: Float) -> Float:
@@ -152,17 +151,6 @@ def rms_norm(x_TD: Float, weight_D: Float, eps: float) -> Float:
     return y_TD
 
 
-def rotate(x_TR: Float, cos_TR: Float, sin_TR: Float) -> Float:
-    """Turn the pairs (x[2i], x[2i+1]) by the angles of their position; x is [T, ..., R], cos and sin [T, R/2]."""
-    shape = (len(x_TR), *(1,) * (x_TR.ndim - 2), -1)
-    cos, sin = cos_TR.reshape(shape), sin_TR.reshape(shape)
-    even, odd = x_TR[..., 0::2], x_TR[..., 1::2]
-    out = np.empty(x_TR.shape, np.float32)
-    out[..., 0::2] = even * cos - odd * sin
-    out[..., 1::2] = even * sin + odd * cos
-    return out
-
-
 def route(
     x_TD: Float, router_ED: Float, bias_E: Float, n_active: int, scale: float
 ) -> tuple[NDArray[np.int32], Float]:
@@ -173,17 +161,9 @@ def route(
     return ids_TA, weights_TA
 
 
-def mlp(dense: Mlp, x_TD: Float) -> Float:
-    """down(silu(gate x) · up x) of a single MLP."""
-    none = np.empty((len(x_TD), 0), np.int32)
-    y_TD = np.empty_like(x_TD)
-    _kernels.mixture(_NO_EXPERTS, none, none.view(np.float32), dense.handle, x_TD, y_TD)
-    return y_TD
-
-
 def mixture(routed: Mlp, shared: Mlp, x_TD: Float, ids_TA: NDArray[np.int32], weights_TA: Float) -> Float:
     """The weighted sum of the chosen experts, in order of index, plus the shared MLP."""
-    y_TD = np.empty_like(x_TD)
+    y_TD = np.zeros_like(x_TD)
     _kernels.mixture(routed.handle, ids_TA, weights_TA, shared.handle, x_TD, y_TD)
     return y_TD
 
@@ -202,5 +182,84 @@ def latent_attention(
     return u_THC
 
 
-_NO_EXPERTS = _kernels.Mlp()
+@dataclass(frozen=True)
+class Router:
+    """Which routed experts act, and how much they count."""
+
+    weight_ED: Float
+    bias_E: Float
+    n_active: int
+    scale: float  # what the acting experts' weights sum to
+
+
+def attention_layer(
+    *,
+    norm_D: Float,
+    q: Matrix,
+    kv_a: Matrix,
+    kv_norm_C: Float,
+    k_b: Matrix,
+    v_b: Matrix,
+    o: Matrix,
+    eps: float,
+    kv_eps: float,
+    scale: float,
+) -> "_kernels.AttentionLayer":
+    """A layer's attention as `attend` takes it: q [H·(N+R), D], kv_a [C+R, D], k_b H × [C, N], v_b H × [V, C],
+    o [D, H·V]. `scale` is the softmax's."""
+    return _kernels.AttentionLayer(
+        norm_D,
+        q.handles[0],
+        kv_a.handles[0],
+        kv_norm_C,
+        k_b.handles,
+        v_b.handles,
+        o.handles[0],
+        eps,
+        kv_eps,
+        scale,
+    )
+
+
+def feed_forward_layer(
+    *, norm_D: Float, eps: float, shared: Mlp, routed: Mlp | None, router: Router | None
+) -> "_kernels.FeedForwardLayer":
+    """A layer's feed-forward half as `feed_forward` takes it; a dense layer is its shared MLP alone."""
+    if routed is None or router is None:
+        return _kernels.FeedForwardLayer(norm_D, shared.handle, eps, None, None, None, 0, 0.0)
+    return _kernels.FeedForwardLayer(
+        norm_D,
+        shared.handle,
+        eps,
+        router.weight_ED,
+        router.bias_E,
+        routed.handle,
+        router.n_active,
+        router.scale,
+    )
+
+
+def attend(
+    layer: "_kernels.AttentionLayer",
+    x_TD: Float,
+    cos_TR: Float,
+    sin_TR: Float,
+    latent_SC: NDArray[np.float16],
+    key_SR: NDArray[np.float16],
+    start: int,
+) -> None:
+    """x += attention(norm(x)), in place; the tokens' latents and rotated keys are cached from row `start` on.
+
+    cos and sin are [T, R/2]: the angles by which the pairs (x[2i], x[2i+1]) turn.
+    """
+    _kernels.attention_layer(
+        layer, x_TD, cos_TR, sin_TR, latent_SC.view(np.uint16), key_SR.view(np.uint16), start
+    )
+
+
+def feed_forward(layer: "_kernels.FeedForwardLayer", x_TD: Float) -> None:
+    """x += experts(norm(x)), in place."""
+    _kernels.feed_forward_layer(layer, x_TD)
+
+
 use_isa(os.environ.get("KIMI_LITE_ISA"), "KIMI_LITE_ISA")

@@ -19,7 +19,8 @@ from kimi_lite.formats.config import TextConfig
 from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.formats.packed import LAYOUTS, matrix_bytes, mlp_bytes
 from kimi_lite.formats.vocab import Vocab
-from kimi_lite.runtime.kernels import Float, Matrix, Mlp
+from kimi_lite.runtime import _kernels, kernels
+from kimi_lite.runtime.kernels import Float, Matrix, Mlp, Router
 
 PACKED_VERSION = 1
 # Types that the kernels multiply; a file may hold others only where they are turned into floats at load.
@@ -28,20 +29,10 @@ MATRIX_TYPES = frozenset("F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 IQ4_NL IQ4_XS Q4
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's tensors. `router` and `bias` are None in a dense layer, whose MLP is `shared`."""
+    """One layer's two halves, as the kernels take them."""
 
-    attn_norm_D: Float
-    q: Matrix  # [H·(N+R), D]
-    kv_a: Matrix  # [C+R, D]
-    kv_norm_C: Float
-    k_b: Matrix  # H × [C, N], takes queries into latent space
-    v_b: Matrix  # H × [V, C], takes latent sums to values
-    o: Matrix  # [D, H·V]
-    ffn_norm_D: Float
-    shared: Mlp
-    router_ED: Float | None
-    bias_E: Float | None
-    routed: Mlp | None
+    attention: "_kernels.AttentionLayer"
+    feed_forward: "_kernels.FeedForwardLayer"
 
 
 @dataclass(frozen=True)
@@ -104,22 +95,37 @@ def _layer(read: "_Tensors", c: TextConfig, index: int) -> Layer:
     D, H, F, at = c.hidden_size, c.n_heads, c.expert_hidden_size, f"blk.{index}."
     moe = index >= c.n_dense_layers
     k_b, v_b = _expansion(read, c, at)
-    return Layer(
-        attn_norm_D=read.floats(f"{at}attn_norm.weight", D),
+    attention = kernels.attention_layer(
+        norm_D=read.floats(f"{at}attn_norm.weight", D),
         q=read.matrix(f"{at}attn_q.weight", H * (c.nope_dim + c.rope_dim), D),
         kv_a=read.matrix(f"{at}attn_kv_a_mqa.weight", c.kv_rank + c.rope_dim, D),
         kv_norm_C=read.floats(f"{at}attn_kv_a_norm.weight", c.kv_rank),
         k_b=k_b,
         v_b=v_b,
         o=read.matrix(f"{at}attn_output.weight", D, H * c.value_dim),
-        ffn_norm_D=read.floats(f"{at}ffn_norm.weight", D),
-        shared=read.mlp(f"{at}ffn", "_shexp", c.n_shared * F, D)
-        if moe
-        else read.mlp(f"{at}ffn", "", c.dense_hidden_size, D),
-        router_ED=read.floats(f"{at}ffn_gate_inp.weight", c.n_experts, D) if moe else None,
-        bias_E=read.floats(f"{at}exp_probs_b.bias", c.n_experts) if moe else None,
-        routed=read.mlp(f"{at}ffn", "_exps", F, D, c.n_experts) if moe else None,
+        eps=c.rms_eps,
+        kv_eps=c.kv_norm_eps,
+        scale=c.softmax_scale,  # of the whole head, N + R, although the products run over C + R
     )
+    norm = read.floats(f"{at}ffn_norm.weight", D)
+    if not moe:
+        dense = read.mlp(f"{at}ffn", "", c.dense_hidden_size, D)
+        feed_forward = kernels.feed_forward_layer(
+            norm_D=norm, eps=c.rms_eps, shared=dense, routed=None, router=None
+        )
+        return Layer(attention, feed_forward)
+    router = Router(
+        read.floats(f"{at}ffn_gate_inp.weight", c.n_experts, D),
+        read.floats(f"{at}exp_probs_b.bias", c.n_experts),
+        c.n_active,
+        c.routed_scale,
+    )
+    shared = read.mlp(f"{at}ffn", "_shexp", c.n_shared * F, D)
+    routed = read.mlp(f"{at}ffn", "_exps", F, D, c.n_experts)
+    feed_forward = kernels.feed_forward_layer(
+        norm_D=norm, eps=c.rms_eps, shared=shared, routed=routed, router=router
+    )
+    return Layer(attention, feed_forward)
 
 
 def _expansion(read: "_Tensors", c: TextConfig, at: str) -> tuple[Matrix, Matrix]:

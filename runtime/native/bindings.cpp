@@ -1,9 +1,11 @@
 // The Python module kimi_lite.runtime._kernels: shapes are checked here, in sentences; everything below trusts them.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <mutex>
 #include <string>
 
 #include "ops.h"
@@ -18,8 +20,16 @@ using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Out = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using Halves = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using HalvesOut = nb::ndarray<uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
 using IntsOut = nb::ndarray<int32_t, nb::c_contig, nb::device::cpu>;
+
+std::mutex one_at_a_time;  // two Python threads may call; scratch memory and the pool serve one
+// Lets other Python threads run while this one computes.
+struct Computing {
+  nb::gil_scoped_release free;
+  std::lock_guard<std::mutex> hold{one_at_a_time};
+};
 
 void require(bool ok, const std::string& sentence) {
   if (!ok) throw nb::value_error(sentence.c_str());
@@ -59,7 +69,7 @@ NB_MODULE(_kernels, m) {
            "type"_a, "data"_a, "offset"_a, "stride"_a, "rows"_a, "columns"_a, nb::keep_alive<1, 3>())
       .def_ro("rows", &Weights::rows)
       .def_ro("columns", &Weights::columns);
-  nb::class_<Mlp>(m, "Mlp", "Gate, up and down of one or more experts; the caller keeps their bytes alive.")
+  nb::class_<Mlp>(m, "Mlp", "Gate, up and down of one or more experts; keeps their bytes alive.")
       .def(nb::init<>())
       .def("add", [](Mlp& self, const Weights& gate, const Weights& up, const Weights& down) {
         require(gate.rows == up.rows && gate.columns == up.columns && down.rows == gate.columns && down.columns == gate.rows,
@@ -68,7 +78,7 @@ NB_MODULE(_kernels, m) {
         self.gate.push_back(gate);
         self.up.push_back(up);
         self.down.push_back(down);
-      }, "gate"_a, "up"_a, "down"_a);
+      }, "gate"_a, "up"_a, "down"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("usable_isas", [] {
     std::vector<std::string> names;
@@ -77,13 +87,16 @@ NB_MODULE(_kernels, m) {
   });
   m.def("use_isa", [](const std::string& name) { use_kernels(name.c_str()); }, "name"_a);
   m.def("threads", [] { return pool().n_threads(); });
-  m.def("set_threads", [](int n) { set_threads(n); }, "n"_a);
+  m.def("set_threads", [](int n) {
+    Computing computing;
+    set_threads(n);
+  }, "n"_a);
   m.def("linear", [](const Weights& w, const Floats& x, const Out& y) {
     const int T = axis(x, 0, "x");
     same(axis(x, 1, "x"), w.columns, "x's width");
     same(axis(y, 0, "y"), T, "y's length");
     same(axis(y, 1, "y"), w.rows, "y's width");
-    nb::gil_scoped_release free;
+    Computing computing;
     linear(w, x.data(), T, y.data());
   }, "w"_a, "x"_a, "y"_a);
   m.def("linear_heads", [](const std::vector<Weights>& w, const Floats& x, const Out& y) {
@@ -95,7 +108,7 @@ NB_MODULE(_kernels, m) {
       same(axis(x, 2, "x"), each.columns, "x's width");
       same(axis(y, 2, "y"), each.rows, "y's width");
     }
-    nb::gil_scoped_release free;
+    Computing computing;
     linear_heads(w, x.data(), T, y.data());
   }, "w"_a, "x"_a, "y"_a);
   m.def("embed", [](const Weights& w, const Ints& ids, const Out& y) {
@@ -103,7 +116,7 @@ NB_MODULE(_kernels, m) {
     same(axis(y, 0, "y"), T, "y's length");
     same(axis(y, 1, "y"), w.columns, "y's width");
     for (int t = 0; t < T; ++t) require(ids.data()[t] >= 0 && ids.data()[t] < w.rows, "a token id lies outside the vocabulary");
-    nb::gil_scoped_release free;
+    Computing computing;
     embed(w, ids.data(), T, y.data());
   }, "w"_a, "ids"_a, "y"_a);
   m.def("rms_norm", [](const Floats& x, const Floats& weight, float eps, const Out& y) {
@@ -112,7 +125,7 @@ NB_MODULE(_kernels, m) {
     same(axis(y, 0, "y"), T, "y's length");
     same(axis(y, 1, "y"), D, "y's width");
     require(D % 16 == 0, "rms_norm needs a width in multiples of 16");
-    nb::gil_scoped_release free;
+    Computing computing;
     rms_norm(x.data(), weight.data(), T, D, eps, y.data());
   }, "x"_a, "weight"_a, "eps"_a, "y"_a);
   m.def("route", [](const Floats& x, const Floats& router, const Floats& bias, float scale, const IntsOut& ids, const Out& out) {
@@ -123,7 +136,7 @@ NB_MODULE(_kernels, m) {
     same(axis(out, 0, "weights"), T, "weights' length");
     same(axis(out, 1, "weights"), A, "weights' width");
     require(A <= E && D % 16 == 0, "route needs at most all experts, and a width in multiples of 16");
-    nb::gil_scoped_release free;
+    Computing computing;
     route(x.data(), router.data(), bias.data(), T, D, E, A, scale, ids.data(), out.data());
   }, "x"_a, "router"_a, "bias"_a, "scale"_a, "ids"_a, "weights"_a);
   m.def("mixture", [](const Mlp& routed, const Ints& ids, const Floats& w, const Mlp* shared, const Floats& x, const Out& y) {
@@ -137,7 +150,7 @@ NB_MODULE(_kernels, m) {
     same(axis(y, 1, "y"), D, "y's width");
     for (int i = 0; i < T * A; ++i)
       require(ids.data()[i] >= 0 && ids.data()[i] < static_cast<int>(routed.gate.size()), "an expert's index is out of range");
-    nb::gil_scoped_release free;
+    Computing computing;
     mixture(routed, ids.data(), w.data(), A, shared, x.data(), T, D, y.data());
   }, "routed"_a, "ids"_a, "weights"_a, "shared"_a.none(), "x"_a, "y"_a);
   m.def("attention", [](const Floats& q, const Floats& qr, const Halves& cache, const Halves& rope, int start, float scale, const Out& u) {
@@ -151,7 +164,72 @@ NB_MODULE(_kernels, m) {
     same(axis(u, 2, "u"), C, "u's width");
     require(start >= 0 && start + T <= axis(cache, 0, "cache") && start + T <= axis(rope, 0, "rope"), "the cache is shorter than the positions asked for");
     require(C % 16 == 0 && R % 16 == 0, "attention needs widths in multiples of 16");
-    nb::gil_scoped_release free;
+    Computing computing;
     attention(q.data(), qr.data(), cache.data(), rope.data(), start, T, H, C, R, scale, u.data());
   }, "q"_a, "qr"_a, "cache"_a, "rope"_a, "start"_a, "scale"_a, "u"_a);
+  nb::class_<AttentionLayer>(m, "AttentionLayer", "A layer's attention: norms, projections, heads. Keeps their bytes alive.")
+      .def("__init__",
+           [](AttentionLayer* self, const Floats& norm, const Weights& q, const Weights& kv_a, const Floats& kv_norm,
+              const std::vector<Weights>& k_b, const std::vector<Weights>& v_b, const Weights& o, float eps, float kv_eps, float scale) {
+             require(!k_b.empty() && k_b.size() == v_b.size(), "k_b and v_b need one matrix a head");
+             const int D = q.columns, H = static_cast<int>(k_b.size()), N = k_b[0].columns, C = k_b[0].rows, V = v_b[0].rows;
+             const int R = kv_a.rows - C;
+             require(R > 0 && R % 16 == 0 && C % 32 == 0 && N % 32 == 0 && D % 32 == 0, "head widths must be in multiples of 32, rope's of 16");
+             same(q.rows, H * (N + R), "q's height");
+             same(kv_a.columns, D, "kv_a's width");
+             same(o.rows, D, "o's height");
+             same(o.columns, H * V, "o's width");
+             for (int h = 0; h < H; ++h) {
+               same(k_b[h].rows, C, "k_b's height");
+               same(k_b[h].columns, N, "k_b's width");
+               same(v_b[h].rows, V, "v_b's height");
+               same(v_b[h].columns, C, "v_b's width");
+             }
+             same(axis(norm, 0, "norm"), D, "the norm's width");
+             same(axis(kv_norm, 0, "kv_norm"), C, "the latent norm's width");
+             new (self) AttentionLayer{norm.data(), kv_norm.data(), eps, kv_eps, scale, q, kv_a, o, k_b, v_b};
+           },
+           "norm"_a, "q"_a, "kv_a"_a, "kv_norm"_a, "k_b"_a, "v_b"_a, "o"_a, "eps"_a, "kv_eps"_a, "scale"_a,
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
+           nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>());
+  nb::class_<FeedForwardLayer>(m, "FeedForwardLayer", "A layer's feed-forward half. Keeps its bytes alive; without a router, the shared MLP alone.")
+      .def("__init__",
+           [](FeedForwardLayer* self, const Floats& norm, const Mlp& shared, float eps, std::optional<Floats> router,
+              std::optional<Floats> bias, const Mlp* routed, int active, float scale) {
+             require(shared.gate.size() == 1, "a layer has one shared MLP");
+             const int D = shared.gate[0].columns;
+             same(axis(norm, 0, "norm"), D, "the norm's width");
+             require(router.has_value() == bias.has_value() && router.has_value() == (routed != nullptr), "router, bias and routed experts come together");
+             if (router) {
+               const int E = static_cast<int>(routed->gate.size());
+               require(E > 0 && active >= 1 && active <= E, "a layer needs at least as many experts as act");
+               same(routed->gate[0].columns, D, "the experts' width");
+               same(axis(*router, 0, "router"), E, "the router's height");
+               same(axis(*router, 1, "router"), D, "the router's width");
+               same(axis(*bias, 0, "bias"), E, "the bias's length");
+             }
+             new (self) FeedForwardLayer{norm.data(), eps, router ? router->data() : nullptr, bias ? bias->data() : nullptr,
+                                         active, scale, routed ? *routed : Mlp{}, shared};
+           },
+           "norm"_a, "shared"_a, "eps"_a, "router"_a.none(), "bias"_a.none(), "routed"_a.none(), "active"_a, "scale"_a,
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>());
+  m.def("attention_layer", [](const AttentionLayer& layer, const Out& x, const Floats& cos, const Floats& sin, const HalvesOut& latent, const HalvesOut& key, int start) {
+    const int T = axis(x, 0, "x"), C = layer.k_b[0].rows, R = layer.kv_a.rows - C;
+    same(axis(x, 1, "x"), layer.q.columns, "x's width");
+    for (const Floats* table : {&cos, &sin}) {
+      same(axis(*table, 0, "the angles"), T, "the angles' length");
+      same(axis(*table, 1, "the angles"), R / 2, "the angles' width");
+    }
+    same(axis(latent, 1, "latent"), C, "the latent's width");
+    same(axis(key, 1, "key"), R, "the rotated key's width");
+    require(start >= 0 && start + T <= axis(latent, 0, "latent") && start + T <= axis(key, 0, "key"), "the cache is shorter than the positions asked for");
+    Computing computing;
+    attention_layer(layer, x.data(), T, cos.data(), sin.data(), latent.data(), key.data(), start);
+  }, "layer"_a, "x"_a, "cos"_a, "sin"_a, "latent"_a, "key"_a, "start"_a);
+  m.def("feed_forward_layer", [](const FeedForwardLayer& layer, const Out& x) {
+    const int T = axis(x, 0, "x");
+    same(axis(x, 1, "x"), layer.shared.gate[0].columns, "x's width");
+    Computing computing;
+    feed_forward_layer(layer, x.data(), T);
+  }, "layer"_a, "x"_a);
 }

@@ -19,6 +19,10 @@ constexpr int kGroup = 32;   // input channels that share an activation scale
 constexpr int kChunk = 8;    // groups between two roundings of the running total
 constexpr int kQ4Run = 288;  // bytes of 16 rows x 32 channels: 4 lines of 64, 16 float16 scales
 constexpr int kQ8Run = 544;  // 8 lines of 64, 16 float16 scales
+constexpr int kTile = 8;     // tokens whose activations stand together
+constexpr int kHeads = 4;    // heads that attention takes through a cached row at once
+constexpr int kBlock = 64;   // cached positions between two looks at the softmax's maximum
+constexpr int kSpan = 256;   // cached positions whose partial result stands alone; partial results meet in order
 
 // A panel is one row block of a ggml type, decoded: what differs between the types is gone.
 // w = scale * q + offset, q int8; one scale (and offset) for 32 channels, or for 16.
@@ -29,32 +33,34 @@ struct PanelRun {             // 32 channels of 16 rows
 };
 static_assert(sizeof(PanelRun) == 512 + 4 * 3 * kRows, "PanelRun has no padding");
 
-struct Activations {          // T rows of int8, quantized per group of 32
-  const int8_t* q;            // [T][32 G]
-  const float* scale;         // [T][G]
-  const int32_t* sum;         // [T][G], sum of a group's q
-  int groups;                 // G
-};
+// Activations of W tokens (8, 4, 2 or 1) are a tile: for each group of 32 channels, W x 32 int8 values, W float scales,
+// W times -8 x (sum of the values), W times the same of the first 16 channels. One pointer walks a tile.
+constexpr int kTokenGroup = 32 + 4 + 4 + 4;  // bytes of one token's group
+
+enum class Form { q4g32, q8g32, panel, panel_halves, panel_offsets, count };
+
+// One row block times a tile: out[i * stride + row] for its W tokens, 16 floats each.
+using BlockKernel = void (*)(const void* w, const uint8_t* tile, int groups, int W, float* out, size_t stride);
 
 struct Kernels {
   const char* name;
   bool (*runs_here)();        // the processor and the operating system support it
-  // One row of floats to int8: scale = absmax / 127, q = nearest even of x / scale. n is a multiple of 32.
-  void (*quantize_row)(const float* x, int n, int8_t* q, float* scale, int32_t* sum);
-  // One row block times the n tokens whose rows are listed; out[i * stride + row], 16 floats each.
-  void (*q4_block)(const uint8_t* w, const Activations& a, const int32_t* tokens, int n, float* out, size_t stride);
-  void (*q8_block)(const uint8_t* w, const Activations& a, const int32_t* tokens, int n, float* out, size_t stride);
-  void (*panel_block)(const PanelRun* w, bool halves, bool offsets, const Activations& a, const int32_t* tokens, int n,
-                      float* out, size_t stride);
-  float (*dot)(const float* a, const float* b, int n);  // n a multiple of 16
+  BlockKernel block[static_cast<int>(Form::count)];
+  // One token's floats into lane `lane` of a tile of W: scale = absmax / 127, q = nearest even of x / scale.
+  void (*quantize)(const float* x, int groups, uint8_t* tile, int W, int lane);
+  float (*dot)(const float* a, const float* b, int n);  // n a multiple of 16, as below
   void (*half_to_float)(const uint16_t* x, int n, float* out);
+  void (*float_to_half)(const float* x, int n, uint16_t* out);  // to nearest, ties to even
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
-  void (*silu_mul)(const float* gate, const float* up, int n, float* out);  // n a multiple of 16
-  void (*sigmoid)(const float* x, int n, float* out);                       // n a multiple of 16
-  void (*axpy)(float a, const float* x, int n, float* y);                   // y = fma(a, x, y), n a multiple of 16
-  // One head of one token over n cached rows: u[C] = softmax(scale * (q . c + qr . r)) c.
-  void (*attend)(const float* q, const float* qr, const uint16_t* cache, const uint16_t* rope, int n, int C, int R,
-                 float scale, float* u);
+  void (*silu_mul)(const float* gate, const float* up, int n, float* out);
+  void (*sigmoid)(const float* x, int n, float* out);
+  void (*axpy)(float a, const float* x, int n, float* y);  // y = fma(a, x, y)
+  // `heads` heads (at most kHeads) of one token over the m <= kSpan cached rows at `cache` and `rope`: the largest score,
+  // the sum of exp(score - largest), and u[C] = sum of exp(score - largest) c, head by head.
+  void (*attend)(const float* q, const float* qr, int heads, const uint16_t* cache, const uint16_t* rope, int m, int C,
+                 int R, float scale, float* top, float* total, float* u);
+  // Adds the partial result of a later span to an earlier one's.
+  void (*attend_join)(float* top, float* total, float* u, float later_top, float later_total, const float* later_u, int C);
 };
 
 extern const Kernels kScalar;

@@ -1,23 +1,6 @@
 // Every kernel, once, over the sixteen-float vector V, the sixteen-int vector I and the 64-byte weight line L.
 // Included inside an unnamed namespace after a vec_<isa>.h, so nothing here is shared between instruction sets.
 
-// Sum of the lanes in one fixed tree: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
-static inline float lane_sum(V x) {
-  float v[16];
-  vstore(v, x);
-  for (int half = 8; half; half /= 2)
-    for (int k = 0; k < half; ++k) v[k] += v[k + half];
-  return v[0];
-}
-
-static inline float lane_max(V x) {
-  float v[16], m;
-  vstore(v, x);
-  m = v[0];
-  for (int k = 1; k < 16; ++k) m = v[k] > m ? v[k] : m;
-  return m;
-}
-
 // e^x to about one unit in the last place on [-87, 88], clamped outside: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial
 // of degree 6 in r (Taylor, whose first dropped term r^7/5040 is below 2^-27), then 2^n. ln 2 is split in two so that
 // n ln 2 is subtracted exactly.
@@ -38,23 +21,20 @@ static inline V vexp(V x) {
 
 static inline V vsigmoid(V x) { return vdiv(vset(1.0f), vadd(vset(1.0f), vexp(vsub(vset(0.0f), x)))); }
 
-static void quantize_row(const float* x, int n, int8_t* q, float* scale, int32_t* sum) {
-  for (int g = 0; g < n / kGroup; ++g, x += kGroup, q += kGroup) {
+// One token's groups into a tile. The quotient is at most 127 (1 + 2^-23), so it never rounds to 128.
+static void quantize(const float* x, int groups, uint8_t* tile, int W, int lane) {
+  for (int g = 0; g < groups; ++g, x += kGroup, tile += W * kTokenGroup) {
     const V a = vload(x), b = vload(x + 16);
     const float absmax = lane_max(vmax(vabs(a), vabs(b)));
-    scale[g] = absmax / 127.0f;
-    // Dividing by the stored scale could round to 128 only if the scale were too small by half a step in 127: it is
-    // correctly rounded, so the quotient is at most 127 (1 + 2^-23).
     const V inverse = vset(absmax > 0 ? 127.0f / absmax : 0.0f);
-    float v[32];
-    vstore(v, vround(vmul(a, inverse)));
-    vstore(v + 16, vround(vmul(b, inverse)));
-    int32_t s = 0;
-    for (int k = 0; k < kGroup; ++k) {
-      q[k] = static_cast<int8_t>(v[k]);
-      s += q[k];
-    }
-    sum[g] = s;
+    int8_t* q = reinterpret_cast<int8_t*>(tile) + lane * kGroup;
+    const int32_t low = -8 * store_int8(q, vround(vmul(a, inverse)));
+    const int32_t whole = low - 8 * store_int8(q + 16, vround(vmul(b, inverse)));
+    float* scales = reinterpret_cast<float*>(tile + W * kGroup);
+    int32_t* sums = reinterpret_cast<int32_t*>(scales + W);
+    scales[lane] = absmax / 127.0f;
+    sums[lane] = whole;
+    sums[W + lane] = low;
   }
 }
 
@@ -72,119 +52,92 @@ struct Sums {
   }
 };
 
-template <int NT>
-static void q4_tile(const uint8_t* w, const Activations& a, const int32_t* tokens, float* out, size_t stride) {
-  const int8_t* x[NT];
-  const float* xs[NT];
-  const int32_t* sum[NT];
-  for (int t = 0; t < NT; ++t) {
-    x[t] = a.q + static_cast<size_t>(tokens[t]) * a.groups * kGroup;
-    xs[t] = a.scale + static_cast<size_t>(tokens[t]) * a.groups;
-    sum[t] = a.sum + static_cast<size_t>(tokens[t]) * a.groups;
+// A form says how one group of 16 rows is stored: four pairs of lines, channels 8p..8p+3 and 8p+4..8p+7, and its scales.
+// Stored values are unsigned with a bias of 8 << shift, or signed bytes; offsets are minima besides the scale.
+struct Q4 {
+  static constexpr bool is_signed = false, halves = false, offsets = false;
+  static constexpr int shift = 0, bytes = kQ4Run;
+  static inline void pair(const uint8_t* run, int p, L* a, L* b) {
+    const L line = lload(run + 64 * p);
+    *a = llow(line);
+    *b = lhigh(line);
   }
+  static inline V scale(const uint8_t* run, int) { return vhalf(reinterpret_cast<const uint16_t*>(run + 256)); }
+  static inline V offset(const uint8_t*) { return vset(0.0f); }
+};
+
+struct Q8 {
+  static constexpr bool is_signed = true, halves = false, offsets = false;
+  static constexpr int shift = 4, bytes = kQ8Run;
+  static inline void pair(const uint8_t* run, int p, L* a, L* b) {
+    *a = lload(run + 128 * p);
+    *b = lload(run + 128 * p + 64);
+  }
+  static inline V scale(const uint8_t* run, int) { return vhalf(reinterpret_cast<const uint16_t*>(run + 512)); }
+  static inline V offset(const uint8_t*) { return vset(0.0f); }
+};
+
+template <bool kHalves, bool kOffsets>
+struct Panel {
+  static constexpr bool is_signed = true, halves = kHalves, offsets = kOffsets;
+  static constexpr int shift = 4, bytes = sizeof(PanelRun);
+  static inline void pair(const uint8_t* run, int p, L* a, L* b) { Q8::pair(run, p, a, b); }
+  static inline V scale(const uint8_t* run, int half) { return vload(reinterpret_cast<const PanelRun*>(run)->scale[half]); }
+  static inline V offset(const uint8_t* run) { return vload(reinterpret_cast<const PanelRun*>(run)->offset); }
+};
+
+// NT tokens of a tile of W, from lane `first`.
+template <class F, int NT, int W>
+static inline void tile_product(const uint8_t* run, const uint8_t* tile, int first, int groups, float* out, size_t stride) {
+  constexpr bool biased = !F::is_signed || bias_s8 != 0;
+  constexpr int chains = NT == 1 && !F::halves ? 2 : 1;  // a single token's products would wait for each other
   Sums<NT> sums;
-  for (int g = 0; g < a.groups; ++g, w += kQ4Run) {
-    I lo[NT], hi[NT];  // two chains, so that one token's products do not wait for each other
-    for (int t = 0; t < NT; ++t) lo[t] = hi[t] = izero();
-    for (int j = 0; j < 4; ++j) {
-      const L line = lload(w + 64 * j), low = llow(line), high = lhigh(line);
+  for (int g = 0; g < groups; ++g, run += F::bytes, tile += W * kTokenGroup) {
+    const int8_t* x = reinterpret_cast<const int8_t*>(tile) + first * kGroup;
+    const float* scale = reinterpret_cast<const float*>(tile + W * kGroup) + first;
+    const int32_t* sum = reinterpret_cast<const int32_t*>(tile + W * (kGroup + 4)) + first;
+    I low[NT], high[NT];  // of channels 0-15 and 16-31, or of odd and even lines, or low alone
+    for (int t = 0; t < NT; ++t) {
+      const int32_t whole = sum[t], part = sum[W + t];
+      low[t] = biased ? ishl<F::shift>(iset(F::halves ? part : whole)) : izero();
+      high[t] = biased && F::halves ? ishl<F::shift>(iset(whole - part)) : izero();
+    }
+    for (int p = 0; p < 4; ++p) {
+      L a, b;
+      F::pair(run, p, &a, &b);
+      I* first_sum = F::halves && p >= 2 ? high : low;
+      I* second_sum = F::halves ? first_sum : chains == 2 ? high : low;
       for (int t = 0; t < NT; ++t) {
-        lo[t] = dot_u4(lo[t], low, x[t] + g * kGroup + 8 * j);
-        hi[t] = dot_u4(hi[t], high, x[t] + g * kGroup + 8 * j + 4);
+        const int8_t* at = x + t * kGroup + 8 * p;
+        first_sum[t] = F::is_signed ? dot_s8(first_sum[t], a, at) : dot_u7(first_sum[t], a, at);
+        second_sum[t] = F::is_signed ? dot_s8(second_sum[t], b, at + 4) : dot_u7(second_sum[t], b, at + 4);
       }
     }
-    const V ws = vhalf(reinterpret_cast<const uint16_t*>(w + 256));
+    const V ws = F::scale(run, 0);
     for (int t = 0; t < NT; ++t) {
-      const V isum = itof(isubs(iadd(lo[t], hi[t]), 8 * sum[t][g]));
-      sums.acc[t] = vfma(isum, vmul(ws, vset(xs[t][g])), sums.acc[t]);
+      const V xs = vset(scale[t]);
+      if (chains == 2) low[t] = iadd(low[t], high[t]);
+      sums.acc[t] = vfma(itof(low[t]), vmul(ws, xs), sums.acc[t]);
+      if (F::halves) sums.acc[t] = vfma(itof(high[t]), vmul(F::scale(run, 1), xs), sums.acc[t]);
+      if (F::offsets)  // sum holds -8 times the sum
+        sums.acc[t] = vfma(vset(-0.125f * static_cast<float>(sum[t])), vmul(F::offset(run), xs), sums.acc[t]);
     }
-    sums.end_of_group(g, a.groups);
+    sums.end_of_group(g, groups);
   }
   for (int t = 0; t < NT; ++t) vstore(out + t * stride, sums.total[t]);
 }
 
-template <int NT>
-static void q8_tile(const uint8_t* w, const Activations& a, const int32_t* tokens, float* out, size_t stride) {
-  Sums<NT> sums;
-  for (int g = 0; g < a.groups; ++g, w += kQ8Run) {
-    I isum[NT];
-    for (int t = 0; t < NT; ++t) isum[t] = izero();
-    for (int j = 0; j < 8; ++j) {
-      const L line = lload(w + 64 * j);
-      for (int t = 0; t < NT; ++t)
-        isum[t] = dot_s8(isum[t], line, a.q + (static_cast<size_t>(tokens[t]) * a.groups + g) * kGroup + 4 * j);
-    }
-    const V ws = vhalf(reinterpret_cast<const uint16_t*>(w + 512));
-    for (int t = 0; t < NT; ++t) {
-      const size_t at = static_cast<size_t>(tokens[t]) * a.groups + g;
-      sums.acc[t] = vfma(itof(isubs(isum[t], bias_s8 * a.sum[at])), vmul(ws, vset(a.scale[at])), sums.acc[t]);
-    }
-    sums.end_of_group(g, a.groups);
-  }
-  for (int t = 0; t < NT; ++t) vstore(out + t * stride, sums.total[t]);
+// kBatch tokens at once is what an instruction set's registers hold.
+template <class F>
+static void block(const void* w, const uint8_t* tile, int groups, int W, float* out, size_t stride) {
+  const auto* run = static_cast<const uint8_t*>(w);
+  if (W == 8)
+    for (int first = 0; first < 8; first += kBatch)
+      tile_product<F, kBatch, 8>(run, tile, first, groups, out + first * stride, stride);
+  else if (W == 4) tile_product<F, 4, 4>(run, tile, 0, groups, out, stride);
+  else if (W == 2) tile_product<F, 2, 2>(run, tile, 0, groups, out, stride);
+  else tile_product<F, 1, 1>(run, tile, 0, groups, out, stride);
 }
-
-template <int NT>
-static void panel_tile(const PanelRun* w, bool halves, bool offsets, const Activations& a, const int32_t* tokens,
-                       float* out, size_t stride) {
-  Sums<NT> sums;
-  for (int g = 0; g < a.groups; ++g, ++w) {
-    I isum[2][NT];
-    for (int t = 0; t < NT; ++t) isum[0][t] = isum[1][t] = izero();
-    for (int j = 0; j < 8; ++j) {
-      const L line = lload(reinterpret_cast<const uint8_t*>(w->q) + 64 * j);
-      for (int t = 0; t < NT; ++t)
-        isum[j / 4][t] =
-            dot_s8(isum[j / 4][t], line, a.q + (static_cast<size_t>(tokens[t]) * a.groups + g) * kGroup + 4 * j);
-    }
-    for (int t = 0; t < NT; ++t) {
-      const size_t at = static_cast<size_t>(tokens[t]) * a.groups + g;
-      const V xs = vset(a.scale[at]);
-      if (halves) {
-        int32_t first = 0;
-        if (bias_s8)
-          for (int k = 0; k < 16; ++k) first += a.q[at * kGroup + k];
-        const I low = isubs(isum[0][t], bias_s8 * first), high = isubs(isum[1][t], bias_s8 * (a.sum[at] - first));
-        sums.acc[t] = vfma(itof(low), vmul(vload(w->scale[0]), xs), sums.acc[t]);
-        sums.acc[t] = vfma(itof(high), vmul(vload(w->scale[1]), xs), sums.acc[t]);
-      } else {
-        const I whole = isubs(iadd(isum[0][t], isum[1][t]), bias_s8 * a.sum[at]);
-        sums.acc[t] = vfma(itof(whole), vmul(vload(w->scale[0]), xs), sums.acc[t]);
-      }
-      if (offsets) sums.acc[t] = vfma(vset(static_cast<float>(a.sum[at])), vmul(vload(w->offset), xs), sums.acc[t]);
-    }
-    sums.end_of_group(g, a.groups);
-  }
-  for (int t = 0; t < NT; ++t) vstore(out + t * stride, sums.total[t]);
-}
-
-// Tiles of 8, then 4, 2, 1 tokens: a weight line is unpacked once a tile. Eight tokens keep 8 x (total, acc, two
-// integer sums) = 32 vectors alive, which is what AVX-512 has; AVX2 spills the totals, touched once in 8 groups.
-#define TILES(call)                                        \
-  for (; n >= 8; n -= 8, tokens += 8, out += 8 * stride) call(8); \
-  if (n >= 4) { call(4); n -= 4; tokens += 4; out += 4 * stride; } \
-  if (n >= 2) { call(2); n -= 2; tokens += 2; out += 2 * stride; } \
-  if (n) call(1);
-
-static void q4_block(const uint8_t* w, const Activations& a, const int32_t* tokens, int n, float* out, size_t stride) {
-#define CALL(NT) q4_tile<NT>(w, a, tokens, out, stride)
-  TILES(CALL)
-#undef CALL
-}
-
-static void q8_block(const uint8_t* w, const Activations& a, const int32_t* tokens, int n, float* out, size_t stride) {
-#define CALL(NT) q8_tile<NT>(w, a, tokens, out, stride)
-  TILES(CALL)
-#undef CALL
-}
-
-static void panel_block(const PanelRun* w, bool halves, bool offsets, const Activations& a, const int32_t* tokens,
-                        int n, float* out, size_t stride) {
-#define CALL(NT) panel_tile<NT>(w, halves, offsets, a, tokens, out, stride)
-  TILES(CALL)
-#undef CALL
-}
-#undef TILES
 
 static float dot(const float* a, const float* b, int n) {
   V acc = vset(0.0f);
@@ -217,56 +170,114 @@ static void axpy(float a, const float* x, int n, float* y) {
   for (int k = 0; k < n; k += 16) vstore(y + k, vfma(vset(a), vload(x + k), vload(y + k)));
 }
 
-// Online softmax over blocks of 64 positions counted from position 0, so the bits depend on the position alone and not
-// on how the prompt was cut.
-static void attend(const float* q, const float* qr, const uint16_t* cache, const uint16_t* rope, int n, int C, int R,
-                   float scale, float* u) {
-  constexpr int kBlock = 64;
-  float total = 0.0f, top = -INFINITY;
-  for (int k = 0; k < C; k += 16) vstore(u + k, vset(0.0f));
-  for (int start = 0; start < n; start += kBlock) {
-    const int m = n - start < kBlock ? n - start : kBlock;
-    float score[kBlock];
-    for (int j = 0; j < m; j += 4) {  // four rows at once hide the latency of one row's chain
-      V acc[4];
-      const uint16_t *c[4], *r[4];
-      for (int i = 0; i < 4; ++i) {
-        const size_t row = static_cast<size_t>(start) + (j + i < m ? j + i : m - 1);
-        c[i] = cache + row * C;
-        r[i] = rope + row * R;
-        acc[i] = vset(0.0f);
-      }
-      for (int k = 0; k < C; k += 16) {
-        const V qk = vload(q + k);
-        for (int i = 0; i < 4; ++i) acc[i] = vfma(qk, vhalf(c[i] + k), acc[i]);
-      }
-      for (int k = 0; k < R; k += 16) {
-        const V qk = vload(qr + k);
-        for (int i = 0; i < 4; ++i) acc[i] = vfma(qk, vhalf(r[i] + k), acc[i]);
-      }
-      for (int i = 0; i < 4 && j + i < m; ++i) score[j + i] = scale * lane_sum(acc[i]);
-    }
-    float block_top = top;
-    for (int j = 0; j < m; ++j) block_top = score[j] > block_top ? score[j] : block_top;
-    for (int j = m; j < kBlock; ++j) score[j] = -INFINITY;
-    float weight[kBlock];
-    for (int j = 0; j < kBlock; j += 16) vstore(weight + j, vexp(vsub(vload(score + j), vset(block_top))));
-    float block_total = 0.0f;
-    for (int j = 0; j < m; ++j) block_total += weight[j];
-    float keep[16];
-    vstore(keep, vexp(vset(top - block_top)));  // 1 when the top stays; the first block keeps nothing of nothing
-    total = __builtin_fmaf(total, keep[0], block_total);
-    for (int k = 0; k < C; k += 16) {
-      V acc = vmul(vload(u + k), vset(keep[0]));
-      for (int j = 0; j < m; ++j) acc = vfma(vset(weight[j]), vhalf(cache + (static_cast<size_t>(start) + j) * C + k), acc);
-      vstore(u + k, acc);
-    }
-    top = block_top;
-  }
-  const V inverse = vset(1.0f / total);
-  for (int k = 0; k < C; k += 16) vstore(u + k, vmul(vload(u + k), inverse));
+static void float_to_half(const float* x, int n, uint16_t* out) {
+  for (int k = 0; k < n; k += 16) store_half(out + k, vload(x + k));
 }
 
-#define KIMI_TABLE(name, runs_here)                                                                                  \
-  {name, runs_here, quantize_row, q4_block, q8_block, panel_block, dot, half_to_float, rms_norm, silu_mul, sigmoid, \
-   axpy, attend}
+// Scores of H heads against P cached rows, and their sums over the rows with weights: a cached row is converted once for
+// all heads, and H x P (or H x 4) chains hide each other's latency.
+template <int H, int P>
+static inline void scores(const float* q, const float* qr, const uint16_t* cache, const uint16_t* rope, int C, int R,
+                          float scale, float (*score)[kBlock], int j) {
+  V acc[H][P];
+  for (int h = 0; h < H; ++h)
+    for (int i = 0; i < P; ++i) acc[h][i] = vset(0.0f);
+  for (int k = 0; k < C; k += 16) {
+    V c[P];
+    for (int i = 0; i < P; ++i) c[i] = vhalf(cache + static_cast<size_t>(i) * C + k);
+    for (int h = 0; h < H; ++h) {
+      const V qk = vload(q + static_cast<size_t>(h) * C + k);
+      for (int i = 0; i < P; ++i) acc[h][i] = vfma(qk, c[i], acc[h][i]);
+    }
+  }
+  for (int k = 0; k < R; k += 16) {
+    V c[P];
+    for (int i = 0; i < P; ++i) c[i] = vhalf(rope + static_cast<size_t>(i) * R + k);
+    for (int h = 0; h < H; ++h) {
+      const V qk = vload(qr + static_cast<size_t>(h) * R + k);
+      for (int i = 0; i < P; ++i) acc[h][i] = vfma(qk, c[i], acc[h][i]);
+    }
+  }
+  for (int h = 0; h < H; ++h)
+    for (int i = 0; i < P; ++i) score[h][j + i] = scale * lane_sum(acc[h][i]);
+}
+
+template <int H>
+static inline void attend_heads(const float* q, const float* qr, const uint16_t* cache, const uint16_t* rope, int m, int C,
+                                int R, float scale, float* top, float* total, float* u) {
+  for (int h = 0; h < H; ++h) {
+    top[h] = -INFINITY;
+    total[h] = 0.0f;
+    for (int k = 0; k < C; k += 16) vstore(u + static_cast<size_t>(h) * C + k, vset(0.0f));
+  }
+  // Online softmax over blocks of kBlock positions counted from position 0, so that the bits depend on the position
+  // alone and not on how the prompt was cut.
+  for (int start = 0; start < m; start += kBlock, cache += static_cast<size_t>(kBlock) * C, rope += static_cast<size_t>(kBlock) * R) {
+    const int n = m - start < kBlock ? m - start : kBlock;
+    float score[H][kBlock], keep[H][16];
+    int j = 0;
+    for (; j + 4 <= n; j += 4)
+      scores<H, 4>(q, qr, cache + static_cast<size_t>(j) * C, rope + static_cast<size_t>(j) * R, C, R, scale, score, j);
+    for (; j < n; ++j)
+      scores<H, 1>(q, qr, cache + static_cast<size_t>(j) * C, rope + static_cast<size_t>(j) * R, C, R, scale, score, j);
+    for (int h = 0; h < H; ++h) {
+      float block_top = top[h];
+      for (int i = 0; i < n; ++i) block_top = score[h][i] > block_top ? score[h][i] : block_top;
+      for (int i = n; i < kBlock; ++i) score[h][i] = -INFINITY;
+      for (int i = 0; i < kBlock; i += 16) vstore(score[h] + i, vexp(vsub(vload(score[h] + i), vset(block_top))));
+      float block_total = 0.0f;
+      for (int i = 0; i < n; ++i) block_total += score[h][i];
+      vstore(keep[h], vexp(vset(top[h] - block_top)));  // 1 when the top stays; the first block keeps nothing of nothing
+      total[h] = __builtin_fmaf(total[h], keep[h][0], block_total);
+      top[h] = block_top;
+    }
+    for (int k = 0; k < C; k += 64) {
+      const int vectors = C - k < 64 ? (C - k) / 16 : 4;
+      V acc[H][4];
+      for (int h = 0; h < H; ++h)
+        for (int v = 0; v < vectors; ++v)
+          acc[h][v] = vmul(vload(u + static_cast<size_t>(h) * C + k + 16 * v), vset(keep[h][0]));
+      if (vectors == 4) {
+        for (int i = 0; i < n; ++i) {
+          V c[4];
+          for (int v = 0; v < 4; ++v) c[v] = vhalf(cache + static_cast<size_t>(i) * C + k + 16 * v);
+          for (int h = 0; h < H; ++h) {
+            const V weight = vset(score[h][i]);
+            for (int v = 0; v < 4; ++v) acc[h][v] = vfma(weight, c[v], acc[h][v]);
+          }
+        }
+      } else {
+        for (int i = 0; i < n; ++i)
+          for (int v = 0; v < vectors; ++v) {
+            const V c = vhalf(cache + static_cast<size_t>(i) * C + k + 16 * v);
+            for (int h = 0; h < H; ++h) acc[h][v] = vfma(vset(score[h][i]), c, acc[h][v]);
+          }
+      }
+      for (int h = 0; h < H; ++h)
+        for (int v = 0; v < vectors; ++v) vstore(u + static_cast<size_t>(h) * C + k + 16 * v, acc[h][v]);
+    }
+  }
+}
+
+static void attend(const float* q, const float* qr, int heads, const uint16_t* cache, const uint16_t* rope, int m, int C,
+                   int R, float scale, float* top, float* total, float* u) {
+  if (heads == 4) return attend_heads<4>(q, qr, cache, rope, m, C, R, scale, top, total, u);
+  for (int h = 0; h < heads; ++h)
+    attend_heads<1>(q + static_cast<size_t>(h) * C, qr + static_cast<size_t>(h) * R, cache, rope, m, C, R, scale, top + h,
+                    total + h, u + static_cast<size_t>(h) * C);
+}
+
+static void attend_join(float* top, float* total, float* u, float later_top, float later_total, const float* later_u, int C) {
+  const float most = *top > later_top ? *top : later_top;
+  float keep[16], take[16];
+  vstore(keep, vexp(vset(*top - most)));
+  vstore(take, vexp(vset(later_top - most)));
+  *top = most;
+  *total = __builtin_fmaf(later_total, take[0], *total * keep[0]);
+  for (int k = 0; k < C; k += 16)
+    vstore(u + k, vfma(vset(take[0]), vload(later_u + k), vmul(vset(keep[0]), vload(u + k))));
+}
+
+#define KIMI_TABLE(name, runs_here)                                                                                   \
+  {name, runs_here, {block<Q4>, block<Q8>, block<Panel<false, false>>, block<Panel<true, false>>, block<Panel<false, true>>}, \
+   quantize, dot, half_to_float, float_to_half, rms_norm, silu_mul, sigmoid, axpy, attend, attend_join}

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -18,87 +17,187 @@ const Kernels* const kBestFirst[] = {
 const Kernels* chosen = nullptr;
 std::unique_ptr<Pool> the_pool;
 
+// A task should read about this much, so that claiming it costs nothing beside it.
+constexpr size_t kTaskBytes = 16 << 10;
 bool is_float(const Weights& w) { return w.block->elements == 1; }
 int blocks_of(int rows) { return (rows + kRows - 1) / kRows; }
 
-// T rows of activations, quantized once and shared by all matrices that read them. Matrices stored as floats read x.
-class Inputs {
- public:
-  Inputs(const float* x, int T, int I, bool quantize) : x(x), columns(I) {
-    if (!quantize) return;
-    const int G = I / kGroup;
-    q_.resize(static_cast<size_t>(T) * I);
-    scale_.resize(static_cast<size_t>(T) * G);
-    sum_.resize(static_cast<size_t>(T) * G);
-    const auto row = [&](int t, int) {
-      kernels().quantize_row(x + static_cast<size_t>(t) * I, I, q_.data() + static_cast<size_t>(t) * I,
-                             scale_.data() + static_cast<size_t>(t) * G, sum_.data() + static_cast<size_t>(t) * G);
-    };
-    if (T < 8) {
-      for (int t = 0; t < T; ++t) row(t, 0);
-    } else {
-      pool().run(T, row);
-    }
-    view = {q_.data(), scale_.data(), sum_.data(), G};
-  }
-  const float* x;
-  int columns;
-  Activations view{};
+// n tokens stand in tiles: as many of 8 as there are, then 4, 2, 1.
+int tile_width(int n, int first) {
+  const int left = n - first;
+  return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+size_t token_bytes(int columns) { return static_cast<size_t>(columns) / kGroup * kTokenGroup; }
 
- private:
-  std::vector<int8_t> q_;
-  std::vector<float> scale_;
-  std::vector<int32_t> sum_;
+// n rows of activations as the kernels take them: quantized, in tiles; and as the floats they were, for matrices stored
+// as floats, which multiply the rows of x that `tokens` lists.
+struct Operand {
+  const uint8_t* tiles;
+  int n, columns;
+  const float* x;
+  size_t x_stride;       // floats from row to row
+  const int32_t* tokens;
 };
 
-// Per thread: a decoded row block, and one row of floats.
-struct Scratch {
-  std::vector<PanelRun> panel;
-  std::vector<float> row, out;
+// Calls task(first, W) for every tile of n tokens; the pool takes part if there are several.
+template <typename Task>
+void each_tile(int n, const Task& task) {
+  const int whole = n / kTile, tail = n % kTile;
+  const int count = whole + (tail >> 2) + (tail >> 1 & 1) + (tail & 1);
+  pool().run(count, [&](int i, int) {
+    int first = std::min(i, whole) * kTile;
+    for (int k = whole; k < i; ++k) first += tile_width(n, first);
+    task(first, tile_width(n, first));
+  });
+}
+
+// The listed rows of `rows`, each a tile of one token, put together as tiles; a single row is a tile already.
+const uint8_t* gather(const uint8_t* rows, int columns, const int32_t* tokens, int n, uint8_t* out) {
+  const size_t size = token_bytes(columns);
+  if (n == 1) return rows + tokens[0] * size;
+  for (int first = 0, W; first < n; first += W) {
+    W = tile_width(n, first);
+    for (int lane = 0; lane < W; ++lane) {
+      const uint8_t* row = rows + tokens[first + lane] * size;
+      uint8_t* at = out + first * size;
+      for (int g = 0; g < columns / kGroup; ++g, row += kTokenGroup, at += W * kTokenGroup) {
+        std::memcpy(at + lane * kGroup, row, kGroup);
+        for (int k = 0; k < 3; ++k) std::memcpy(at + W * (kGroup + 4 * k) + 4 * lane, row + kGroup + 4 * k, 4);
+      }
+    }
+  }
+  return out;
+}
+
+struct Scratch {  // per thread
+  Buffer<PanelRun> panel;
+  Buffer<float> row, out, more;
 };
 thread_local Scratch scratch;
 
-// Row block b of w times the listed tokens: out[i * stride + row].
-void row_block(const Weights& w, int b, const Inputs& in, const int32_t* tokens, int n, float* out, size_t stride) {
-  const Kernels& k = kernels();
+void multiply(Form form, const void* w, const Operand& x, float* out, size_t stride) {
+  const BlockKernel kernel = kernels().block[static_cast<int>(form)];
+  const size_t size = token_bytes(x.columns);
+  for (int first = 0, W; first < x.n; first += W) {
+    W = tile_width(x.n, first);
+    kernel(w, x.tiles + first * size, x.columns / kGroup, W, out + first * stride, stride);
+  }
+}
+
+// Row block b of w times all tokens: out[i * stride + row].
+void row_block(const Weights& w, int b, const Operand& x, float* out, size_t stride) {
   switch (w.block->kind) {
-    case Kind::q4g32:
-      return k.q4_block(w.data + b * w.stride, in.view, tokens, n, out, stride);
-    case Kind::q8g32:
-      return k.q8_block(w.data + b * w.stride, in.view, tokens, n, out, stride);
     case Kind::F32:
     case Kind::F16:
     case Kind::BF16: {
       const size_t row_bytes = static_cast<size_t>(w.columns) * w.block->bytes;
-      scratch.row.resize(w.columns);
+      float* weights = scratch.row.get(w.columns);
       for (int r = 0; r < kRows; ++r) {
         const int row = b * kRows + r;
-        if (row < w.rows) decode_float_row(w.block->kind, w.data + row * row_bytes, w.columns, scratch.row.data());
-        for (int i = 0; i < n; ++i)
-          out[i * stride + r] = row < w.rows ? k.dot(scratch.row.data(), in.x + static_cast<size_t>(tokens[i]) * in.columns, w.columns) : 0;
+        const uint8_t* stored = w.data + row * row_bytes;
+        if (row < w.rows && w.block->kind == Kind::F16)
+          kernels().half_to_float(reinterpret_cast<const uint16_t*>(stored), w.columns, weights);
+        else if (row < w.rows)
+          decode_float_row(w.block->kind, stored, w.columns, weights);
+        for (int i = 0; i < x.n; ++i)
+          out[i * stride + r] = row < w.rows ? kernels().dot(weights, x.x + x.tokens[i] * x.x_stride, w.columns) : 0;
       }
       return;
     }
-    default:
-      scratch.panel.resize(w.columns / kGroup);
-      decode_panel(*w.block, w.data, w.rows, w.columns, b * kRows, scratch.panel.data());
-      return k.panel_block(scratch.panel.data(), w.block->halves, w.block->offsets, in.view, tokens, n, out, stride);
+    case Kind::q4g32:
+      return multiply(Form::q4g32, w.data + b * w.stride, x, out, stride);
+    case Kind::q8g32:
+      return multiply(Form::q8g32, w.data + b * w.stride, x, out, stride);
+    default: {
+      PanelRun* panel = scratch.panel.get(w.columns / kGroup);
+      decode_panel(*w.block, w.data, w.rows, w.columns, b * kRows, panel);
+      const Form form = w.block->halves ? Form::panel_halves : w.block->offsets ? Form::panel_offsets : Form::panel;
+      return multiply(form, panel, x, out, stride);
+    }
   }
 }
 
-// The same into y [T][rows], trimming the last block.
-void row_block_into(const Weights& w, int b, const Inputs& in, const int32_t* tokens, int n, float* y, size_t stride) {
+// The same into y [n][stride], trimming the last block; `add` adds to what is there.
+void row_block_into(const Weights& w, int b, const Operand& x, float* y, size_t stride, bool add) {
   const int rows = std::min(kRows, w.rows - b * kRows);
-  if (rows == kRows) return row_block(w, b, in, tokens, n, y + b * kRows, stride);
-  scratch.out.resize(static_cast<size_t>(n) * kRows);
-  row_block(w, b, in, tokens, n, scratch.out.data(), kRows);
-  for (int i = 0; i < n; ++i) std::memcpy(y + i * stride + b * kRows, scratch.out.data() + i * kRows, sizeof(float) * rows);
+  if (rows == kRows && !add) return row_block(w, b, x, y + b * kRows, stride);
+  float* out = scratch.out.get(static_cast<size_t>(x.n) * kRows);
+  row_block(w, b, x, out, kRows);
+  for (int i = 0; i < x.n; ++i) {
+    float* at = y + i * stride + b * kRows;
+    for (int r = 0; r < rows; ++r) at[r] = add ? at[r] + out[i * kRows + r] : out[i * kRows + r];
+  }
 }
 
-std::vector<int32_t> counting(int n) {
-  std::vector<int32_t> v(n);
-  for (int i = 0; i < n; ++i) v[i] = i;
-  return v;
+const int32_t* counting(int n) {
+  static std::vector<int32_t> numbers;  // only the calling thread asks, between tasks
+  for (int i = static_cast<int>(numbers.size()); i < n; ++i) numbers.push_back(i);
+  return numbers.data();
+}
+
+// Row blocks of one matrix in steps of about kTaskBytes.
+int blocks_a_task(const Weights& w) {
+  const size_t bytes = static_cast<size_t>(w.columns) * kRows * w.block->bytes / w.block->elements;
+  return static_cast<int>(std::max<size_t>(1, kTaskBytes / bytes));
+}
+
+struct Product {  // y (+)= w x
+  const Weights* w;
+  float* y;
+  size_t stride;
+  bool add;
+};
+
+// Several matrices that read the same rows, as one call of the pool.
+void products(const std::vector<Product>& all, const float* x, size_t x_stride, int T) {
+  static Buffer<uint8_t> buffer;
+  const int columns = all[0].w->columns;
+  Operand operand{nullptr, T, columns, x, x_stride, counting(T)};
+  std::vector<int> ends;
+  int n_tasks = 0;
+  for (const Product& p : all) {
+    if (!is_float(*p.w)) operand.tiles = buffer.get(token_bytes(columns) * T);
+    const int step = blocks_a_task(*p.w);
+    ends.push_back(n_tasks += (blocks_of(p.w->rows) + step - 1) / step);
+  }
+  if (operand.tiles)
+    each_tile(T, [&](int first, int W) {
+      uint8_t* tile = buffer.get(0) + first * token_bytes(columns);
+      for (int lane = 0; lane < W; ++lane) kernels().quantize(x + (first + lane) * x_stride, columns / kGroup, tile, W, lane);
+    });
+  pool().run(n_tasks, [&](int i, int) {
+    size_t which = 0;
+    while (i >= ends[which]) ++which;
+    const Product& p = all[which];
+    const int step = blocks_a_task(*p.w), from = (i - (which ? ends[which - 1] : 0)) * step;
+    for (int b = from; b < std::min(from + step, blocks_of(p.w->rows)); ++b)
+      row_block_into(*p.w, b, operand, p.y, p.stride, p.add);
+  });
+}
+
+// Matrix h times head h of T tokens. x: head h of token t at t * x_token + h * x_head; y is [T][H][rows].
+void head_products(const std::vector<Weights>& w, const float* x, size_t x_token, size_t x_head, int T, float* y) {
+  static Buffer<uint8_t> buffer;
+  const int H = static_cast<int>(w.size()), B = blocks_of(w[0].rows), columns = w[0].columns;
+  const size_t size = token_bytes(columns) * T;  // of one head
+  const int32_t* list = counting(T);
+  uint8_t* tiles = is_float(w[0]) ? nullptr : buffer.get(size * H);
+  const auto quantize = [&](int h, int) {
+    for (int first = 0, W; first < T; first += W) {
+      W = tile_width(T, first);
+      for (int lane = 0; lane < W; ++lane)
+        kernels().quantize(x + (first + lane) * x_token + h * x_head, columns / kGroup, tiles + h * size + first * token_bytes(columns), W, lane);
+    }
+  };
+  if (tiles && T < 4) for (int h = 0; h < H; ++h) quantize(h, 0);
+  else if (tiles) pool().run(H, quantize);
+  const int step = blocks_a_task(w[0]), steps = (B + step - 1) / step;
+  pool().run(H * steps, [&](int i, int) {
+    const int h = i / steps, from = i % steps * step;
+    const Operand operand{tiles ? tiles + h * size : nullptr, T, columns, x + h * x_head, x_token, list};
+    for (int b = from; b < std::min(from + step, B); ++b)
+      row_block_into(w[h], b, operand, y + static_cast<size_t>(h) * w[h].rows, static_cast<size_t>(H) * w[h].rows, false);
+  });
 }
 
 }  // namespace
@@ -137,20 +236,11 @@ void set_threads(int n) {
 }
 
 void linear(const Weights& w, const float* x, int T, float* y) {
-  const Inputs in(x, T, w.columns, !is_float(w));
-  const auto tokens = counting(T);
-  pool().run(blocks_of(w.rows), [&](int b, int) { row_block_into(w, b, in, tokens.data(), T, y, w.rows); });
+  products({{&w, y, static_cast<size_t>(w.rows), false}}, x, w.columns, T);
 }
 
 void linear_heads(const std::vector<Weights>& w, const float* x, int T, float* y) {
-  const int H = static_cast<int>(w.size()), B = blocks_of(w[0].rows);
-  const Inputs in(x, T * H, w[0].columns, !is_float(w[0]));
-  pool().run(H * B, [&](int i, int) {
-    const int h = i / B;
-    std::vector<int32_t> tokens(T);
-    for (int t = 0; t < T; ++t) tokens[t] = t * H + h;
-    row_block_into(w[h], i % B, in, tokens.data(), T, y + static_cast<size_t>(h) * w[h].rows, static_cast<size_t>(H) * w[h].rows);
-  });
+  head_products(w, x, w.size() * w[0].columns, w[0].columns, T, y);
 }
 
 void embed(const Weights& w, const int32_t* ids, int T, float* y) {
@@ -162,11 +252,11 @@ void embed(const Weights& w, const int32_t* ids, int T, float* y) {
       continue;
     }
     if (w.block->kind != Kind::q4g32 && w.block->kind != Kind::q8g32) {
-      scratch.panel.resize(w.columns / kGroup);
+      PanelRun* panel = scratch.panel.get(w.columns / kGroup);
       const size_t row_bytes = static_cast<size_t>(w.columns / w.block->elements) * w.block->bytes;
-      decode_panel(*w.block, w.data + id * row_bytes, 1, w.columns, 0, scratch.panel.data());
+      decode_panel(*w.block, w.data + id * row_bytes, 1, w.columns, 0, panel);
       for (int k = 0; k < w.columns; ++k) {
-        const PanelRun& run = scratch.panel[k / kGroup];
+        const PanelRun& run = panel[k / kGroup];
         const int c = k % kGroup;
         out[k] = run.scale[c / 16][0] * static_cast<float>(run.q[64 * (c / 4) + c % 4]) + run.offset[0];
       }
@@ -195,13 +285,22 @@ void rms_norm(const float* x, const float* weight, int T, int D, float eps, floa
 
 void route(const float* x, const float* router, const float* bias, int T, int D, int E, int A, float scale,
            int32_t* ids, float* weights) {
+  static Buffer<float> buffer;
   const int padded = (E + 15) / 16 * 16;
-  std::vector<float> score(padded, 0.0f);
+  float* scores = buffer.get(static_cast<size_t>(T) * padded);
+  // A token's scores are one task each for many tokens; for a few, the experts are dealt out.
+  const int step = T < pool().n_threads() ? 8 : padded, steps = (padded + step - 1) / step;
+  pool().run(T * steps, [&](int i, int) {
+    const int t = i / steps, from = i % steps * step;
+    for (int e = from; e < std::min(from + step, padded); ++e)
+      scores[static_cast<size_t>(t) * padded + e] =
+          e < E ? kernels().dot(x + static_cast<size_t>(t) * D, router + static_cast<size_t>(e) * D, D) : 0.0f;
+  });
+  std::vector<int32_t> order(E);
   for (int t = 0; t < T; ++t) {
-    for (int e = 0; e < E; ++e)
-      score[e] = kernels().dot(x + static_cast<size_t>(t) * D, router + static_cast<size_t>(e) * D, D);
-    kernels().sigmoid(score.data(), padded, score.data());
-    auto order = counting(E);
+    float* score = scores + static_cast<size_t>(t) * padded;
+    kernels().sigmoid(score, padded, score);
+    for (int e = 0; e < E; ++e) order[e] = e;
     std::partial_sort(order.begin(), order.begin() + A, order.end(), [&](int a, int b) {
       const float sa = score[a] + bias[a], sb = score[b] + bias[b];
       return sa != sb ? sa > sb : a < b;
@@ -223,8 +322,7 @@ void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A,
     const Weights *gate, *up, *down;
     std::vector<int32_t> tokens;   // rows of x
     std::vector<float> weight;     // empty: 1
-    std::vector<float> gated, lifted;
-    std::unique_ptr<Inputs> hidden;
+    Operand in, hidden;            // x's rows; silu(gate) * up, of which tiles or x is written below
   };
   std::vector<Job> jobs;
   const int E = static_cast<int>(routed.gate.size());
@@ -232,63 +330,206 @@ void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A,
   for (int i = 0; i < T * A; ++i) slots[ids[i]].push_back(i);
   for (int e = 0; e < E; ++e) {
     if (slots[e].empty()) continue;
-    Job job{&routed.gate[e], &routed.up[e], &routed.down[e], {}, {}, {}, {}, nullptr};
+    Job job{&routed.gate[e], &routed.up[e], &routed.down[e], {}, {}, {}, {}};
     for (int32_t i : slots[e]) {
       job.tokens.push_back(i / A);
       job.weight.push_back(weights[i]);
     }
     jobs.push_back(std::move(job));
   }
-  if (shared) jobs.push_back({&shared->gate[0], &shared->up[0], &shared->down[0], counting(T), {}, {}, {}, nullptr});
+  const int32_t* numbers = counting(T);
+  if (shared) jobs.push_back({&shared->gate[0], &shared->up[0], &shared->down[0], {numbers, numbers + T}, {}, {}, {}});
 
-  bool quantize = false;
-  std::vector<std::pair<int, int>> tasks;  // (job, row block)
+  static Buffer<uint8_t> rows, gathered, hidden_tiles;
+  static Buffer<float> hidden_floats;
+  const size_t in_bytes = token_bytes(D);
+  bool wanted = false;
+  size_t n_slots = 0, n_floats = 0, n_tiles = 0;
+  std::vector<std::pair<int, int>> tasks;  // job, group of 32 hidden channels
   for (size_t j = 0; j < jobs.size(); ++j) {
-    const int F = jobs[j].gate->rows;
-    quantize |= !is_float(*jobs[j].gate);
-    jobs[j].gated.resize(jobs[j].tokens.size() * F);
-    jobs[j].lifted.resize(jobs[j].tokens.size() * F);
-    for (int b = 0; b < blocks_of(F); ++b) tasks.emplace_back(static_cast<int>(j), b);
+    const size_t n = jobs[j].tokens.size(), F = jobs[j].gate->rows;
+    wanted |= !is_float(*jobs[j].gate);
+    n_slots += n;
+    n_floats += is_float(*jobs[j].down) ? n * F : 0;
+    n_tiles += is_float(*jobs[j].down) ? 0 : n * token_bytes(static_cast<int>(F));
+    for (size_t g = 0; g < F / kGroup; ++g) tasks.emplace_back(static_cast<int>(j), static_cast<int>(g));
   }
-  const Inputs in(x, T, D, quantize);
-  pool().run(static_cast<int>(tasks.size()), [&](int i, int) {
-    auto [j, b] = tasks[i];
-    Job& job = jobs[j];
+  uint8_t* in_at = wanted ? gathered.get(n_slots * in_bytes) : nullptr;
+  uint8_t* tiles_at = hidden_tiles.get(n_tiles);
+  float* floats_at = hidden_floats.get(n_floats);
+  for (Job& job : jobs) {
     const int n = static_cast<int>(job.tokens.size()), F = job.gate->rows;
-    row_block_into(*job.gate, b, in, job.tokens.data(), n, job.gated.data(), F);
-    row_block_into(*job.up, b, in, job.tokens.data(), n, job.lifted.data(), F);
-    const int rows = std::min(kRows, F - b * kRows);
-    for (int t = 0; t < n; ++t) {
-      float* g = job.gated.data() + static_cast<size_t>(t) * F + b * kRows;
-      if (rows == kRows) kernels().silu_mul(g, job.lifted.data() + static_cast<size_t>(t) * F + b * kRows, kRows, g);
+    job.in = {in_at, n, D, x, static_cast<size_t>(D), job.tokens.data()};
+    if (in_at) in_at += n * in_bytes;
+    const bool floats = is_float(*job.down);
+    job.hidden = {floats ? nullptr : tiles_at, n, F, floats ? floats_at : nullptr, static_cast<size_t>(F), numbers};
+    if (floats) floats_at += static_cast<size_t>(n) * F;
+    else tiles_at += n * token_bytes(F);
+  }
+  if (wanted) {
+    uint8_t* at = rows.get(in_bytes * T);
+    const auto quantize = [&](int t, int) { kernels().quantize(x + static_cast<size_t>(t) * D, D / kGroup, at + t * in_bytes, 1, 0); };
+    const auto collect = [&](int j, int) {
+      Operand& in = jobs[j].in;
+      in.tiles = gather(at, D, in.tokens, in.n, const_cast<uint8_t*>(in.tiles));
+    };
+    if (T < 4) {
+      for (int t = 0; t < T; ++t) quantize(t, 0);
+      for (size_t j = 0; j < jobs.size(); ++j) collect(static_cast<int>(j), 0);
+    } else {
+      pool().run(T, quantize);
+      pool().run(static_cast<int>(jobs.size()), collect);
+    }
+  }
+  // Gate, up, silu and the hidden values' own quantization, 32 hidden channels at a time.
+  pool().run(static_cast<int>(tasks.size()), [&](int i, int) {
+    const auto [j, g] = tasks[i];
+    const Job& job = jobs[j];
+    const int n = job.in.n, F = job.gate->rows;
+    float* gate = scratch.out.get(static_cast<size_t>(n) * kGroup);
+    float* up = scratch.more.get(static_cast<size_t>(n) * kGroup);
+    for (int half = 0; half < 2; ++half) {
+      row_block(*job.gate, 2 * g + half, job.in, gate + half * kRows, kGroup);
+      row_block(*job.up, 2 * g + half, job.in, up + half * kRows, kGroup);
+    }
+    kernels().silu_mul(gate, up, n * kGroup, gate);
+    if (job.hidden.x) {
+      float* to = const_cast<float*>(job.hidden.x) + g * kGroup;
+      for (int t = 0; t < n; ++t) std::memcpy(to + static_cast<size_t>(t) * F, gate + t * kGroup, 4 * kGroup);
+      return;
+    }
+    for (int first = 0, W; first < n; first += W) {
+      W = tile_width(n, first);
+      uint8_t* tile = const_cast<uint8_t*>(job.hidden.tiles) + first * token_bytes(F) + static_cast<size_t>(g) * W * kTokenGroup;
+      for (int lane = 0; lane < W; ++lane) kernels().quantize(gate + (first + lane) * kGroup, 1, tile, W, lane);
     }
   });
-  for (Job& job : jobs)
-    job.hidden = std::make_unique<Inputs>(job.gated.data(), static_cast<int>(job.tokens.size()), job.gate->rows, !is_float(*job.down));
   pool().run(blocks_of(D), [&](int b, int) {
-    static thread_local std::vector<float> part;
-    const int rows = std::min(kRows, D - b * kRows);
-    for (int t = 0; t < T; ++t) std::fill_n(y + static_cast<size_t>(t) * D + b * kRows, rows, 0.0f);
+    const int rows_here = std::min(kRows, D - b * kRows);
+    float* sum = scratch.more.get(static_cast<size_t>(T) * kRows);
+    std::fill_n(sum, static_cast<size_t>(T) * kRows, 0.0f);
     for (const Job& job : jobs) {
-      const int n = static_cast<int>(job.tokens.size());
-      const auto all = counting(n);
-      part.resize(static_cast<size_t>(n) * kRows);
-      row_block(*job.down, b, *job.hidden, all.data(), n, part.data(), kRows);
-      for (int i = 0; i < n; ++i) {
-        float* out = y + static_cast<size_t>(job.tokens[i]) * D + b * kRows;
-        const float w = job.weight.empty() ? 1.0f : job.weight[i];
-        kernels().axpy(w, part.data() + static_cast<size_t>(i) * kRows, rows, out);
-      }
+      float* part = scratch.out.get(static_cast<size_t>(job.hidden.n) * kRows);
+      row_block(*job.down, b, job.hidden, part, kRows);
+      for (int i = 0; i < job.hidden.n; ++i)
+        kernels().axpy(job.weight.empty() ? 1.0f : job.weight[i], part + static_cast<size_t>(i) * kRows, kRows,
+                       sum + static_cast<size_t>(job.tokens[i]) * kRows);
     }
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < rows_here; ++r) y[static_cast<size_t>(t) * D + b * kRows + r] += sum[static_cast<size_t>(t) * kRows + r];
   });
 }
 
 void attention(const float* q, const float* qr, const uint16_t* cache, const uint16_t* rope, int start, int T, int H,
                int C, int R, float scale, float* u) {
-  pool().run(T * H, [&](int i, int) {
-    const size_t at = static_cast<size_t>(i);
-    kernels().attend(q + at * C, qr + at * R, cache, rope, start + i / H + 1, C, R, scale, u + at * C);
+  static Buffer<float> parts;
+  const int packs = (H + kHeads - 1) / kHeads;  // of kHeads heads
+  const int spans = (start + T + kSpan - 1) / kSpan;
+  const auto span = [&](int t, int pack, int s, float* top, float* total, float* out) {
+    const int n = start + t + 1 - s * kSpan, h = pack * kHeads;
+    const size_t at = static_cast<size_t>(t) * H + h, row = static_cast<size_t>(s) * kSpan;
+    kernels().attend(q + at * C, qr + at * R, std::min(kHeads, H - h), cache + row * C, rope + row * R, std::min(n, kSpan), C, R,
+                     scale, top, total, out);
+  };
+  const auto finish = [&](float total, float* out) {
+    const float inverse = 1.0f / total;
+    for (int k = 0; k < C; ++k) out[k] *= inverse;
+  };
+  // Many tokens: a task is one token's pack of heads over all spans. Few: a task is one span, and the parts are joined
+  // afterwards in the same order.
+  if (T * packs >= 4 * pool().n_threads() || spans == 1) {
+    pool().run(T * packs, [&](int i, int) {
+      const int t = i / packs, pack = i % packs, heads = std::min(kHeads, H - pack * kHeads);
+      float* out = u + (static_cast<size_t>(t) * H + pack * kHeads) * C;
+      float top[kHeads], total[kHeads], later_top[kHeads], later_total[kHeads];
+      float* later = scratch.out.get(static_cast<size_t>(kHeads) * C);
+      span(t, pack, 0, top, total, out);
+      for (int s = 1; s * kSpan <= start + t; ++s) {
+        span(t, pack, s, later_top, later_total, later);
+        for (int h = 0; h < heads; ++h)
+          kernels().attend_join(top + h, total + h, out + static_cast<size_t>(h) * C, later_top[h], later_total[h], later + static_cast<size_t>(h) * C, C);
+      }
+      for (int h = 0; h < heads; ++h) finish(total[h], out + static_cast<size_t>(h) * C);
+    });
+    return;
+  }
+  const size_t part = static_cast<size_t>(kHeads) * (C + 2);  // tops, totals, sums
+  float* all = parts.get(part * T * packs * spans);
+  pool().run(T * packs * spans, [&](int i, int) {
+    const int s = i % spans, t = i / spans / packs;
+    float* here = all + part * i;
+    if (s * kSpan <= start + t) span(t, i / spans % packs, s, here, here + kHeads, here + 2 * kHeads);
   });
+  pool().run(T * packs, [&](int i, int) {
+    const int t = i / packs, pack = i % packs, heads = std::min(kHeads, H - pack * kHeads);
+    float* first = all + part * spans * i;
+    for (int h = 0; h < heads; ++h) {
+      float* sums = first + 2 * kHeads + static_cast<size_t>(h) * C;
+      for (int s = 1; s * kSpan <= start + t; ++s) {
+        const float* later = first + part * s;
+        kernels().attend_join(first + h, first + kHeads + h, sums, later[h], later[kHeads + h], later + 2 * kHeads + static_cast<size_t>(h) * C, C);
+      }
+      finish(first[kHeads + h], sums);
+      std::memcpy(u + (static_cast<size_t>(t) * H + pack * kHeads + h) * C, sums, sizeof(float) * C);
+    }
+  });
+}
+
+void attention_layer(const AttentionLayer& l, float* x, int T, const float* cos, const float* sin, uint16_t* latent,
+                     uint16_t* key, int start) {
+  static Buffer<float> normed, queries, latents, ropes, absorbed, summed, values;
+  const int D = l.q.columns, H = static_cast<int>(l.k_b.size()), N = l.k_b[0].columns, C = l.k_b[0].rows, V = l.v_b[0].rows;
+  const int R = l.kv_a.rows - C, K = N + R;
+  float* h = normed.get(static_cast<size_t>(T) * D);
+  float* q = queries.get(static_cast<size_t>(T) * H * K);
+  float* kv = latents.get(static_cast<size_t>(T) * (C + R));
+  float* qr = ropes.get(static_cast<size_t>(T) * H * R);
+  float* qc = absorbed.get(static_cast<size_t>(T) * H * C);
+  float* u = summed.get(static_cast<size_t>(T) * H * C);
+  float* o = values.get(static_cast<size_t>(T) * H * V);
+  const auto norm = [&](int t, int) { kernels().rms_norm(x + static_cast<size_t>(t) * D, l.norm, D, l.eps, h + static_cast<size_t>(t) * D); };
+  if (T < 4) for (int t = 0; t < T; ++t) norm(t, 0);
+  else pool().run(T, norm);
+  products({{&l.q, q, static_cast<size_t>(H) * K, false}, {&l.kv_a, kv, static_cast<size_t>(C + R), false}}, h, D, T);
+  // Cached: the latent after its norm, the key after its rotation.
+  const auto rotate_and_cache = [&](int t, int) {
+    const float *c = cos + static_cast<size_t>(t) * R / 2, *s = sin + static_cast<size_t>(t) * R / 2;
+    const auto rotate = [&](const float* from, float* to) {
+      for (int i = 0; i < R / 2; ++i) {
+        const float even = from[2 * i], odd = from[2 * i + 1];
+        to[2 * i] = even * c[i] - odd * s[i];
+        to[2 * i + 1] = even * s[i] + odd * c[i];
+      }
+    };
+    float* row = kv + static_cast<size_t>(t) * (C + R);
+    kernels().rms_norm(row, l.kv_norm, C, l.kv_eps, row);
+    kernels().float_to_half(row, C, latent + static_cast<size_t>(start + t) * C);
+    rotate(row + C, row + C);
+    kernels().float_to_half(row + C, R, key + static_cast<size_t>(start + t) * R);
+    for (int head = 0; head < H; ++head)
+      rotate(q + (static_cast<size_t>(t) * H + head) * K + N, qr + (static_cast<size_t>(t) * H + head) * R);
+  };
+  if (T < 4) for (int t = 0; t < T; ++t) rotate_and_cache(t, 0);
+  else pool().run(T, rotate_and_cache);
+  head_products(l.k_b, q, static_cast<size_t>(H) * K, K, T, qc);
+  attention(qc, qr, latent, key, start, T, H, C, R, l.scale, u);
+  head_products(l.v_b, u, static_cast<size_t>(H) * C, C, T, o);
+  products({{&l.o, x, static_cast<size_t>(D), true}}, o, static_cast<size_t>(H) * V, T);
+}
+
+void feed_forward_layer(const FeedForwardLayer& l, float* x, int T) {
+  static Buffer<float> normed, weights;
+  static Buffer<int32_t> ids;
+  const int D = l.shared.gate[0].columns, A = l.router ? l.active : 0;
+  float* h = normed.get(static_cast<size_t>(T) * D);
+  const auto norm = [&](int t, int) { kernels().rms_norm(x + static_cast<size_t>(t) * D, l.norm, D, l.eps, h + static_cast<size_t>(t) * D); };
+  if (T < 4) for (int t = 0; t < T; ++t) norm(t, 0);
+  else pool().run(T, norm);
+  int32_t* chosen_ids = ids.get(static_cast<size_t>(T) * A + 1);
+  float* chosen_weights = weights.get(static_cast<size_t>(T) * A + 1);
+  if (l.router)
+    route(h, l.router, l.bias, T, D, static_cast<int>(l.routed.gate.size()), A, l.scale, chosen_ids, chosen_weights);
+  mixture(l.routed, chosen_ids, chosen_weights, A, &l.shared, h, T, D, x);
 }
 
 }  // namespace kimi

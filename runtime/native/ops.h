@@ -1,6 +1,7 @@
 // Products, mixtures of experts and attention over whole arrays: cuts the work into tasks for the pool.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "blocks.h"
@@ -27,6 +28,24 @@ std::vector<const char*> usable_kernels();  // best first
 Pool& pool();
 void set_threads(int n);
 
+// Memory that is kept between calls and only ever grows; never cleared.
+template <typename T>
+class Buffer {
+ public:
+  T* get(size_t n) {
+    if (n > size_) {
+      data_.reset();  // the old block is gone before the new one comes
+      data_.reset(new T[n]);
+      size_ = n;
+    }
+    return data_.get();
+  }
+
+ private:
+  std::unique_ptr<T[]> data_;
+  size_t size_ = 0;
+};
+
 void linear(const Weights& w, const float* x, int T, float* y);                         // [T][I] -> [T][O]
 void linear_heads(const std::vector<Weights>& w, const float* x, int T, float* y);      // [T][H][I] -> [T][H][O]
 void embed(const Weights& w, const int32_t* ids, int T, float* y);                      // rows, dequantized
@@ -35,9 +54,32 @@ void rms_norm(const float* x, const float* weight, int T, int D, float eps, floa
 // index; weights are their unbiased scores over their sum, times scale.
 void route(const float* x, const float* router, const float* bias, int T, int D, int E, int A, float scale,
            int32_t* ids, float* weights);
-// y = sum over the chosen experts, in order of index, of weight * expert(x), plus shared(x) if there is one.
+// y += sum over the chosen experts, in order of index, of weight * expert(x), plus shared(x) if there is one. The sum is
+// complete before it is added to y.
 void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A, const Mlp* shared, const float* x,
              int T, int D, float* y);
+// Absorbed attention: token t stands at start + t and sees the cached rows up to itself.
 void attention(const float* q, const float* qr, const uint16_t* cache, const uint16_t* rope, int start, int T, int H,
                int C, int R, float scale, float* u);
+
+// The two halves of a layer, each adding to the residual stream x [T][D] in place. docs/architecture.md has the steps.
+struct AttentionLayer {
+  const float *norm, *kv_norm;    // [D], [C]
+  float eps, kv_eps, scale;       // scale: of the softmax
+  Weights q, kv_a, o;             // [H (N + R), D], [C + R, D], [D, H V]
+  std::vector<Weights> k_b, v_b;  // H of [C, N]; H of [V, C]
+};
+// Caches the latents [S][C] and rotated keys [S][R] of T tokens from `start` on. cos, sin: [T][R / 2].
+void attention_layer(const AttentionLayer& layer, float* x, int T, const float* cos, const float* sin, uint16_t* latent,
+                     uint16_t* key, int start);
+
+struct FeedForwardLayer {
+  const float* norm;              // [D]
+  float eps;
+  const float *router, *bias;     // [E, D], [E]; null in a dense layer
+  int active;
+  float scale;                    // of the routed experts' weights
+  Mlp routed, shared;
+};
+void feed_forward_layer(const FeedForwardLayer& layer, float* x, int T);
 }  // namespace kimi

@@ -20,17 +20,35 @@ static inline V vpow2(V n) {
 static inline V vhalf(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+static inline void store_half(uint16_t* p, V x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+// Sum of the lanes in the scalar's tree: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
+static inline float lane_sum(V x) {
+  const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
+static inline float lane_max(V x) { return _mm512_reduce_max_ps(x); }
+static inline int32_t store_int8(int8_t* p, V x) {
+  const __m512i whole = _mm512_cvtps_epi32(x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(whole));
+  return _mm512_reduce_add_epi32(whole);
+}
+static inline I iset(int32_t x) { return _mm512_set1_epi32(x); }
+template <int n> static inline I ishl(I x) { return _mm512_slli_epi32(x, n); }
 static inline I izero() { return _mm512_setzero_si512(); }
 static inline V itof(I x) { return _mm512_cvtepi32_ps(x); }
 static inline I iadd(I x, I y) { return _mm512_add_epi32(x, y); }
-static inline I isubs(I x, int32_t s) { return _mm512_sub_epi32(x, _mm512_set1_epi32(s)); }
 static inline L lload(const uint8_t* p) { return _mm512_loadu_si512(p); }
 static inline L llow(L w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
 static inline L lhigh(L w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
 static inline int32_t four(const int8_t* x) { int32_t r; __builtin_memcpy(&r, x, 4); return r; }
-static inline I dot_u4(I acc, L w, const int8_t* x) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four(x))); }
+static inline I dot_u7(I acc, L w, const int8_t* x) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four(x))); }
 static inline I dot_s8(I acc, L w, const int8_t* x) {
   // dpbusd wants unsigned weights: w + 128. The caller takes 128 * (sum of activations) off again, exactly.
   return _mm512_dpbusd_epi32(acc, _mm512_xor_si512(w, _mm512_set1_epi8(-128)), _mm512_set1_epi32(four(x)));
 }
 static constexpr int32_t bias_s8 = 128;
+static constexpr int kBatch = 8;  // 8 x (total, acc, integer sum) and a line: 28 of 32 registers

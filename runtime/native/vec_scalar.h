@@ -32,17 +32,53 @@ static inline float half_value(uint16_t h) {
   return f;
 }
 static inline V vhalf(const uint16_t* p) { V r; EACH r.v[k] = half_value(p[k]); return r; }
+static inline void store_half(uint16_t* p, V a) {  // to nearest, ties to even
+  EACH {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &a.v[k], 4);
+    const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    uint32_t h;
+    if (magnitude > 0x7f800000u) h = 0x7e00u | (magnitude >> 13 & 0x3ffu);  // not a number stays one
+    else if (magnitude >= 0x477ff000u) h = 0x7c00u;                          // rounds beyond 65504
+    else if (magnitude < 0x38800000u) {                                      // subnormal: a whole multiple of 2^-24
+      float f;
+      __builtin_memcpy(&f, &magnitude, 4);
+      h = static_cast<uint32_t>(__builtin_rintf(f * 0x1p24f));
+    } else {
+      h = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    }
+    p[k] = static_cast<uint16_t>(sign | h);
+  }
+}
+// Sum of the lanes in one fixed tree: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
+static inline float lane_sum(V x) {
+  for (int half = 8; half; half /= 2)
+    for (int k = 0; k < half; ++k) x.v[k] += x.v[k + half];
+  return x.v[0];
+}
+static inline float lane_max(V x) {
+  float m = x.v[0];
+  for (int k = 1; k < 16; ++k) m = x.v[k] > m ? x.v[k] : m;
+  return m;
+}
+// Stores whole numbers in [-127, 127] as bytes and returns their sum.
+static inline int32_t store_int8(int8_t* p, V a) {
+  int32_t sum = 0;
+  EACH { p[k] = static_cast<int8_t>(a.v[k]); sum += p[k]; }
+  return sum;
+}
+static inline I iset(int32_t x) { I r; EACH r.v[k] = x; return r; }
+template <int n> static inline I ishl(I a) { EACH a.v[k] = static_cast<int32_t>(static_cast<uint32_t>(a.v[k]) << n); return a; }
 static inline I izero() { I r; EACH r.v[k] = 0; return r; }
 static inline V itof(I a) { V r; EACH r.v[k] = static_cast<float>(a.v[k]); return r; }
 static inline I iadd(I a, I b) { EACH a.v[k] += b.v[k]; return a; }
-static inline I isubs(I a, int32_t x) { EACH a.v[k] -= x; return a; }
 // A line of 64 weight bytes: 16 rows of 4 channels. `low` and `high` are a line's nibbles.
 struct L { uint8_t b[64]; };
 static inline L lload(const uint8_t* p) { L r; __builtin_memcpy(r.b, p, 64); return r; }
 static inline L llow(L a) { for (int k = 0; k < 64; ++k) a.b[k] &= 15; return a; }
 static inline L lhigh(L a) { for (int k = 0; k < 64; ++k) a.b[k] >>= 4; return a; }
-// acc[row] += dot of the row's 4 weights (unsigned, at most 15) and the 4 activations at x.
-static inline I dot_u4(I acc, L w, const int8_t* x) {
+// acc[row] += dot of the row's 4 weights (unsigned, at most 127) and the 4 activations at x.
+static inline I dot_u7(I acc, L w, const int8_t* x) {
   EACH for (int c = 0; c < 4; ++c) acc.v[k] += static_cast<int32_t>(w.b[4 * k + c]) * x[c];
   return acc;
 }
@@ -52,4 +88,5 @@ static inline I dot_s8(I acc, L w, const int8_t* x) {
   return acc;
 }
 static constexpr int32_t bias_s8 = 0;  // dot_s8 gives the sum plus bias_s8 * (sum of the activations)
+static constexpr int kBatch = 8;
 #undef EACH

@@ -54,12 +54,12 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A conversation; a picture, if any, stands before the first question, with a hint of the characters in it."""
+    """A conversation; a picture, if any, stands before the first question, with a hint of what lies where in it."""
 
     task: str
     turns: tuple[Turn, ...]
     picture: Image.Image | None = None
-    codes: NDArray[np.int64] | None = None
+    hint: NDArray[np.int64] | None = None
 
 
 class Draw:
@@ -260,9 +260,9 @@ READ_FORMS = (
 )
 
 
-def reading(draw: Draw, grid: tuple[int, int], longest: int = 8) -> Sample:
+def reading(draw: Draw, grid: tuple[int, int]) -> Sample:
     """A rendered word or number; the grid's width bounds the length that can be read."""
-    longest = min(longest, 2 * grid[1])
+    longest = min(8, 2 * grid[1])
     shortest = min(3, longest)
     kind = draw.rng.random()
     if kind < 0.3:
@@ -270,26 +270,26 @@ def reading(draw: Draw, grid: tuple[int, int], longest: int = 8) -> Sample:
     else:
         text = draw.word(shortest, longest)
         text = text.upper() if kind < 0.45 else text
-    picture, codes = text_picture(text, grid, draw.rng)
-    return Sample(
-        "read", (Turn(draw.choose(READ_FORMS), f"letters: {' '.join(text)}", text),), picture, codes
-    )
+    picture, hint = text_picture(text, grid, draw.rng)
+    # The number comes first, so that each character is looked up by its place and none is skipped or read twice.
+    letters = " ".join(f"{i}{character}" for i, character in enumerate(text, 1))
+    return Sample("read", (Turn(draw.choose(READ_FORMS), f"letters: {letters}", text),), picture, hint)
 
 
 def shapes(draw: Draw, grid: tuple[int, int], most: int = 6) -> Sample:
     """A scene, and one question about its colour, its shape or its count."""
     colour, shape = draw.choose(tuple(COLOURS)), draw.choose(SHAPES)
     count = int(draw.rng.integers(1, most + 1))
-    picture = scene(colour, shape, count, grid, draw.rng)
+    picture, hint = scene(colour, shape, count, grid, draw.rng)
     plural = "s" * (count > 1)
-    seen = f"I see {count} {colour} {shape}{plural}"
+    seen = f"I see {' '.join(str(i) for i in range(1, count + 1))} {colour} {shape}{plural}"
     options = [
         ("colour", ("What colour is the {s}?", "What colour is it?", "Which colour do you see?"), colour),
         ("shape", ("What shape is it?", "Which shape is shown?", "Name the shape."), shape),
         ("count", ("How many {s}s are there?", "Count the {s}s.", "How many shapes do you see?"), str(count)),
     ]
     task, forms, answer = options[int(draw.rng.integers(3))]
-    return Sample(task, (Turn(draw.choose(forms).format(s=shape), seen, answer),), picture)
+    return Sample(task, (Turn(draw.choose(forms).format(s=shape), seen, answer),), picture, hint)
 
 
 TEXT_TASKS: dict[str, tuple[Callable[[Draw], Turn], float]] = {

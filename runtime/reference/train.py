@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from kimi_lite.formats.config import ImageConfig, ModelConfig
 from kimi_lite.formats.vocab import Vocab
 from kimi_lite.runtime.reference.image import process
-from kimi_lite.runtime.reference.model import KimiVL, expert_loads, published_tensors
+from kimi_lite.runtime.reference.model import KimiVL, expert_loads, load, published_tensors
 from kimi_lite.runtime.reference.nano import FIRST_SPECIAL, NANO_TEXT, NANO_VISION, RANKS, TOKEN_LIMIT
 from kimi_lite.runtime.reference.random_checkpoint import (
     SPECIAL_NAMES,
@@ -42,13 +42,12 @@ from kimi_lite.runtime.tokenizer import Tokenizer
 
 TEXT_BATCH, TEXT_POOL = 64, 768  # a pool is sorted by length and cut into batches of like length
 PICTURE_BATCH = 128
-# First text and shapes; then the tower alone learns which character lies over each patch, in short steps; then all
-# together, reading longer and longer words.
-TOWER_FROM, READING_FROM = 900, 2200
+# First text and shapes; then the tower alone learns what lies over each half patch (which character, and the how
+# manyeth; the how manyeth shape), in short steps; then all together.
+TOWER_FROM, READING_FROM = 900, 2700
 TOWER_RATE = 2.5  # learning rate of the tower's own phase, as a multiple
-READING_LENGTHS = ((0, 3), (60, 5), (120, 8))  # steps after READING_FROM: longest word
 HINT_SHARE = 0.3  # of the tower's task in the loss of the last phase
-N_CODES = 128
+N_CODES, N_PLACES = 128, 9
 MATRIX_RATE, OTHER_RATE = 0.003, 0.003
 WEIGHT_DECAY = 0.02
 BALANCE_RATE = 0.002
@@ -59,14 +58,14 @@ IGNORE = -100
 class Batch:
     """Token ids [B, T], targets [B, T] (IGNORE where there is no loss), pictures [B, P, 588] of one grid or none.
 
-    `codes_BP` are the characters over the patches of rendered text, 0 for none.
+    `hint_BP22` holds, for each half of each patch, the character over it and its place in the text, 0 for none.
     """
 
     ids_BT: NDArray[np.int64]
     targets_BT: NDArray[np.int64]
     patches_BPX: NDArray[np.float32] | None = None
     grid: tuple[int, int] | None = None
-    codes_BP: NDArray[np.int64] | None = None
+    hint_BP22: NDArray[np.int64] | None = None
 
 
 def nano_config() -> ModelConfig:
@@ -117,19 +116,25 @@ def collate(samples: list[Sample], tokenizer: Tokenizer, pad_id: int) -> Batch:
     for i, (ids, learned) in enumerate(rows):
         ids_BT[i, : len(ids)] = ids
         targets_BT[i, : len(ids) - 1] = np.where(learned[1:], ids[1:], IGNORE)
-    codes = [s.codes.reshape(-1) for s in samples if s.codes is not None]
+    hints = [s.hint.reshape(-1, 2, 2) for s in samples if s.hint is not None]
     return Batch(
-        ids_BT, targets_BT, np.stack(patches) if patches else None, grid, np.stack(codes) if codes else None
+        ids_BT, targets_BT, np.stack(patches) if patches else None, grid, np.stack(hints) if hints else None
     )
 
 
 def make_batches(seed: int, step: int) -> list[Batch]:
-    """The batches of one step: text, then pictures, which grow longer and more varied over the first steps."""
+    """The batches of one step: text and pictures, or pictures alone in the tower's phase."""
     tokenizer, pad_id = nano_tokenizer(), NANO_TEXT.pad_id or 0
     draw = Draw(np.random.default_rng((seed, 3, step)), held_out=False)
+    if step < TOWER_FROM or step % 3 == 2:
+        grid = (int(draw.rng.integers(2, 5)), int(draw.rng.integers(2, 5)))
+        pictures = [shapes(draw, grid) for _ in range(PICTURE_BATCH // 2)]
+    else:
+        grid = (int(draw.rng.choice((1, 1, 2, 2, 3))), int(draw.rng.integers(2, 8)))
+        pictures = [reading(draw, grid) for _ in range(PICTURE_BATCH)]
+    seen = collate(pictures, tokenizer, pad_id)
     if TOWER_FROM <= step < READING_FROM:
-        grid = (int(draw.rng.choice((1, 1, 2, 2, 3))), int(draw.rng.integers(2, 7)))
-        return [collate([reading(draw, grid) for _ in range(PICTURE_BATCH)], tokenizer, pad_id)]
+        return [seen]
     per_pool = TEXT_POOL // TEXT_BATCH
     words = Draw(np.random.default_rng((seed, 1, step // per_pool)), held_out=False)
     # Length follows the reply; sorting by it keeps padding small.
@@ -139,16 +144,7 @@ def make_batches(seed: int, step: int) -> list[Batch]:
     )
     order = np.random.default_rng((seed, 2, step // per_pool)).permutation(per_pool)
     at = int(order[step % per_pool]) * TEXT_BATCH
-    batches = [collate(pool[at : at + TEXT_BATCH], tokenizer, pad_id)]
-    if step % 5 == 4 or step < TOWER_FROM:
-        grid = (int(draw.rng.integers(2, 5)), int(draw.rng.integers(2, 5)))
-        samples = [shapes(draw, grid) for _ in range(PICTURE_BATCH // 2)]
-    else:
-        longest = max(length for begin, length in READING_LENGTHS if step - READING_FROM >= begin)
-        grid = (int(draw.rng.choice((1, 1, 2, 2, 3))), int(draw.rng.integers(2, 5 if longest < 8 else 8)))
-        samples = [reading(draw, grid, longest) for _ in range(PICTURE_BATCH)]
-    batches.append(collate(samples, tokenizer, pad_id))
-    return batches
+    return [collate(pool[at : at + TEXT_BATCH], tokenizer, pad_id), seen]
 
 
 def prefetch(seed: int, start: int, ahead: int = 4) -> Iterator[list[Batch]]:
@@ -180,7 +176,7 @@ def initialise(model: KimiVL, seed: int) -> None:
 
 
 def loss_of(model: KimiVL, hint: nn.Linear, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over the learned tokens, and of the tower's guess of the characters over its patches."""
+    """Mean cross-entropy over the learned tokens, and of the tower's guess of what lies over its patches."""
     ids, targets = torch.from_numpy(batch.ids_BT), torch.from_numpy(batch.targets_BT)
     rows, hint_loss = None, torch.zeros(())
     if batch.patches_BPX is not None and batch.grid is not None:
@@ -192,25 +188,37 @@ def loss_of(model: KimiVL, hint: nn.Linear, batch: Batch) -> tuple[Tensor, Tenso
 
 
 def look(model: KimiVL, hint: nn.Linear, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The tower's rows [B, P/4, 4, W], and the mean cross-entropy of the characters guessed from them."""
+    """The tower's rows [B, P/4, 4, W], and the mean cross-entropy of characters and places guessed from them."""
     assert model.tower is not None
     assert batch.patches_BPX is not None
     assert batch.grid is not None
+    assert batch.hint_BP22 is not None
     merged = model.tower(torch.from_numpy(batch.patches_BPX), batch.grid)
-    if batch.codes_BP is None:
-        return merged, torch.zeros(())
-    codes = merge_patches(torch.from_numpy(batch.codes_BP)[..., None], batch.grid)[..., 0]
-    return merged, F_.cross_entropy(hint(merged).float().flatten(0, -2), codes.flatten())
+    truth = torch.from_numpy(batch.hint_BP22).flatten(2)
+    codes, places = merge_patches(truth, batch.grid).reshape(-1, 2).unbind(-1)
+    guess = hint(merged).float().view(-1, N_CODES + N_PLACES)
+    loss = F_.cross_entropy(guess[:, N_CODES:], places)
+    if bool(codes.any()):  # shapes have no characters
+        loss = loss + F_.cross_entropy(guess[:, :N_CODES], codes)
+    return merged, loss
 
 
 class Trainer:
     """Model, optimizers and step; saved and restored as one file."""
 
-    def __init__(self, run: Path, seed: int) -> None:
+    def __init__(self, run: Path, seed: int, start_from: Path | None = None) -> None:
+        """A run of its own or the one that `run` holds; a new one may take its weights from a checkpoint.
+
+        Such a run begins with the tower's phase: the checkpoint has learned the text.
+        """
         self.run, self.seed, self.step, self.trained_s = run, seed, 0, 0.0
         self.model = KimiVL(nano_config())
-        initialise(self.model, seed)
-        self.hint = nn.Linear(NANO_VISION.hidden_size, N_CODES)  # the trainer's own; never exported
+        if start_from:
+            self.model, self.step = load(start_from)[0].train(), TOWER_FROM
+        else:
+            initialise(self.model, seed)
+        # The trainer's own, never exported: both halves of a patch from its row.
+        self.hint = nn.Linear(NANO_VISION.hidden_size, 2 * (N_CODES + N_PLACES))
         with torch.no_grad():
             self.hint.weight.zero_()
             self.hint.bias.zero_()
@@ -281,12 +289,12 @@ class Trainer:
             start = time.monotonic()
             losses = self.update(batches, total_s)
             self.trained_s += time.monotonic() - start
-            reads = batches[-1].codes_BP is not None
+            hint = batches[-1].hint_BP22
+            kind = "reading" if hint is not None and hint[..., 0].any() else "shapes"
             if len(batches) > 1:
                 seen.setdefault("text", []).append(losses[0])
-                seen.setdefault("reading" if reads else "shapes", []).append(losses[2])
-            if reads:
-                seen.setdefault("hint", []).append(losses[-1])
+                seen.setdefault(kind, []).append(losses[2])
+            seen.setdefault(f"{kind}_hint", []).append(losses[-1])
             if self.step % 50 == 0:
                 record: dict[str, float] = {"step": self.step, "trained_s": round(self.trained_s)}
                 record |= {f"{name}_loss": round(sum(v) / len(v), 4) for name, v in seen.items()}
@@ -329,9 +337,12 @@ def main() -> None:
     parser.add_argument(
         "--export", type=Path, help="directory of the checkpoint, rewritten every few minutes"
     )
+    parser.add_argument(
+        "--start-from", type=Path, help="a nano checkpoint whose weights a new run begins with"
+    )
     arguments = parser.parse_args()
     arguments.run.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(arguments.run, arguments.seed)
+    trainer = Trainer(arguments.run, arguments.seed, arguments.start_from)
     print(
         f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters, step {trainer.step}", flush=True
     )

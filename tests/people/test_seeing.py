@@ -35,8 +35,12 @@ def pictures(tmp_path: Path) -> dict[str, Path]:
     out = {}
     for seed, colour in enumerate(("red", "blue", "green")):
         out[colour] = tmp_path / f"{colour}.png"
-        scene(colour, "circle", 1, (3, 3), np.random.default_rng(seed)).save(out[colour])
+        disc(colour, seed).save(out[colour])
     return out
+
+
+def disc(colour: str, seed: int) -> Image.Image:
+    return scene(colour, "circle", 1, (3, 3), np.random.default_rng(seed))[0]
 
 
 def command(*arguments: object, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -93,10 +97,7 @@ def test_each_picture_of_a_prompt_keeps_its_place(pictures: dict[str, Path]) -> 
 def test_two_pictures_in_one_prompt_are_told_apart() -> None:
     """Nano answers of the picture that stands last: it follows when two change places."""
     model, colours = kimi_lite.load(), ("red", "blue", "green", "yellow", "purple", "orange")
-    seen = {
-        colour: model.encode([scene(colour, "circle", 1, (3, 3), np.random.default_rng(i))])[0]
-        for i, colour in enumerate(colours)
-    }
+    seen = {colour: model.encode([disc(colour, i)])[0] for i, colour in enumerate(colours)}
     pairs = [(a, b) for a in colours for b in colours if a != b]
     said = {(a, b): model.ask(COLOUR, images=[seen[a], seen[b]], max_tokens=40).text for a, b in pairs}
     follows = [{said[a, b].strip(), said[b, a].strip()} == {a, b} for a, b in pairs]
