@@ -47,7 +47,7 @@ def main() -> None:
     draw = ImageDraw.Draw(out)
     draw.text(
         (24, 16),
-        f"docs/images/sign.png, {sign.width} × {sign.height} pixels, shown twice as large",
+        f"docs/images/sign.png, {sign.width} by {sign.height} pixels, shown twice as large",
         DIM,
         font,
     )
