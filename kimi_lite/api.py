@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from kimi_lite.errors import KimiLiteWarning, ModelFileError, UsageError
 from kimi_lite.images import MAX_PICTURES, Picture, load_pictures
@@ -26,6 +26,9 @@ from kimi_lite.runtime.sampling import SamplingOptions
 from kimi_lite.runtime.template import Message, render
 from kimi_lite.runtime.vision import EncodedImage, ImageEncoder
 from kimi_lite.text_stream import CLOSE, OPEN, TextStream
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 NANO = "kimi-vl-nano-int4.gguf"
 FinishReason = Literal["stop", "length", "context", "cancelled"]
@@ -202,26 +205,35 @@ class Model:
                 f"{path.name} has no image side: {mmproj_beside(path)} is not there; give the file with --mmproj, or "
                 "quantize a Kimi-VL checkpoint, which writes both"
             )
-        loaded: list[EncodedImage | Picture] = []
+        if isinstance(images, (str, bytes)):
+            raise UsageError("images is a single text; give a list: images=[…]")
+        places: list[EncodedImage | None] = []  # None where a new picture will stand
+        encoded = iter(self.encoder.encode(self._opened(images, places), on_progress))
+        return [place if place is not None else next(encoded) for place in places]
+
+    def _opened(self, images: Sequence[object], places: list[EncodedImage | None]) -> "Iterator[Image]":
+        """New pictures one by one, so that only one is there in full size; counted before they are encoded."""
+        total = 0
         for source in images:
-            loaded += (
+            loaded = (
                 [source]
                 if isinstance(source, EncodedImage)
                 else load_pictures([source], offline=self.offline)
             )
-        if len(loaded) > MAX_PICTURES:
-            raise UsageError(
-                f"{len(loaded)} pictures in one question; at most {MAX_PICTURES} fit, so ask in parts"
-            )
-        total = sum(p.n_tokens if isinstance(p, EncodedImage) else self._image_tokens(p) for p in loaded)
-        if total >= self.engine.context:
-            raise UsageError(
-                f"the pictures take {total} tokens, but the context holds {self.engine.context} with the answer; "
-                "ask for more with --context, or for less detail with --max-image-tokens"
-            )
-        new = [p.image for p in loaded if isinstance(p, Picture)]
-        encoded = iter(self.encoder.encode(new, on_progress) if new else [])
-        return [p if isinstance(p, EncodedImage) else next(encoded) for p in loaded]
+            for picture in loaded:
+                total += (
+                    picture.n_tokens if isinstance(picture, EncodedImage) else self._image_tokens(picture)
+                )
+                places.append(picture if isinstance(picture, EncodedImage) else None)
+                if len(places) > MAX_PICTURES:
+                    raise UsageError(f"more than {MAX_PICTURES} pictures in one question; ask in parts")
+                if total >= self.engine.context:
+                    raise UsageError(
+                        f"the pictures take {total} tokens or more, but the context holds {self.engine.context} with "
+                        "the answer; ask for more with --context, or for less detail with --max-image-tokens"
+                    )
+                if isinstance(picture, Picture):
+                    yield picture.image
 
     def _image_tokens(self, picture: Picture) -> int:
         """How many tokens a picture will take; says so where max_image_tokens costs detail."""

@@ -21,7 +21,7 @@ from kimi_lite.images import MAX_PICTURES, Picture
 MAX_PAGES = 16
 FRAMES = 8
 SCALE = 2.0  # pixels a point: 144 a inch, at which small print is legible
-PAGE_PIXELS = 16_000_000  # of a rendered page; a larger sheet gets fewer pixels an inch
+PAGE_PIXELS = 8_000_000  # of a rendered page; a larger sheet gets fewer pixels an inch
 SEARCH = 900  # frames decoded between the nearest key frame and the one that is asked for
 FRAME_PIXELS = 100_000_000
 

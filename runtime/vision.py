@@ -14,7 +14,7 @@ Dimension key:  P patches   W tower width   H heads   K = W / H   F MLP width   
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from kimi_lite.runtime.template import ImagePart
 LN_EPS = 1e-5
 ROPE_THETA = 10000.0
 ROWS = 512  # worked on at once: whole blocks of keys, and few enough to stay in the processor's cache
+BATCH_ROWS = 4096  # of pictures that are encoded together
 PACK_ROWS = 256  # rows of a matrix that are floats at one moment while it is packed
 RESULT_VERSION = 1  # raised whenever the same picture may give other bits
 
@@ -413,9 +414,9 @@ class ImageEncoder:
         return h * w // 4
 
     def encode(
-        self, pictures: Sequence[Image.Image], on_progress: Progress | None = None
+        self, pictures: Iterable[Image.Image], on_progress: Progress | None = None
     ) -> list[EncodedImage]:
-        """One row of embeddings for each image token; `pictures` are RGB."""
+        """One row of embeddings for each image token; `pictures` are RGB, and taken one after the other."""
         canvases, keys = [], []
         for picture in pictures:
             size, grid = image.plan(picture.size, self.image, self.max_tokens)
@@ -426,23 +427,41 @@ class ImageEncoder:
             digest.update(pixels.data)
             canvases.append(pixels)
             keys.append(digest.hexdigest())
-        new = {key: c for key, c in zip(keys, canvases, strict=True) if self.cache.get(key) is None}
-        if new:
+        found = {key: self.cache.get(key) for key in keys}
+        new = {key: c for key, c in zip(keys, canvases, strict=True) if found[key] is None}
+        done, total = 0, sum(pixels.size for pixels in new.values())
+        for batch in _batches(new):
             self._weights = self._weights or open_vision(self.path)
-            self.n_encoded += len(new)
-            fresh = dict(
-                zip(new, map(_rounded, encode(self._weights, list(new.values()), on_progress)), strict=True)
-            )
-            for key, made_MD in fresh.items():
-                self.cache.put(key, made_MD)
-        else:
-            fresh = {}
-        out = []
-        for key in keys:
-            known = fresh[key] if key in fresh else self.cache.get(key)
-            assert known is not None
-            out.append(EncodedImage(len(known), known, key))
-        return out
+            share = sum(new[key].size for key in batch) / total
+            report = _part(on_progress, done / total, share)
+            for key, rows_MD in zip(
+                batch, encode(self._weights, [new[k] for k in batch], report), strict=True
+            ):
+                found[key] = rounded = _rounded(rows_MD)
+                self.cache.put(key, rounded)
+                done += new[key].size
+            self.n_encoded += len(batch)
+        return [EncodedImage(len(rows), rows, key) for key in keys if (rows := found[key]) is not None]
+
+
+def _batches(canvases: Mapping[str, NDArray[np.uint8]]) -> Iterator[list[str]]:
+    """Pictures to be encoded together: small ones share products, a large one has the memory to itself."""
+    batch: list[str] = []
+    rows = 0
+    for key, pixels in canvases.items():
+        n = pixels.size // (3 * image.PATCH**2)
+        if batch and rows + n > BATCH_ROWS:
+            yield batch
+            batch, rows = [], 0
+        batch.append(key)
+        rows += n
+    if batch:
+        yield batch
+
+
+def _part(on_progress: Progress | None, start: float, share: float) -> Progress | None:
+    """A batch's own progress as part of the whole."""
+    return (lambda done: on_progress(start + share * done)) if on_progress else None
 
 
 def _rounded(rows_MD: Float) -> NDArray[np.float16]:

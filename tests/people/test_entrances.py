@@ -114,7 +114,7 @@ def test_asynchronous_events_are_the_same(model: kimi_lite.Model) -> None:
     ("arguments", "says"),
     [
         ({"images": ["/nowhere/x.png"]}, "/nowhere/x.png: not found"),
-        ({"images": ["a.png"] * 33}, "a.png: not found"),
+        ({"images": "photo.png"}, "images is a single text"),
         ({"text": "  "}, "the question is empty"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"stop": [""]}, "a stop text is empty"),

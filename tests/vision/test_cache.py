@@ -2,6 +2,7 @@
 
 import stat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,3 +128,28 @@ def test_what_changes_the_rows_changes_the_key(tmp_path: Path, monkeypatch: pyte
     a, b = plain.encode([flipped, flipped])
     assert a.digest == b.digest
     assert plain.n_encoded == before + 1
+
+
+def test_many_pictures_are_encoded_in_batches_and_progress_runs_from_start_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision, "BATCH_ROWS", 40)  # patches
+    pictures = [Image.effect_noise((28 * (1 + i % 3), 56), 80).convert("RGB") for i in range(9)]
+    sizes = []
+    real = vision.encode
+
+    def counted(weights: vision.VisionWeights, canvases: list[Any], on_progress: vision.Progress) -> Any:
+        sizes.append(len(canvases))
+        return real(weights, canvases, on_progress)
+
+    monkeypatch.setattr(vision, "encode", counted)
+    shares: list[float] = []
+    encoder = ImageEncoder(MMPROJ, 256, ImageCache(None, memory_bytes=1))
+    rows = encoder.encode(pictures, shares.append)
+    assert sum(sizes) == 9
+    assert 3 < len(sizes) < 9  # 8, 16 or 24 patches each, 40 at most together
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
+    monkeypatch.undo()
+    together = ImageEncoder(MMPROJ, 256, ImageCache(None)).encode(pictures)
+    assert all(np.array_equal(a.rows_MD, b.rows_MD) for a, b in zip(rows, together, strict=True))
