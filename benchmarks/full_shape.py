@@ -9,15 +9,12 @@ Real weights are not needed to measure speed and memory: every tensor has the pu
 experts, 163,840 tokens), and values are scaled so that activations stay near 1. One tile of valid random blocks a
 type is repeated, so a file takes minutes, not hours.
 
-Ceiling: a decoded token reads every byte that is not an embedding or an idle expert once; nothing can decode faster
-than those bytes can be read. `run` measures that read on the same file, and ends with one JSON line.
+`run` is `kimi-lite bench` (kimi_lite/bench.py says what is measured) and ends with one JSON line, which has the commit
+as well.
 """
 
 import argparse
 import json
-import os
-import platform
-import resource
 import subprocess
 import time
 from pathlib import Path
@@ -27,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kimi_lite.formats.config import ModelConfig, TextConfig
-from kimi_lite.formats.gguf_file import GgufFile, GgufWriter
+from kimi_lite.formats.gguf_file import GgufWriter
 from kimi_lite.formats.packed import LAYOUTS, PAGE
 from kimi_lite.formats.safetensors_file import StoredTensor
 from kimi_lite.formats.vocab import Vocab
@@ -108,6 +105,10 @@ def tile(kind: str, columns: int, rng: np.random.Generator) -> NDArray[np.uint8]
     if kind in LAYOUTS:
         form = LAYOUTS[kind]
         runs = rng.integers(0, 256, (TILE, form.run_bytes), dtype=np.uint8)
+        if form.bits == 4:
+            # -7 to 7: with -8, all weights lean one way, and all tokens choose the same experts.
+            low, high = rng.integers(1, 16, (2, *runs.shape), dtype=np.uint8)
+            runs = low | high << 4
         values = rng.uniform(0.5, 1.5, (TILE, 16)) * scale / (4.6 if form.bits == 4 else 73)
         runs[:, -32:] = values.astype(np.float16).view(np.uint8)
         return runs.reshape(-1)
@@ -179,79 +180,20 @@ def make_checkpoint(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def read_speed(path: Path, threads: int, n_bytes: int) -> float:
-    """GB/s of reading the file's tensor bytes through the map, as many threads as the engine uses."""
-    from concurrent.futures import ThreadPoolExecutor
+def run(
+    path: Path, prompts: list[int], depths: list[int], decode: int, threads: int | None
+) -> dict[str, Any]:
+    """What `kimi-lite bench` measures, with the commit that it was measured at."""
+    from kimi_lite.bench import measure
 
-    whole = np.frombuffer(GgufFile(path).map, np.uint8)[-n_bytes // 4096 * 4096 :]
-    words = whole[: whole.size // 8 * 8].view(np.uint64)
-    parts = np.array_split(words, threads)
-    words.max()  # bring the pages in
-    best = 0.0
-    for _ in range(3):
-        start = time.perf_counter()
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(np.max, parts))
-        best = max(best, words.nbytes / (time.perf_counter() - start) / 1e9)
-    return best
+    report = measure(path, prompts=prompts, depths=depths, decode=decode, threads=[threads])
+    return {"bench": "full_shape", "commit": commit(), **report.as_json()}
 
 
-def anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def run(path: Path, prompt_tokens: int, decode_tokens: int, threads: int | None) -> dict[str, Any]:
-    from kimi_lite.runtime import kernels
-    from kimi_lite.runtime.engine import Engine
-
-    started = time.perf_counter()
-    engine = Engine(path, context=4096, threads=threads)
-    load_s = time.perf_counter() - started
-    prompt = [int(i) for i in np.random.default_rng(1).integers(0, 163000, prompt_tokens)]
-    engine.append(prompt[:16])  # first touch of pages and threads
-    engine.rewind(0)
-    start = time.perf_counter()
-    logits = engine.append(prompt)
-    prefill_s = time.perf_counter() - start
-    assert np.isfinite(logits).all()
-    steps = []
-    for _ in range(decode_tokens):
-        start = time.perf_counter()
-        logits = engine.append([int(logits.argmax())])
-        steps.append(time.perf_counter() - start)
-    anonymous, peak = anonymous_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    steps.sort()
-    token_bytes, median = engine.weights.token_bytes, steps[len(steps) // 2]
-    reading = read_speed(path, kernels.threads(), 2 << 30)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
-    return {
-        "bench": "full_shape",
-        "file": path.name,
-        "commit": commit.stdout.strip(),
-        "machine": {"cpu": cpu.partition(": ")[2], "cores": os.cpu_count(), "system": platform.platform()},
-        **kernels.describe(),
-        "load_s": round(load_s, 2),
-        "prefill_tokens": prompt_tokens,
-        "prefill_tok_per_s": round(prompt_tokens / prefill_s, 1),
-        "decode_tok_per_s": {
-            "p10": round(1 / steps[len(steps) * 9 // 10], 2),
-            "p50": round(1 / median, 2),
-            "p90": round(1 / steps[len(steps) // 10], 2),
-        },
-        "bytes_per_token": token_bytes,
-        "decode_gb_per_s": round(token_bytes / median / 1e9, 2),
-        "read_gb_per_s": round(reading, 2),
-        "fraction_of_read": round(token_bytes / median / 1e9 / reading, 3),
-        "file_gb": round(path.stat().st_size / 1e9, 3),
-        "peak_rss_gb": round(peak / 1e9, 3),
-        "anonymous_gb": round(anonymous / 1e9, 3),
-    }
+def commit() -> str:
+    """The checkout's, or nothing outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def main() -> None:
@@ -264,12 +206,14 @@ def main() -> None:
     making.add_argument("path", type=Path)
     running = verbs.add_parser("run")
     running.add_argument("path", type=Path)
-    running.add_argument("--prompt", type=int, default=256)
+    running.add_argument("--prompt", type=int, nargs="+", default=[256])
+    running.add_argument("--depth", type=int, nargs="+", default=[256])
     running.add_argument("--decode", type=int, default=32)
     running.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     if arguments.verb == "run":
-        print(json.dumps(run(arguments.path, arguments.prompt, arguments.decode, arguments.threads)))
+        a = arguments
+        print(json.dumps(run(a.path, a.prompt, a.depth, a.decode, a.threads)))
     elif arguments.kind == "checkpoint":
         make_checkpoint(arguments.path)
     else:

@@ -276,6 +276,57 @@ def info(model: Annotated[Path, typer.Argument(help="A packed int4 or GGUF file.
 
 
 @app.command()
+def bench(
+    model: Model = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt lengths to prefill.  [default: 256,2048]", show_default=False)
+    ] = None,
+    depth: Annotated[
+        str | None,
+        typer.Option(help="Depths to decode at, in tokens.  [default: 0,4096]", show_default=False),
+    ] = None,
+    decode: Annotated[int, typer.Option(help="Tokens to decode at each depth.")] = 32,
+    threads: Annotated[
+        str | None,
+        typer.Option(help="CPU threads, or several numbers, such as 1,2; by default one per core."),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of context to reserve; by default what the rows need.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the table.")] = False,
+) -> None:
+    """Measure prefill and decoding, against how fast this machine can read the model's bytes."""
+    from kimi_lite.api import nano_path
+    from kimi_lite.bench import measure, table
+
+    if model is None:
+        print(REAL_MODEL, file=sys.stderr)
+    report = measure(
+        model or nano_path(),
+        prompts=_numbers("--prompt", prompt, 1),
+        depths=_numbers("--depth", depth, 0),
+        decode=decode,
+        threads=_numbers("--threads", threads, 1) or (None,),
+        context=context,
+        progress=lambda text: print(f"{text} …", file=sys.stderr) if sys.stderr.isatty() else None,
+    )
+    if as_json:
+        print(json.dumps(report.as_json(), ensure_ascii=False))
+    else:
+        print("\n".join(table(report)))
+
+
+def _numbers(option: str, text: str | None, least: int) -> list[int] | None:
+    """A list of whole numbers as a person writes it; None if the option was not given."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) >= least for part in parts):
+        raise UsageError(f"{option} is {text!r}; give whole numbers from {least} up, separated by commas")
+    return [int(part) for part in parts]
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine offers and what kimi-lite uses of it."""
     from kimi_lite.doctor import machine_report

@@ -18,7 +18,7 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 
 from kimi_lite.errors import ModelFileError
-from kimi_lite.formats.packed import GROUP, LAYOUTS, ROWS, pack_quantized
+from kimi_lite.formats.packed import GROUP, LAYOUTS, QUANTIZED, ROWS, pack_quantized
 
 DIVISORS = (-8.0, -8.8, -7.2)
 TILE_WEIGHTS = 1 << 20
@@ -33,7 +33,7 @@ def encode(weight_OI: NDArray[np.float32], kind: str) -> NDArray[np.uint8]:
     Raises:
         ModelFileError: a weight that is not finite, or beyond what a float16 scale can reach.
     """
-    if kind in LAYOUTS:
+    if kind in QUANTIZED:
         # A tile of whole row blocks at a time: the work in progress is several times as large as the weights.
         rows = max(ROWS, TILE_WEIGHTS // weight_OI.shape[1] // ROWS * ROWS)
         to_stored = quantize_q4g32 if kind == "q4g32" else quantize_q8g32

@@ -97,6 +97,22 @@ class Matrix:
         ]
 
 
+def packed_as(layout: str) -> str | None:
+    """The packed layout that holds a ggml type bit for bit, or None."""
+    return None if layout in LAYOUTS else _kernels.packed_as(layout)
+
+
+def pack(matrix: Matrix) -> Matrix:
+    """The same matrices in their packed layout, in memory of their own; the type must have one."""
+    layout = packed_as(matrix.layout)
+    assert layout is not None, f"{matrix.layout} has no packed layout"
+    size = matrix_bytes(layout, matrix.rows, matrix.columns)
+    data = np.empty(matrix.count * size, np.uint8)
+    for i, handle in enumerate(matrix.handles):
+        _kernels.pack(handle, data[i * size : (i + 1) * size])
+    return Matrix(layout, data, matrix.rows, matrix.columns, matrix.count)
+
+
 class Mlp:
     """One or more SwiGLU experts of width F on model width D, from packed runs or from three stacked matrices."""
 
@@ -168,17 +184,29 @@ def mixture(routed: Mlp, shared: Mlp, x_TD: Float, ids_TA: NDArray[np.int32], we
     return y_TD
 
 
+def latent_cache(
+    rows: NDArray[np.uint8], columns: NDArray[np.uint8], context: int, C: int, R: int
+) -> "_kernels.LatentCache":
+    """One layer's cache over its own bytes: `latent_cache_bytes` says how many."""
+    return _kernels.LatentCache(rows, columns, context, C, R)
+
+
+def latent_cache_bytes(context: int, C: int, R: int) -> tuple[int, int]:
+    """Bytes of the rows (one for each position, C + R channels) and of the columns (one row for each latent channel)."""
+    return matrix_bytes("q8g32", context, C + R), matrix_bytes("q8g32", C, context)
+
+
+def remember(cache: "_kernels.LatentCache", rows_TX: Float, start: int) -> None:
+    """Store T positions from `start` on; a row is the latent and the rotated key, X = C + R."""
+    _kernels.remember(cache, rows_TX, start)
+
+
 def latent_attention(
-    q_THC: Float,
-    qr_THR: Float,
-    latent_SC: NDArray[np.float16],
-    key_SR: NDArray[np.float16],
-    start: int,
-    scale: float,
+    cache: "_kernels.LatentCache", q_THC: Float, qr_THR: Float, start: int, scale: float
 ) -> Float:
     """Absorbed attention: token t stands at start + t and sees the cached rows up to itself. float32 [T, H, C]."""
     u_THC = np.empty_like(q_THC)
-    _kernels.attention(q_THC, qr_THR, latent_SC.view(np.uint16), key_SR.view(np.uint16), start, scale, u_THC)
+    _kernels.attention(cache, q_THC, qr_THR, start, scale, u_THC)
     return u_THC
 
 
@@ -244,17 +272,14 @@ def attend(
     x_TD: Float,
     cos_TR: Float,
     sin_TR: Float,
-    latent_SC: NDArray[np.float16],
-    key_SR: NDArray[np.float16],
+    cache: "_kernels.LatentCache",
     start: int,
 ) -> None:
-    """x += attention(norm(x)), in place; the tokens' latents and rotated keys are cached from row `start` on.
+    """x += attention(norm(x)), in place; the tokens' latents and rotated keys are cached from position `start` on.
 
     cos and sin are [T, R/2]: the angles by which the pairs (x[2i], x[2i+1]) turn.
     """
-    _kernels.attention_layer(
-        layer, x_TD, cos_TR, sin_TR, latent_SC.view(np.uint16), key_SR.view(np.uint16), start
-    )
+    _kernels.attention_layer(layer, x_TD, cos_TR, sin_TR, cache, start)
 
 
 def feed_forward(layer: "_kernels.FeedForwardLayer", x_TD: Float) -> None:

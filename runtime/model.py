@@ -34,8 +34,7 @@ def forward(
         x_TD[pictures[0]] = pictures[1]
     cos_TR, sin_TR = rope_tables(c, cache.n, T)
     for index, layer in enumerate(weights.layers):
-        latent_SC, key_SR = cache.latent_LSC[index], cache.key_LSR[index]
-        kernels.attend(layer.attention, x_TD, cos_TR, sin_TR, latent_SC, key_SR, cache.n)
+        kernels.attend(layer.attention, x_TD, cos_TR, sin_TR, cache.layers[index], cache.n)
         kernels.feed_forward(layer.feed_forward, x_TD)
     cache.n += T
     last_1D = kernels.rms_norm(x_TD[-1:], weights.norm_D, c.rms_eps)

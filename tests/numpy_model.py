@@ -2,7 +2,7 @@
 
 Reads a packed or standard GGUF through the gguf package and unpacks by the documented layout. Attention is expanded,
 token by token. With `contract=True` it also rounds what the runtime rounds: activations to int8 in groups of 32 in
-front of every product but the router's and those with float weights, and cached rows to float16.
+front of every product but the router's and those with float weights, and all that attention multiplies.
 """
 
 from pathlib import Path
@@ -87,7 +87,7 @@ class NumpyModel:
                 c = norm(kv[: self.C], self.weight(f"{at}attn_kv_a_norm.weight"), 1e-6)
                 k = self.turn(kv[self.C :], p)
                 if self.contract:
-                    c, k = c.astype(np.float16).astype(np.float64), k.astype(np.float16).astype(np.float64)
+                    c, k = cached(c), cached(k)
                 latents.setdefault(layer, []).append(c)
                 keys.setdefault(layer, []).append(k)
                 c_SC, k_SR = np.stack(latents[layer]), np.stack(keys[layer])
@@ -99,10 +99,13 @@ class NumpyModel:
                         self.weight(f"{at}attn_v_b.weight")[h_index],
                     )
                     exact = self.exact_type(f"{at}attn_k_b.weight")
-                    score = c_SC @ self.product(k_CN, q_N, exact) + k_SR @ q_R
-                    score /= np.sqrt(self.N + self.R)
+                    q_C = self.product(k_CN, q_N, exact)
+                    if self.contract:
+                        q_C, q_R = int8_groups(q_C), int8_groups(padded(q_R))[: self.R]
+                    score = (c_SC @ q_C + k_SR @ q_R) / np.sqrt(self.N + self.R)
                     a = np.exp(score - score.max())
-                    heads.append(self.product(v_VC, (a / a.sum()) @ c_SC, exact))
+                    u_C = two_digits(a) @ turned(c_SC) if self.contract else a @ c_SC
+                    heads.append(self.product(v_VC, u_C / a.sum(), exact))
                 x = x + self.linear(f"{at}attn_output.weight", np.concatenate(heads))
                 x = x + self.feed_forward(at, layer, norm(x, self.weight(f"{at}ffn_norm.weight"), eps))
             out.append(self.linear("output.weight", norm(x, self.weight("output_norm.weight"), eps)))
@@ -159,3 +162,32 @@ def int8_groups(x_I: F64) -> F64:
     x = x_I.reshape(-1, 32)
     scale = np.abs(x).max(1, keepdims=True) / 127
     return np.asarray(np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)) * scale).reshape(-1)
+
+
+def padded(x: F64) -> F64:
+    return np.pad(x, (0, -len(x) % 32))
+
+
+def steps(x: F64) -> F64:
+    """Rounded to int8 steps along the last axis, one group: the scale is absmax / 127 in float16."""
+    scale = (np.abs(x).max(-1, keepdims=True) / 127).astype(np.float32).astype(np.float16).astype(np.float64)
+    return np.asarray(np.clip(np.rint(x / np.maximum(scale, 1e-30)), -127, 127) * scale)
+
+
+def cached(x: F64) -> F64:
+    """A cached row: groups of 32 channels."""
+    return steps(padded(x).reshape(-1, 32)).reshape(-1)[: len(x)]
+
+
+def turned(c_SC: F64) -> F64:
+    """Cached rows as the weighted sum reads them: rounded once more, each channel over groups of 32 positions."""
+    return np.concatenate([steps(c_SC[i : i + 32].T).T for i in range(0, len(c_SC), 32)])
+
+
+def two_digits(a: F64) -> F64:
+    """Softmax weights in int8 groups of 32 positions, with a second digit in the first group and the last one's part."""
+    n = len(a)
+    digits = int8_groups(padded(a))[:n]
+    for i in {0, n // 32 * 32} - {n}:
+        digits[i : i + 32] += int8_groups(padded(a[i : i + 32] - digits[i : i + 32]))[: len(a[i : i + 32])]
+    return np.asarray(digits)

@@ -10,6 +10,10 @@ and one broadcast of four activations feeds them all.
     q8g32   w = scale · q, q in -127…127      8 lines, 544 bytes a run   8.5 bits a weight
             line j, byte 4r + c: channel 4j + c of row r
 
+Four more hold what a standard GGUF holds, bit for bit, so that its weights run at the same speed: q5g32 (Q5_0), i4g32
+(IQ4_NL), and q4k and q6k (Q4_K and Q6_K), whose scales are shared by 256 channels. Q4_0 and Q8_0 are q4g32 and q8g32.
+The kernels' module packs them.
+
 Rows are padded to a multiple of 16 and channels to a multiple of 32 with weights of scale 0. An MLP is one run of
 bytes as well: gate's and up's row blocks in turn, then down's, padded to whole pages, so that one copy moves it and
 one advice prefetches it. Specification: docs/formats.md.
@@ -34,7 +38,7 @@ class Layout:
     name: str
     bits: int
     run_bytes: int
-    zero: int  # the stored value that means weight 0
+    zero: int = 0  # the stored value that means weight 0, in those that quantize writes
 
     @property
     def bits_per_weight(self) -> float:
@@ -44,7 +48,12 @@ class Layout:
 LAYOUTS = {
     "q4g32": Layout("q4g32", 4, 288, 8),
     "q8g32": Layout("q8g32", 8, 544, 0),
+    "q5g32": Layout("q5g32", 5, 352),
+    "i4g32": Layout("i4g32", 4, 288),
+    "q4k": Layout("q4k", 4, 296),
+    "q6k": Layout("q6k", 6, 420),
 }
+QUANTIZED = ("q4g32", "q8g32")  # those that pack_quantized writes
 
 
 def groups(in_features: int) -> int:

@@ -19,8 +19,7 @@ namespace {
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Out = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
-using Halves = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using HalvesOut = nb::ndarray<uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using BytesOut = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
 using IntsOut = nb::ndarray<int32_t, nb::c_contig, nb::device::cpu>;
 
@@ -50,7 +49,7 @@ Weights weights(const std::string& type, const Bytes& data, size_t offset, size_
   require(rows > 0 && columns > 0, "a matrix needs rows and columns");
   require(columns % (block.elements == 1 ? 16 : kGroup) == 0 && columns % block.elements == 0,
           type + " needs columns in whole blocks of " + std::to_string(std::max(block.elements, kGroup)) + ", not " + std::to_string(columns));
-  const bool packed = block.kind == Kind::q4g32 || block.kind == Kind::q8g32;
+  const bool packed = is_packed(block.kind);
   const size_t row_bytes = static_cast<size_t>(columns) / block.elements * block.bytes;
   const size_t need = packed ? (static_cast<size_t>(rows + kRows - 1) / kRows - 1) * stride + row_bytes * kRows : row_bytes * rows;
   require(offset + need <= data.shape(0), "a matrix of " + std::to_string(need) + " bytes does not lie in its data");
@@ -115,10 +114,24 @@ NB_MODULE(_kernels, m) {
     const int T = axis(ids, 0, "ids");
     same(axis(y, 0, "y"), T, "y's length");
     same(axis(y, 1, "y"), w.columns, "y's width");
+    require(!is_packed(w.block->kind) || w.block->kind <= Kind::q8g32, std::string("rows of ") + w.block->name + " cannot be looked up");
     for (int t = 0; t < T; ++t) require(ids.data()[t] >= 0 && ids.data()[t] < w.rows, "a token id lies outside the vocabulary");
     Computing computing;
     embed(w, ids.data(), T, y.data());
   }, "w"_a, "ids"_a, "y"_a);
+  m.def("packed_as", [](const std::string& type) -> std::optional<std::string> {
+    const char* name = packed_as(block_named(type.c_str()).kind);
+    return name ? std::optional<std::string>(name) : std::nullopt;
+  }, "type"_a);
+  m.def("pack", [](const Weights& w, const BytesOut& out) {
+    const char* name = packed_as(w.block->kind);
+    require(name != nullptr, std::string(w.block->name) + " has no packed layout");
+    const Block& packed = block_named(name);
+    const size_t size = static_cast<size_t>(w.rows + kRows - 1) / kRows * kRows * w.columns / packed.elements * packed.bytes;
+    require(out.shape(0) == size, "the packed matrix takes " + std::to_string(size) + " bytes");
+    Computing computing;
+    pack(w, out.data());
+  }, "w"_a, "out"_a);
   m.def("rms_norm", [](const Floats& x, const Floats& weight, float eps, const Out& y) {
     const int T = axis(x, 0, "x"), D = axis(x, 1, "x");
     same(axis(weight, 0, "weight"), D, "the norm's width");
@@ -153,20 +166,36 @@ NB_MODULE(_kernels, m) {
     Computing computing;
     mixture(routed, ids.data(), w.data(), A, shared, x.data(), T, D, y.data());
   }, "routed"_a, "ids"_a, "weights"_a, "shared"_a.none(), "x"_a, "y"_a);
-  m.def("attention", [](const Floats& q, const Floats& qr, const Halves& cache, const Halves& rope, int start, float scale, const Out& u) {
-    const int T = axis(q, 0, "q"), H = axis(q, 1, "q"), C = axis(q, 2, "q"), R = axis(qr, 2, "qr");
+  nb::class_<LatentCache>(m, "LatentCache", "One layer's latent cache, in the packed layout q8g32. Keeps its bytes alive.")
+      .def("__init__",
+           [](LatentCache* self, const BytesOut& rows, const BytesOut& columns, int context, int C, int R) {
+             require(C > 0 && C % 32 == 0 && R > 0 && R % 16 == 0 && context > 0, "the latent's width must be a multiple of 32, the key's of 16");
+             LatentCache cache{rows.data(), columns.data(), context, C, R};
+             require(rows.shape(0) == (context + kRows - 1) / kRows * cache.rows_stride() && columns.shape(0) == C / kRows * cache.columns_stride(),
+                     "the cache's bytes do not follow from its sizes");
+             new (self) LatentCache(cache);
+           },
+           "rows"_a, "columns"_a, "context"_a, "C"_a, "R"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>());
+  m.def("remember", [](const LatentCache& cache, const Floats& rows, int start) {
+    const int T = axis(rows, 0, "rows");
+    same(axis(rows, 1, "rows"), cache.C + cache.R, "a row's width");
+    require(start >= 0 && start + T <= cache.context, "the cache is shorter than the positions asked for");
+    Computing computing;
+    remember(cache, rows.data(), T, start);
+  }, "cache"_a, "rows"_a, "start"_a);
+  m.def("attention", [](const LatentCache& cache, const Floats& q, const Floats& qr, int start, float scale, const Out& u) {
+    const int T = axis(q, 0, "q"), H = axis(q, 1, "q");
+    same(axis(q, 2, "q"), cache.C, "q's width");
     same(axis(qr, 0, "qr"), T, "qr's length");
     same(axis(qr, 1, "qr"), H, "qr's heads");
-    same(axis(cache, 1, "cache"), C, "the latent's width");
-    same(axis(rope, 1, "rope"), R, "the rotated key's width");
+    same(axis(qr, 2, "qr"), cache.R, "qr's width");
     same(axis(u, 0, "u"), T, "u's length");
     same(axis(u, 1, "u"), H, "u's heads");
-    same(axis(u, 2, "u"), C, "u's width");
-    require(start >= 0 && start + T <= axis(cache, 0, "cache") && start + T <= axis(rope, 0, "rope"), "the cache is shorter than the positions asked for");
-    require(C % 16 == 0 && R % 16 == 0, "attention needs widths in multiples of 16");
+    same(axis(u, 2, "u"), cache.C, "u's width");
+    require(start >= 0 && start + T <= cache.context, "the cache is shorter than the positions asked for");
     Computing computing;
-    attention(q.data(), qr.data(), cache.data(), rope.data(), start, T, H, C, R, scale, u.data());
-  }, "q"_a, "qr"_a, "cache"_a, "rope"_a, "start"_a, "scale"_a, "u"_a);
+    attention(cache, q.data(), qr.data(), start, T, H, scale, u.data());
+  }, "cache"_a, "q"_a, "qr"_a, "start"_a, "scale"_a, "u"_a);
   nb::class_<AttentionLayer>(m, "AttentionLayer", "A layer's attention: norms, projections, heads. Keeps their bytes alive.")
       .def("__init__",
            [](AttentionLayer* self, const Floats& norm, const Weights& q, const Weights& kv_a, const Floats& kv_norm,
@@ -213,19 +242,19 @@ NB_MODULE(_kernels, m) {
            },
            "norm"_a, "shared"_a, "eps"_a, "router"_a.none(), "bias"_a.none(), "routed"_a.none(), "active"_a, "scale"_a,
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>());
-  m.def("attention_layer", [](const AttentionLayer& layer, const Out& x, const Floats& cos, const Floats& sin, const HalvesOut& latent, const HalvesOut& key, int start) {
+  m.def("attention_layer", [](const AttentionLayer& layer, const Out& x, const Floats& cos, const Floats& sin, const LatentCache& cache, int start) {
     const int T = axis(x, 0, "x"), C = layer.k_b[0].rows, R = layer.kv_a.rows - C;
     same(axis(x, 1, "x"), layer.q.columns, "x's width");
     for (const Floats* table : {&cos, &sin}) {
       same(axis(*table, 0, "the angles"), T, "the angles' length");
       same(axis(*table, 1, "the angles"), R / 2, "the angles' width");
     }
-    same(axis(latent, 1, "latent"), C, "the latent's width");
-    same(axis(key, 1, "key"), R, "the rotated key's width");
-    require(start >= 0 && start + T <= axis(latent, 0, "latent") && start + T <= axis(key, 0, "key"), "the cache is shorter than the positions asked for");
+    same(cache.C, C, "the cached latent's width");
+    same(cache.R, R, "the cached key's width");
+    require(start >= 0 && start + T <= cache.context, "the cache is shorter than the positions asked for");
     Computing computing;
-    attention_layer(layer, x.data(), T, cos.data(), sin.data(), latent.data(), key.data(), start);
-  }, "layer"_a, "x"_a, "cos"_a, "sin"_a, "latent"_a, "key"_a, "start"_a);
+    attention_layer(layer, x.data(), T, cos.data(), sin.data(), cache, start);
+  }, "layer"_a, "x"_a, "cos"_a, "sin"_a, "cache"_a, "start"_a);
   m.def("feed_forward_layer", [](const FeedForwardLayer& layer, const Out& x) {
     const int T = axis(x, 0, "x");
     same(axis(x, 1, "x"), layer.shared.gate[0].columns, "x's width");

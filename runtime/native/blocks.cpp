@@ -10,6 +10,8 @@ namespace {
 
 constexpr Block kBlocks[] = {
     {"q4g32", Kind::q4g32, 32, 18, false, false}, {"q8g32", Kind::q8g32, 32, 34, false, false},
+    {"q5g32", Kind::q5g32, 32, 22, false, false}, {"i4g32", Kind::i4g32, 32, 18, false, false},
+    {"q4k", Kind::q4k, 256, 148, false, true},    {"q6k", Kind::q6k, 256, 210, true, false},
     {"F32", Kind::F32, 1, 4, false, false},       {"F16", Kind::F16, 1, 2, false, false},
     {"BF16", Kind::BF16, 1, 2, false, false},     {"Q4_0", Kind::Q4_0, 32, 18, false, false},
     {"Q4_1", Kind::Q4_1, 32, 20, false, true},    {"Q5_0", Kind::Q5_0, 32, 22, false, false},
@@ -18,8 +20,6 @@ constexpr Block kBlocks[] = {
     {"Q4_K", Kind::Q4_K, 256, 144, false, true},  {"Q5_K", Kind::Q5_K, 256, 176, false, true},
     {"Q6_K", Kind::Q6_K, 256, 210, true, false},
 };
-
-constexpr int8_t kNonLinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 float half(const uint8_t* p) {
   uint16_t h;
@@ -176,14 +176,87 @@ void decode_panel(const Block& block, const uint8_t* data, int rows, int columns
   const size_t row_bytes = static_cast<size_t>(columns / block.elements) * block.bytes;
   for (int r = 0; r < kRows; ++r) {
     for (int g = 0; g < columns / kGroup; ++g) {
-      Group group;
+      Group group{};
       if (first + r < rows) decode_group(block.kind, data + (first + r) * row_bytes, g, &group);
-      else std::memset(&group, 0, sizeof group);
       PanelRun& run = panel[g];
       for (int j = 0; j < 8; ++j) std::memcpy(run.q + 64 * j + 4 * r, group.q + 4 * j, 4);
       run.scale[0][r] = group.scale[0];
       run.scale[1][r] = group.scale[1];
       run.offset[r] = group.offset;
+    }
+  }
+}
+
+const char* packed_as(Kind kind) {
+  switch (kind) {
+    case Kind::Q4_0: return "q4g32";
+    case Kind::Q8_0: return "q8g32";
+    case Kind::Q5_0: return "q5g32";
+    case Kind::IQ4_NL: return "i4g32";
+    case Kind::Q4_K: return "q4k";
+    case Kind::Q6_K: return "q6k";
+    default: return nullptr;
+  }
+}
+
+void pack_block(const Block& block, const uint8_t* data, int rows, int columns, int b, uint8_t* out) {
+  const Kind kind = block.kind;
+  const size_t row_bytes = static_cast<size_t>(columns / block.elements) * block.bytes;
+  const int run_bytes = kind == Kind::Q8_0 ? kQ8Run : kind == Kind::Q5_0 ? kQ5Run : kind == Kind::Q6_K ? kQ6KRun : kQ4Run;
+  const int head_bytes = kind == Kind::Q4_K ? kQ4KHead : kind == Kind::Q6_K ? kQ6KHead : 0;
+  // Added to a decoded value, this gives what is stored.
+  const int bias = kind == Kind::Q4_0 ? 8 : kind == Kind::Q5_0 ? 16 : kind == Kind::Q6_K ? 32 : 0;
+  for (int g = 0; g < columns / kGroup; ++g) {
+    uint8_t* head = out + static_cast<size_t>(g / 8) * (head_bytes + 8 * run_bytes);  // of the 256 channels
+    uint8_t* run = head + head_bytes + g % 8 * run_bytes;
+    std::memset(run, 0, run_bytes);
+    for (int r = 0; r < kRows; ++r) {
+      const int row = b * kRows + r;
+      uint8_t u[kGroup] = {};
+      if (row >= rows) {  // scale 0; the stored value does not matter
+        if (head_bytes && g % 8 == 0) for (int at = 2 * r; at < head_bytes; at += 32) std::memset(head + at, 0, 2);
+        continue;
+      }
+      const uint8_t* stored = data + row * row_bytes;
+      if (kind == Kind::IQ4_NL) {
+        nibbles(stored + 18 * g + 2, reinterpret_cast<int8_t*>(u));
+      } else {
+        Group group;
+        decode_group(kind, stored, g, &group);
+        for (int i = 0; i < kGroup; ++i) u[i] = static_cast<uint8_t>(group.q[i] + bias);
+      }
+      if (kind == Kind::Q8_0) {
+        for (int j = 0; j < 8; ++j) std::memcpy(run + 64 * j + 4 * r, u + 4 * j, 4);
+      } else {
+        for (int p = 0; p < 4; ++p)
+          for (int c = 0; c < 4; ++c)
+            run[64 * p + 4 * r + c] = static_cast<uint8_t>((u[8 * p + c] & 15) | (u[8 * p + 4 + c] & 15) << 4);
+      }
+      if (kind == Kind::Q5_0)
+        for (int i = 0; i < kGroup; ++i) run[256 + 4 * r + i % 4] |= static_cast<uint8_t>((u[i] >> 4 & 1) << (i / 4));
+      if (kind == Kind::Q6_K)
+        for (int i = 0; i < kGroup; ++i) run[256 + 64 * (i / 16) + 4 * r + i % 4] |= static_cast<uint8_t>((u[i] >> 4 & 3) << (2 * (i / 4 % 4)));
+      switch (kind) {
+        case Kind::Q4_K: {
+          const uint8_t* super = stored + 144 * (g / 8);
+          int scale, minimum;
+          k_scale(super + 4, g % 8, &scale, &minimum);
+          std::memcpy(head + 2 * r, super, 2);
+          std::memcpy(head + 32 + 2 * r, super + 2, 2);
+          run[256 + r] = static_cast<uint8_t>(scale);
+          run[272 + r] = static_cast<uint8_t>(minimum);
+          break;
+        }
+        case Kind::Q6_K: {
+          const uint8_t* super = stored + 210 * (g / 8);
+          std::memcpy(head + 2 * r, super + 208, 2);
+          run[384 + r] = super[192 + 2 * (g % 8)];
+          run[400 + r] = super[192 + 2 * (g % 8) + 1];
+          break;
+        }
+        default:
+          std::memcpy(run + run_bytes - 32 + 2 * r, stored + static_cast<size_t>(block.bytes) * g, 2);
+      }
     }
   }
 }

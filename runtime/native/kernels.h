@@ -19,10 +19,13 @@ constexpr int kGroup = 32;   // input channels that share an activation scale
 constexpr int kChunk = 8;    // groups between two roundings of the running total
 constexpr int kQ4Run = 288;  // bytes of 16 rows x 32 channels: 4 lines of 64, 16 float16 scales
 constexpr int kQ8Run = 544;  // 8 lines of 64, 16 float16 scales
+constexpr int kQ5Run = 352;  // 4 lines, one line of fifth bits, 16 float16 scales
+// K-quants in sixteens: 256 channels share 16 float16 scales (and, in q4k, 16 scales of the minima), then come 8 runs.
+constexpr int kQ4KHead = 64, kQ4KRun = 288;  // 4 lines, 16 scales and 16 minima of one byte
+constexpr int kQ6KHead = 32, kQ6KRun = 416;  // 4 lines, 2 lines of upper bits, 2 x 16 signed scales of one byte
+// What the 16 codes of IQ4_NL stand for.
+constexpr int8_t kNonLinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 constexpr int kTile = 8;     // tokens whose activations stand together
-constexpr int kHeads = 4;    // heads that attention takes through a cached row at once
-constexpr int kBlock = 64;   // cached positions between two looks at the softmax's maximum
-constexpr int kSpan = 256;   // cached positions whose partial result stands alone; partial results meet in order
 
 // A panel is one row block of a ggml type, decoded: what differs between the types is gone.
 // w = scale * q + offset, q int8; one scale (and offset) for 32 channels, or for 16.
@@ -37,7 +40,7 @@ static_assert(sizeof(PanelRun) == 512 + 4 * 3 * kRows, "PanelRun has no padding"
 // W times -8 x (sum of the values), W times the same of the first 16 channels. One pointer walks a tile.
 constexpr int kTokenGroup = 32 + 4 + 4 + 4;  // bytes of one token's group
 
-enum class Form { q4g32, q8g32, panel, panel_halves, panel_offsets, count };
+enum class Form { q4g32, q8g32, q5g32, i4g32, q4k, q6k, panel, panel_halves, panel_offsets, count };
 
 // One row block times a tile: out[i * stride + row] for its W tokens, 16 floats each.
 using BlockKernel = void (*)(const void* w, const uint8_t* tile, int groups, int W, float* out, size_t stride);
@@ -50,17 +53,19 @@ struct Kernels {
   void (*quantize)(const float* x, int groups, uint8_t* tile, int W, int lane);
   float (*dot)(const float* a, const float* b, int n);  // n a multiple of 16, as below
   void (*half_to_float)(const uint16_t* x, int n, float* out);
-  void (*float_to_half)(const float* x, int n, uint16_t* out);  // to nearest, ties to even
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
   void (*silu_mul)(const float* gate, const float* up, int n, float* out);
   void (*sigmoid)(const float* x, int n, float* out);
   void (*axpy)(float a, const float* x, int n, float* y);  // y = fma(a, x, y)
-  // `heads` heads (at most kHeads) of one token over the m <= kSpan cached rows at `cache` and `rope`: the largest score,
-  // the sum of exp(score - largest), and u[C] = sum of exp(score - largest) c, head by head.
-  void (*attend)(const float* q, const float* qr, int heads, const uint16_t* cache, const uint16_t* rope, int m, int C,
-                 int R, float scale, float* top, float* total, float* u);
-  // Adds the partial result of a later span to an earlier one's.
-  void (*attend_join)(float* top, float* total, float* u, float later_top, float later_total, const float* later_u, int C);
+  // Adds what one token's group lost when it was quantized: x - scale * q, 32 floats, to be quantized once more.
+  void (*residual)(const float* x, const uint8_t* tile, int W, int lane, float* out);
+  // s = exp(scale * (s - the largest of the first n)), 0 from n up to the next multiple of 32; returns their sum.
+  float (*softmax)(float* s, int n, float scale);
+  // One row of `groups` * 32 floats as row r of a q8g32 row block.
+  void (*store_row)(const float* x, int groups, uint8_t* block, int r);
+  // Rows first..first+n-1 of a q8g32 matrix, turned round: channel block b of C / 16 becomes one q8g32 run of 16 channels
+  // by 32 rows at out + b * out_stride, rows past n being 0. `first` is a multiple of 32, n at most 32.
+  void (*turn_rows)(const uint8_t* rows, size_t block_stride, int first, int n, int C, uint8_t* out, size_t out_stride);
 };
 
 extern const Kernels kScalar;

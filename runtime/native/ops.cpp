@@ -104,11 +104,9 @@ void row_block(const Weights& w, int b, const Operand& x, float* out, size_t str
       }
       return;
     }
-    case Kind::q4g32:
-      return multiply(Form::q4g32, w.data + b * w.stride, x, out, stride);
-    case Kind::q8g32:
-      return multiply(Form::q8g32, w.data + b * w.stride, x, out, stride);
     default: {
+      if (is_packed(w.block->kind))  // Kind and Form list the packed layouts in one order
+        return multiply(static_cast<Form>(w.block->kind), w.data + b * w.stride, x, out, stride);
       PanelRun* panel = scratch.panel.get(w.columns / kGroup);
       decode_panel(*w.block, w.data, w.rows, w.columns, b * kRows, panel);
       const Form form = w.block->halves ? Form::panel_halves : w.block->offsets ? Form::panel_offsets : Form::panel;
@@ -278,6 +276,12 @@ void embed(const Weights& w, const int32_t* ids, int T, float* y) {
   }
 }
 
+void pack(const Weights& w, uint8_t* out) {
+  const Block& packed = block_named(packed_as(w.block->kind));
+  const size_t size = static_cast<size_t>(w.columns) / packed.elements * packed.bytes * kRows;
+  pool().run(blocks_of(w.rows), [&](int b, int) { pack_block(*w.block, w.data, w.rows, w.columns, b, out + b * size); });
+}
+
 void rms_norm(const float* x, const float* weight, int T, int D, float eps, float* y) {
   for (int t = 0; t < T; ++t)
     kernels().rms_norm(x + static_cast<size_t>(t) * D, weight, D, eps, y + static_cast<size_t>(t) * D);
@@ -420,63 +424,155 @@ void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A,
   });
 }
 
-void attention(const float* q, const float* qr, const uint16_t* cache, const uint16_t* rope, int start, int T, int H,
-               int C, int R, float scale, float* u) {
-  static Buffer<float> parts;
-  const int packs = (H + kHeads - 1) / kHeads;  // of kHeads heads
-  const int spans = (start + T + kSpan - 1) / kSpan;
-  const auto span = [&](int t, int pack, int s, float* top, float* total, float* out) {
-    const int n = start + t + 1 - s * kSpan, h = pack * kHeads;
-    const size_t at = static_cast<size_t>(t) * H + h, row = static_cast<size_t>(s) * kSpan;
-    kernels().attend(q + at * C, qr + at * R, std::min(kHeads, H - h), cache + row * C, rope + row * R, std::min(n, kSpan), C, R,
-                     scale, top, total, out);
+void remember(const LatentCache& cache, const float* latent_and_key, int T, int start) {
+  const int C = cache.C, R = cache.R, groups = cache.row_groups(), width = groups * kGroup;
+  const auto store = [&](int t, int) {
+    const int position = start + t;
+    float* row = scratch.row.get(width);
+    std::memcpy(row, latent_and_key + static_cast<size_t>(t) * (C + R), sizeof(float) * (C + R));
+    std::fill(row + C + R, row + width, 0.0f);
+    kernels().store_row(row, groups, cache.rows + position / kRows * cache.rows_stride(), position % kRows);
   };
-  const auto finish = [&](float total, float* out) {
-    const float inverse = 1.0f / total;
-    for (int k = 0; k < C; ++k) out[k] *= inverse;
-  };
-  // Many tokens: a task is one token's pack of heads over all spans. Few: a task is one span, and the parts are joined
-  // afterwards in the same order.
-  if (T * packs >= 4 * pool().n_threads() || spans == 1) {
-    pool().run(T * packs, [&](int i, int) {
-      const int t = i / packs, pack = i % packs, heads = std::min(kHeads, H - pack * kHeads);
-      float* out = u + (static_cast<size_t>(t) * H + pack * kHeads) * C;
-      float top[kHeads], total[kHeads], later_top[kHeads], later_total[kHeads];
-      float* later = scratch.out.get(static_cast<size_t>(kHeads) * C);
-      span(t, pack, 0, top, total, out);
-      for (int s = 1; s * kSpan <= start + t; ++s) {
-        span(t, pack, s, later_top, later_total, later);
-        for (int h = 0; h < heads; ++h)
-          kernels().attend_join(top + h, total + h, out + static_cast<size_t>(h) * C, later_top[h], later_total[h], later + static_cast<size_t>(h) * C, C);
-      }
-      for (int h = 0; h < heads; ++h) finish(total[h], out + static_cast<size_t>(h) * C);
-    });
-    return;
-  }
-  const size_t part = static_cast<size_t>(kHeads) * (C + 2);  // tops, totals, sums
-  float* all = parts.get(part * T * packs * spans);
-  pool().run(T * packs * spans, [&](int i, int) {
-    const int s = i % spans, t = i / spans / packs;
-    float* here = all + part * i;
-    if (s * kSpan <= start + t) span(t, i / spans % packs, s, here, here + kHeads, here + 2 * kHeads);
-  });
-  pool().run(T * packs, [&](int i, int) {
-    const int t = i / packs, pack = i % packs, heads = std::min(kHeads, H - pack * kHeads);
-    float* first = all + part * spans * i;
-    for (int h = 0; h < heads; ++h) {
-      float* sums = first + 2 * kHeads + static_cast<size_t>(h) * C;
-      for (int s = 1; s * kSpan <= start + t; ++s) {
-        const float* later = first + part * s;
-        kernels().attend_join(first + h, first + kHeads + h, sums, later[h], later[kHeads + h], later + 2 * kHeads + static_cast<size_t>(h) * C, C);
-      }
-      finish(first[kHeads + h], sums);
-      std::memcpy(u + (static_cast<size_t>(t) * H + pack * kHeads + h) * C, sums, sizeof(float) * C);
-    }
+  if (T < 4) for (int t = 0; t < T; ++t) store(t, 0);
+  else pool().run(T, store);
+  const int first = start / kGroup, whole = (start + T) / kGroup - first;  // groups that are now complete
+  pool().run(whole, [&](int i, int) {
+    const int g = first + i;
+    kernels().turn_rows(cache.rows, cache.rows_stride(), g * kGroup, kGroup, C, cache.columns + static_cast<size_t>(g) * kQ8Run,
+                        cache.columns_stride());
   });
 }
 
-void attention_layer(const AttentionLayer& l, float* x, int T, const float* cos, const float* sin, uint16_t* latent,
-                     uint16_t* key, int start) {
+namespace {
+// Attention of one token. Two products of the same kernel: queries times cached rows, then weights times cached columns.
+// The columns' last group, in which the token itself stands, is made from the rows for each token anew; so the bits
+// depend on the positions alone, not on when they were computed.
+struct OneToken {
+  Buffer<float> query_, score_;
+  Buffer<uint8_t> queries_, weights_, own_;
+
+  const LatentCache* cache;
+  int H, n, groups, own;          // positions seen: `groups` whole groups of 32, then `own` more
+  size_t stride;                  // floats from head to head of `score`
+  float *score, *inverse;         // [H][stride], [H]
+  uint8_t *queries, *weights, *rest, *last, *last_rest, *turned;
+
+  // Tiles of H heads: the queries; the weights of the whole groups, of the own group, and what quantizing the first and
+  // the own group lost. Sinks and neighbours dwarf the rest of their group, so those two are kept to two int8 digits.
+  void begin(const LatentCache& c, const float* q, const float* qr, int heads, int position) {
+    cache = &c;
+    H = heads;
+    n = position + 1;
+    groups = n / kGroup;
+    own = n % kGroup;
+    stride = static_cast<size_t>(groups + 1) * kGroup;
+    const int C = c.C, R = c.R, row_groups = c.row_groups(), width = row_groups * kGroup;
+    score = score_.get(stride * H + H);
+    inverse = score + stride * H;
+    queries = queries_.get(H * token_bytes(width));
+    weights = weights_.get(static_cast<size_t>(H) * kTokenGroup * (groups + 3));
+    rest = weights + static_cast<size_t>(H) * kTokenGroup * groups;
+    last = rest + H * kTokenGroup;
+    last_rest = last + H * kTokenGroup;
+    float* row = query_.get(width);
+    std::fill(row, row + width, 0.0f);
+    for (int h = 0, first, W; h < H; ++h) {
+      place(h, &first, &W);
+      std::memcpy(row, q + static_cast<size_t>(h) * C, sizeof(float) * C);
+      std::memcpy(row + C, qr + static_cast<size_t>(h) * R, sizeof(float) * R);
+      kernels().quantize(row, row_groups, queries + first * token_bytes(width), W, h - first);
+    }
+    if (own) {
+      turned = own_.get(static_cast<size_t>(C / kRows) * kQ8Run);
+      kernels().turn_rows(c.rows, c.rows_stride(), groups * kGroup, own, C, turned, kQ8Run);
+    }
+  }
+  // The tile that holds head h.
+  void place(int h, int* first, int* W) const {
+    for (*first = 0; *first + (*W = tile_width(H, *first)) <= h; *first += *W) {}
+  }
+  template <typename Call>
+  void tiles(const Call& call) const {
+    for (int first = 0, W; first < H; first += W) call(first, W = tile_width(H, first));
+  }
+  int row_blocks() const { return (n + kRows - 1) / kRows; }
+  void compare(int from, int to) const {  // row blocks of 16 positions
+    const int row_groups = cache->row_groups();
+    const BlockKernel kernel = kernels().block[static_cast<int>(Form::q8g32)];
+    for (int b = from; b < to; ++b)
+      tiles([&](int first, int W) {
+        kernel(cache->rows + b * cache->rows_stride(), queries + first * token_bytes(row_groups * kGroup), row_groups, W,
+               score + first * stride + b * kRows, stride);
+      });
+  }
+  void weigh(int h, float scale) const {
+    float* s = score + h * stride;
+    inverse[h] = 1.0f / kernels().softmax(s, n, scale);
+    int first, W;
+    place(h, &first, &W);
+    const int lane = h - first;
+    float lost[kGroup];
+    if (groups) {
+      uint8_t* tile = weights + static_cast<size_t>(first) * kTokenGroup * groups;
+      kernels().quantize(s, groups, tile, W, lane);
+      kernels().residual(s, tile, W, lane, lost);
+      kernels().quantize(lost, 1, rest + first * kTokenGroup, W, lane);
+    }
+    if (own) {
+      uint8_t* tile = last + first * kTokenGroup;
+      kernels().quantize(s + groups * kGroup, 1, tile, W, lane);
+      kernels().residual(s + groups * kGroup, tile, W, lane, lost);
+      kernels().quantize(lost, 1, last_rest + first * kTokenGroup, W, lane);
+    }
+  }
+  void sum(int b, float* u) const {  // 16 channels; u [H][C]
+    const BlockKernel kernel = kernels().block[static_cast<int>(Form::q8g32)];
+    const uint8_t* columns = cache->columns + b * cache->columns_stride();
+    tiles([&](int first, int W) {
+      float parts[4][kTile * kRows] = {};
+      if (groups) {
+        kernel(columns, weights + static_cast<size_t>(first) * kTokenGroup * groups, groups, W, parts[0], kRows);
+        kernel(columns, rest + first * kTokenGroup, 1, W, parts[1], kRows);
+      }
+      if (own) {
+        kernel(turned + b * kQ8Run, last + first * kTokenGroup, 1, W, parts[2], kRows);
+        kernel(turned + b * kQ8Run, last_rest + first * kTokenGroup, 1, W, parts[3], kRows);
+      }
+      for (int i = 0; i < W; ++i)
+        for (int r = 0; r < kRows; ++r) {
+          const int k = i * kRows + r;
+          u[static_cast<size_t>(first + i) * cache->C + b * kRows + r] =
+              ((parts[0][k] + parts[1][k]) + (parts[2][k] + parts[3][k])) * inverse[first + i];
+        }
+    });
+  }
+};
+}  // namespace
+
+void attention(const LatentCache& cache, const float* q, const float* qr, int start, int T, int H, float scale, float* u) {
+  const int C = cache.C, R = cache.R;
+  if (T == 1) {  // all threads on one token
+    static OneToken token;
+    constexpr int step = 4;
+    token.begin(cache, q, qr, H, start);
+    pool().run((token.row_blocks() + step - 1) / step,
+               [&](int i, int) { token.compare(i * step, std::min((i + 1) * step, token.row_blocks())); });
+    pool().run(H, [&](int h, int) { token.weigh(h, scale); });
+    pool().run(C / kRows, [&](int b, int) { token.sum(b, u); });
+    return;
+  }
+  pool().run(T, [&](int t, int) {
+    static thread_local OneToken token;
+    const size_t at = static_cast<size_t>(t) * H;
+    token.begin(cache, q + at * C, qr + at * R, H, start + t);
+    token.compare(0, token.row_blocks());
+    for (int h = 0; h < H; ++h) token.weigh(h, scale);
+    for (int b = 0; b < C / kRows; ++b) token.sum(b, u + at * C);
+  });
+}
+
+void attention_layer(const AttentionLayer& l, float* x, int T, const float* cos, const float* sin,
+                     const LatentCache& cache, int start) {
   static Buffer<float> normed, queries, latents, ropes, absorbed, summed, values;
   const int D = l.q.columns, H = static_cast<int>(l.k_b.size()), N = l.k_b[0].columns, C = l.k_b[0].rows, V = l.v_b[0].rows;
   const int R = l.kv_a.rows - C, K = N + R;
@@ -492,7 +588,7 @@ void attention_layer(const AttentionLayer& l, float* x, int T, const float* cos,
   else pool().run(T, norm);
   products({{&l.q, q, static_cast<size_t>(H) * K, false}, {&l.kv_a, kv, static_cast<size_t>(C + R), false}}, h, D, T);
   // Cached: the latent after its norm, the key after its rotation.
-  const auto rotate_and_cache = [&](int t, int) {
+  const auto turn = [&](int t, int) {
     const float *c = cos + static_cast<size_t>(t) * R / 2, *s = sin + static_cast<size_t>(t) * R / 2;
     const auto rotate = [&](const float* from, float* to) {
       for (int i = 0; i < R / 2; ++i) {
@@ -503,16 +599,15 @@ void attention_layer(const AttentionLayer& l, float* x, int T, const float* cos,
     };
     float* row = kv + static_cast<size_t>(t) * (C + R);
     kernels().rms_norm(row, l.kv_norm, C, l.kv_eps, row);
-    kernels().float_to_half(row, C, latent + static_cast<size_t>(start + t) * C);
     rotate(row + C, row + C);
-    kernels().float_to_half(row + C, R, key + static_cast<size_t>(start + t) * R);
     for (int head = 0; head < H; ++head)
       rotate(q + (static_cast<size_t>(t) * H + head) * K + N, qr + (static_cast<size_t>(t) * H + head) * R);
   };
-  if (T < 4) for (int t = 0; t < T; ++t) rotate_and_cache(t, 0);
-  else pool().run(T, rotate_and_cache);
+  if (T < 4) for (int t = 0; t < T; ++t) turn(t, 0);
+  else pool().run(T, turn);
+  remember(cache, kv, T, start);
   head_products(l.k_b, q, static_cast<size_t>(H) * K, K, T, qc);
-  attention(qc, qr, latent, key, start, T, H, C, R, l.scale, u);
+  attention(cache, qc, qr, start, T, H, l.scale, u);
   head_products(l.v_b, u, static_cast<size_t>(H) * C, C, T, o);
   products({{&l.o, x, static_cast<size_t>(D), true}}, o, static_cast<size_t>(H) * V, T);
 }

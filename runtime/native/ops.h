@@ -48,7 +48,8 @@ class Buffer {
 
 void linear(const Weights& w, const float* x, int T, float* y);                         // [T][I] -> [T][O]
 void linear_heads(const std::vector<Weights>& w, const float* x, int T, float* y);      // [T][H][I] -> [T][H][O]
-void embed(const Weights& w, const int32_t* ids, int T, float* y);                      // rows, dequantized
+void embed(const Weights& w, const int32_t* ids, int T, float* y);  // rows, dequantized; q4g32, q8g32 or a ggml type
+void pack(const Weights& w, uint8_t* out);  // a ggml matrix in its packed layout
 void rms_norm(const float* x, const float* weight, int T, int D, float eps, float* y);
 // Sigmoid scores of x [T][D] against router [E][D]; the A largest of score + bias, ties to the lower index, listed by
 // index; weights are their unbiased scores over their sum, times scale.
@@ -58,9 +59,20 @@ void route(const float* x, const float* router, const float* bias, int T, int D,
 // complete before it is added to y.
 void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A, const Mlp* shared, const float* x,
              int T, int D, float* y);
-// Absorbed attention: token t stands at start + t and sees the cached rows up to itself.
-void attention(const float* q, const float* qr, const uint16_t* cache, const uint16_t* rope, int start, int T, int H,
-               int C, int R, float scale, float* u);
+// The latent cache of one layer, in the packed layout q8g32: `rows` has a row for each position, its latent of C
+// channels and its rotated key of R (padded to whole groups); `columns` has a row for each channel of the latent, its
+// columns being positions, of which whole groups of 32 are stored.
+struct LatentCache {
+  uint8_t *rows, *columns;
+  int context, C, R;
+  int row_groups() const { return C / kGroup + (R + kGroup - 1) / kGroup; }
+  size_t rows_stride() const { return static_cast<size_t>(row_groups()) * kQ8Run; }  // from 16 positions to the next
+  size_t columns_stride() const { return static_cast<size_t>((context + kGroup - 1) / kGroup) * kQ8Run; }
+};
+// Stores T positions from `start` on; row t is the latent and the rotated key, one after the other.
+void remember(const LatentCache& cache, const float* latent_and_key, int T, int start);
+// Absorbed attention: token t stands at start + t and sees the positions up to itself. q [T][H][C], qr [T][H][R].
+void attention(const LatentCache& cache, const float* q, const float* qr, int start, int T, int H, float scale, float* u);
 
 // The two halves of a layer, each adding to the residual stream x [T][D] in place. docs/architecture.md has the steps.
 struct AttentionLayer {
@@ -69,9 +81,9 @@ struct AttentionLayer {
   Weights q, kv_a, o;             // [H (N + R), D], [C + R, D], [D, H V]
   std::vector<Weights> k_b, v_b;  // H of [C, N]; H of [V, C]
 };
-// Caches the latents [S][C] and rotated keys [S][R] of T tokens from `start` on. cos, sin: [T][R / 2].
-void attention_layer(const AttentionLayer& layer, float* x, int T, const float* cos, const float* sin, uint16_t* latent,
-                     uint16_t* key, int start);
+// Remembers T tokens from `start` on. cos, sin: [T][R / 2].
+void attention_layer(const AttentionLayer& layer, float* x, int T, const float* cos, const float* sin,
+                     const LatentCache& cache, int start);
 
 struct FeedForwardLayer {
   const float* norm;              // [D]

@@ -53,6 +53,30 @@ static inline int32_t store_int8(int8_t* p, V x) {
   const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 }
+static inline V load_uint8(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+static inline V load_int8(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+static inline float half_value(const uint8_t* p) {
+  uint16_t h;
+  __builtin_memcpy(&h, p, 2);
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
+}
+static inline __m256i four_8(__m256 a, __m256 b, __m256 c, __m256 d) {
+  const __m256i byte = _mm256_set1_epi32(255);
+  const __m256i low = _mm256_or_si256(_mm256_and_si256(_mm256_cvtps_epi32(a), byte),
+                                      _mm256_slli_epi32(_mm256_and_si256(_mm256_cvtps_epi32(b), byte), 8));
+  const __m256i high = _mm256_or_si256(_mm256_and_si256(_mm256_cvtps_epi32(c), byte), _mm256_slli_epi32(_mm256_cvtps_epi32(d), 8));
+  return _mm256_or_si256(low, _mm256_slli_epi32(high, 16));
+}
+static inline void store_four(uint8_t* p, V a, V b, V c, V d) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), four_8(a.a, b.a, c.a, d.a));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), four_8(a.b, b.b, c.b, d.b));
+}
 static inline I iset(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 template <int n> static inline I ishl(I x) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
 static inline I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
@@ -70,6 +94,20 @@ static inline L llow(L w) {
 static inline L lhigh(L w) {
   const __m256i m = _mm256_set1_epi8(15);
   return {_mm256_and_si256(_mm256_srli_epi16(w.a, 4), m), _mm256_and_si256(_mm256_srli_epi16(w.b, 4), m)};
+}
+static inline L lor(L x, L y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+// Shifts run over 16-bit lanes; the masks keep only bits that came from the same byte.
+template <int j> static inline __m256i bit_8(__m256i x) {
+  return _mm256_and_si256(j < 4 ? _mm256_slli_epi16(x, j < 4 ? 4 - j : 0) : _mm256_srli_epi16(x, j < 4 ? 0 : j - 4), _mm256_set1_epi8(16));
+}
+template <int j> static inline __m256i two_8(__m256i x) {
+  return _mm256_and_si256(j < 2 ? _mm256_slli_epi16(x, j < 2 ? 4 - 2 * j : 0) : _mm256_srli_epi16(x, j < 2 ? 0 : 2 * j - 4), _mm256_set1_epi8(48));
+}
+template <int j> static inline L lbit(L x) { return {bit_8<j>(x.a), bit_8<j>(x.b)}; }
+template <int j> static inline L ltwo(L x) { return {two_8<j>(x.a), two_8<j>(x.b)}; }
+static inline L lcode(L x) {
+  const __m256i codes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNonLinear)));
+  return {_mm256_shuffle_epi8(codes, x.a), _mm256_shuffle_epi8(codes, x.b)};
 }
 static inline int32_t four(const int8_t* x) { int32_t r; __builtin_memcpy(&r, x, 4); return r; }
 static inline I dot_u7(I acc, L w, const int8_t* x) {

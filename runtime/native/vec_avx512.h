@@ -36,6 +36,24 @@ static inline int32_t store_int8(int8_t* p, V x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(whole));
   return _mm512_reduce_add_epi32(whole);
 }
+static inline V load_uint8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+static inline V load_int8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+static inline float half_value(const uint8_t* p) {
+  uint16_t h;
+  __builtin_memcpy(&h, p, 2);
+  return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_castsi128_si256(_mm_cvtsi32_si128(h))));
+}
+static inline void store_four(uint8_t* p, V a, V b, V c, V d) {
+  const __m512i byte = _mm512_set1_epi32(255);
+  const __m512i low = _mm512_or_si512(_mm512_and_si512(_mm512_cvtps_epi32(a), byte),
+                                      _mm512_slli_epi32(_mm512_and_si512(_mm512_cvtps_epi32(b), byte), 8));
+  const __m512i high = _mm512_or_si512(_mm512_and_si512(_mm512_cvtps_epi32(c), byte), _mm512_slli_epi32(_mm512_cvtps_epi32(d), 8));
+  _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
 static inline I iset(int32_t x) { return _mm512_set1_epi32(x); }
 template <int n> static inline I ishl(I x) { return _mm512_slli_epi32(x, n); }
 static inline I izero() { return _mm512_setzero_si512(); }
@@ -44,6 +62,17 @@ static inline I iadd(I x, I y) { return _mm512_add_epi32(x, y); }
 static inline L lload(const uint8_t* p) { return _mm512_loadu_si512(p); }
 static inline L llow(L w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
 static inline L lhigh(L w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
+static inline L lor(L a, L b) { return _mm512_or_si512(a, b); }
+// Shifts run over 16-bit lanes; the masks keep only bits that came from the same byte.
+template <int j> static inline L lbit(L a) {
+  return _mm512_and_si512(j < 4 ? _mm512_slli_epi16(a, j < 4 ? 4 - j : 0) : _mm512_srli_epi16(a, j < 4 ? 0 : j - 4), _mm512_set1_epi8(16));
+}
+template <int j> static inline L ltwo(L a) {
+  return _mm512_and_si512(j < 2 ? _mm512_slli_epi16(a, j < 2 ? 4 - 2 * j : 0) : _mm512_srli_epi16(a, j < 2 ? 0 : 2 * j - 4), _mm512_set1_epi8(48));
+}
+static inline L lcode(L a) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNonLinear))), a);
+}
 static inline int32_t four(const int8_t* x) { int32_t r; __builtin_memcpy(&r, x, 4); return r; }
 static inline I dot_u7(I acc, L w, const int8_t* x) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four(x))); }
 static inline I dot_s8(I acc, L w, const int8_t* x) {

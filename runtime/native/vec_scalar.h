@@ -18,7 +18,7 @@ static inline V vpow2(V n) {  // 2^n for whole n in [-126, 127]
   EACH { int32_t bits = (static_cast<int32_t>(n.v[k]) + 127) << 23; __builtin_memcpy(&n.v[k], &bits, 4); }
   return n;
 }
-static inline float half_value(uint16_t h) {
+static inline float half_value_of(uint16_t h) {
   uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
   if (exponent == 31) bits = sign | 0x7f800000u | (mantissa << 13);
   else if (exponent) bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
@@ -31,7 +31,8 @@ static inline float half_value(uint16_t h) {
   __builtin_memcpy(&f, &bits, 4);
   return f;
 }
-static inline V vhalf(const uint16_t* p) { V r; EACH r.v[k] = half_value(p[k]); return r; }
+static inline float half_value(const uint8_t* p) { uint16_t h; __builtin_memcpy(&h, p, 2); return half_value_of(h); }
+static inline V vhalf(const uint16_t* p) { V r; EACH r.v[k] = half_value_of(p[k]); return r; }
 static inline void store_half(uint16_t* p, V a) {  // to nearest, ties to even
   EACH {
     uint32_t bits;
@@ -67,6 +68,17 @@ static inline int32_t store_int8(int8_t* p, V a) {
   EACH { p[k] = static_cast<int8_t>(a.v[k]); sum += p[k]; }
   return sum;
 }
+static inline V load_uint8(const uint8_t* p) { V r; EACH r.v[k] = static_cast<float>(p[k]); return r; }
+static inline V load_int8(const uint8_t* p) { V r; EACH r.v[k] = static_cast<float>(static_cast<int8_t>(p[k])); return r; }
+// Lane k's four whole numbers as bytes 4k..4k+3.
+static inline void store_four(uint8_t* p, V a, V b, V c, V d) {
+  EACH {
+    p[4 * k] = static_cast<uint8_t>(static_cast<int8_t>(a.v[k]));
+    p[4 * k + 1] = static_cast<uint8_t>(static_cast<int8_t>(b.v[k]));
+    p[4 * k + 2] = static_cast<uint8_t>(static_cast<int8_t>(c.v[k]));
+    p[4 * k + 3] = static_cast<uint8_t>(static_cast<int8_t>(d.v[k]));
+  }
+}
 static inline I iset(int32_t x) { I r; EACH r.v[k] = x; return r; }
 template <int n> static inline I ishl(I a) { EACH a.v[k] = static_cast<int32_t>(static_cast<uint32_t>(a.v[k]) << n); return a; }
 static inline I izero() { I r; EACH r.v[k] = 0; return r; }
@@ -77,6 +89,11 @@ struct L { uint8_t b[64]; };
 static inline L lload(const uint8_t* p) { L r; __builtin_memcpy(r.b, p, 64); return r; }
 static inline L llow(L a) { for (int k = 0; k < 64; ++k) a.b[k] &= 15; return a; }
 static inline L lhigh(L a) { for (int k = 0; k < 64; ++k) a.b[k] >>= 4; return a; }
+static inline L lor(L a, L b) { for (int k = 0; k < 64; ++k) a.b[k] |= b.b[k]; return a; }
+// Bit j of every byte, moved to bit 4; bits 2j and 2j + 1, moved to bits 4 and 5; what a code of IQ4_NL stands for.
+template <int j> static inline L lbit(L a) { for (int k = 0; k < 64; ++k) a.b[k] = static_cast<uint8_t>((a.b[k] >> j & 1) << 4); return a; }
+template <int j> static inline L ltwo(L a) { for (int k = 0; k < 64; ++k) a.b[k] = static_cast<uint8_t>((a.b[k] >> 2 * j & 3) << 4); return a; }
+static inline L lcode(L a) { for (int k = 0; k < 64; ++k) a.b[k] = static_cast<uint8_t>(kNonLinear[a.b[k]]); return a; }
 // acc[row] += dot of the row's 4 weights (unsigned, at most 127) and the 4 activations at x.
 static inline I dot_u7(I acc, L w, const int8_t* x) {
   EACH for (int c = 0; c < 4; ++c) acc.v[k] += static_cast<int32_t>(w.b[4 * k + c]) * x[c];

@@ -1,0 +1,330 @@
+"""How does kimi-lite compare with llama.cpp and ik_llama.cpp, on this machine, in one run?
+
+    python benchmarks/peers.py                      with the peers in this interpreter
+    python benchmarks/peers.py --python VENV/bin/python --packed FILE --gguf FILE --deep
+
+It makes the two files of random weights at full size unless they are there (benchmarks/full_shape.py): ours in the
+default packed recipe, theirs in llama.cpp's Q4_K_M mix. Then every engine is measured in turn, in a process of its
+own, for several rounds, so that a slow minute of the machine falls on all of them; medians are compared. Before each,
+its file is read once, so that none pays for another having pushed it out of memory.
+
+A peer is given its best: the first round tries its settings (weights repacked at load or not, flash attention, batch),
+and each row keeps the one that was fastest for it. A peer that is not installed is named, with the way to install it,
+and the others are still measured. Linux only: memory and the start of a process are read from /proc.
+
+Prints a table, and ends with one JSON line.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from full_shape import FULL, commit, make
+
+from kimi_lite.bench import machine
+from kimi_lite.runtime.cache import LatentCache
+from kimi_lite.runtime.kernels import default_threads
+
+PEERS = {  # engine: its module, its name, what installs it
+    "llama": ("llama_cpp", "llama.cpp", "llama-cpp-python"),
+    "ik": ("ik_llama_cpp", "ik_llama.cpp", "ik-llama-cpp-python"),
+}
+ROWS = {  # row: what it says, in tokens a second
+    "prefill_256": "prefill, 256 tokens",
+    "prefill_2048": "prefill, 2048 tokens",
+    "decode": "decode after 256 tokens",
+    "busy": "the same, one core busy",
+    "decode_4096": "decode after 4096 tokens",
+    "decode_16384": "decode after 16384 tokens",
+    "decode_65536": "decode after 65536 tokens",
+}
+DEEP = ("decode_16384", "decode_65536")
+WORKER = Path(__file__).with_name("peer_worker.py")
+MEMORY_OF_REPACKING = (
+    1.9  # of the file's size: the copy, and the part of the file that is still read from the map
+)
+
+Speeds = dict[str, float]  # by row
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a peer is run. `rows` are those that it is tried for; None for all."""
+
+    repack: bool = False
+    flash: bool = True
+    ubatch: int = 512
+    rows: tuple[str, ...] | None = None
+
+    def __str__(self) -> str:
+        return f"repack {'on' if self.repack else 'off'}, flash attention {'on' if self.flash else 'off'}, ubatch {self.ubatch}"
+
+
+# What is worth trying. A larger ubatch changes nothing below its size. llama.cpp's repacked experts are multiplied one
+# token at a time, which makes long prompts slower; at depth, flash attention is what both are quick with.
+SHORT = ("prefill_256", "decode", "busy", "decode_4096")
+SETTINGS = {
+    "ours": (Setting(),),
+    "llama": (
+        Setting(),
+        Setting(repack=True, rows=(*SHORT, *DEEP)),
+        Setting(flash=False, rows=("prefill_256",)),
+        Setting(ubatch=2048, rows=("prefill_2048",)),
+        Setting(flash=False, ubatch=2048, rows=("prefill_2048",)),
+    ),
+    "ik": (
+        Setting(rows=(*SHORT, *DEEP)),
+        Setting(repack=True),
+        Setting(ubatch=2048, rows=("prefill_2048",)),
+        Setting(repack=True, ubatch=2048, rows=("prefill_2048",)),
+    ),
+}
+
+
+class Bench:
+    """Runs workers and keeps what they measured: `samples[engine][row]`, one value a round, by the row's setting."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.files = {"ours": arguments.packed, "llama": arguments.gguf, "ik": arguments.gguf}
+        self.interpreters = {"ours": sys.executable, "llama": arguments.python, "ik": arguments.python}
+        self.rows = [row for row in ROWS if row in arguments.rows]
+        self.samples: dict[str, dict[tuple[str, Setting], list[float]]] = {}
+        self.memory: dict[str, dict[str, float]] = {}
+        self.versions: dict[str, str] = {}
+        self.missing: dict[str, str] = {}
+
+    def run(self) -> None:
+        engines = ["ours", *self.present()]
+        for number in range(self.arguments.rounds):
+            for engine in engines if number % 2 == 0 else engines[::-1]:
+                for setting, rows in self.jobs(engine, first=number == 0):
+                    self.measure(engine, setting, rows)
+                if "first" in self.arguments.rows:
+                    self.measure(engine, self.best(engine, "first"), ["first"])
+
+    def present(self) -> list[str]:
+        """The peers that the interpreter has; the others are said and remembered."""
+        here = []
+        for engine, (module, _, _) in PEERS.items():
+            look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+            if subprocess.run([self.arguments.python, "-c", look], check=False).returncode == 0:
+                here.append(engine)
+            else:
+                self.missing[engine] = missing_peer(engine, self.arguments.python)
+                print(self.missing[engine], file=sys.stderr)
+        return here
+
+    def jobs(self, engine: str, first: bool) -> list[tuple[Setting, list[str]]]:
+        """What to run in a round: all settings in the first, then only the best of each row."""
+        if not first:
+            chosen: dict[Setting, list[str]] = {}
+            for row in self.rows:
+                chosen.setdefault(self.best(engine, row), []).append(row)
+            return list(chosen.items())
+        jobs = []
+        for setting in SETTINGS[engine]:
+            if setting.repack and not repacking_fits(
+                self.files[engine].stat().st_size, psutil.virtual_memory().total
+            ):
+                print(
+                    f"{engine}: repacking is left out, for a copy of the weights does not fit here",
+                    file=sys.stderr,
+                )
+                continue
+            jobs.append((setting, [row for row in self.rows if setting.rows is None or row in setting.rows]))
+        return jobs
+
+    def best(self, engine: str, row: str) -> Setting:
+        """The setting that was fastest for a row; the plain one for a row that was not measured yet."""
+        found = {s: statistics.median(x) for (r, s), x in self.samples.get(engine, {}).items() if r == row}
+        return max(found, key=lambda s: found[s], default=SETTINGS[engine][0])
+
+    def measure(self, engine: str, setting: Setting, rows: list[str]) -> None:
+        """One process. The deepest rows get one with a context of their own, so that others do not carry its memory."""
+        groups = [[row for row in rows if row not in DEEP], *([row] for row in rows if row in DEEP)]
+        for group in filter(None, groups):
+            bring_in(self.files[engine])
+            job = {
+                "engine": engine,
+                "file": str(self.files[engine]),
+                "threads": self.arguments.threads,
+                "context": deepest(group) + 64,
+                "repack": setting.repack,
+                "flash": setting.flash,
+                "ubatch": setting.ubatch,
+                "rows": [*group, "read_fraction"] if engine == "ours" and group != ["first"] else group,
+            }
+            command = [
+                *shlex.split(self.arguments.wrap),
+                self.interpreters[engine],
+                str(WORKER),
+                json.dumps(job),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+                print(f"{engine}: no result with {setting}: {last}", file=sys.stderr)
+                continue
+            self.keep(engine, setting, group, json.loads(done.stdout.splitlines()[-1]))
+
+    def keep(self, engine: str, setting: Setting, rows: list[str], result: dict[str, Any]) -> None:
+        samples = self.samples.setdefault(engine, {})
+        for row in (*rows, "read_fraction"):
+            if row in result:
+                samples.setdefault((row, setting), []).append(result[row])
+        if "version" in result:
+            self.versions[engine] = result["version"]
+            excess = result["anonymous_mb"] - deepest(rows) * LatentCache.bytes_per_token(FULL) / 1e6
+            peaks = self.memory.setdefault(engine, {})
+            for name, value in (("anonymous_mb", result["anonymous_mb"]), ("excess_mb", excess)):
+                peaks[name] = round(max(peaks.get(name, 0.0), value), 1)
+        how = "" if engine == "ours" else f" ({setting})"
+        for row in rows:
+            print(f"{time.strftime('%H:%M:%S')} {engine} {row}: {result[row]:.2f}{how}", file=sys.stderr)
+
+    def medians(self) -> dict[str, Speeds]:
+        """Of each row's best setting."""
+        return {
+            engine: {
+                row: round(statistics.median(samples[row, self.best(engine, row)]), 3)
+                for row in dict.fromkeys(row for row, _ in samples)
+            }
+            for engine, samples in self.samples.items()
+        }
+
+
+def ratios(medians: dict[str, Speeds], excess_mb: float | None) -> dict[str, float | None]:
+    """What the comparison comes to; None where a peer or a row is missing."""
+
+    def ours_over(row: str, *peers: str) -> float | None:
+        theirs = [medians[peer][row] for peer in peers if row in medians.get(peer, {})]
+        return round(medians["ours"][row] / max(theirs), 3) if theirs and row in medians["ours"] else None
+
+    def least(*values: float | None) -> float | None:
+        return min((value for value in values if value is not None), default=None)
+
+    ours = medians["ours"]
+    busy, quiet = ours.get("busy"), ours.get("decode")
+    out: dict[str, float | None] = {"decode": ours_over("decode", "llama", "ik")}
+    for peer in PEERS:
+        lengths = {n: ours_over(f"prefill_{n}", peer) for n in (256, 2048)}
+        out[f"prefill_{peer}"] = least(*lengths.values())
+        out |= {f"prefill_{peer}_{n}": value for n, value in lengths.items()}
+    out["decode_4k"] = ours_over("decode_4096", "llama")
+    out["decode_4k_ik"] = ours_over("decode_4096", "ik")
+    out["decode_16k"] = ours_over("decode_16384", "llama", "ik")
+    out["decode_64k"] = ours_over("decode_65536", "llama", "ik")
+    out["read_fraction"] = ours.get("read_fraction")
+    out["busy_core"] = round(busy / quiet, 3) if busy and quiet else None
+    out["peak_excess_mb"] = excess_mb
+    return out
+
+
+def missing_peer(engine: str, python: str) -> str:
+    _, name, package = PEERS[engine]
+    return f"{name} is not installed for {python}; to compare with it: {python} -m pip install {package}"
+
+
+def repacking_fits(file_bytes: int, memory_bytes: int) -> bool:
+    return MEMORY_OF_REPACKING * file_bytes < memory_bytes
+
+
+def deepest(rows: Iterable[str]) -> int:
+    """Tokens in the cache when the longest of the rows is done."""
+    sizes = [int(size) if (size := row.rpartition("_")[2]).isdigit() else 256 for row in rows]
+    return max(sizes) + 33
+
+
+def bring_in(path: Path) -> None:
+    """Read a file once, so that it is in memory."""
+    with path.open("rb", buffering=0) as file:
+        while file.read(16 << 20):
+            pass
+
+
+def report(medians: dict[str, Speeds], bench: Bench) -> Iterable[str]:
+    """The table for people."""
+    engines = list(medians)
+    yield f"{'':26}" + "".join(f"{PEERS[e][1] if e in PEERS else 'kimi-lite':>14}" for e in engines)
+    for row, text in {**ROWS, "first": "first token, seconds"}.items():
+        if any(row in medians[e] for e in engines):
+            yield f"{text:26}" + "".join(f"{medians[e].get(row, float('nan')):14.2f}" for e in engines)
+    own = [bench.memory.get(e, {}).get("anonymous_mb", float("nan")) for e in engines]
+    yield f"{'memory of its own, MB':26}" + "".join(f"{value:14.0f}" for value in own)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--python", default=sys.executable, help="the interpreter that has the peers")
+    parser.add_argument(
+        "--packed", type=Path, default=Path("full-shape-int4.gguf"), help="made if it is not there"
+    )
+    parser.add_argument(
+        "--gguf", type=Path, default=Path("full-shape-q4_k_m.gguf"), help="made if it is not there"
+    )
+    parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", default=",".join([*(r for r in ROWS if r not in DEEP), "first"]))
+    parser.add_argument("--deep", action="store_true", help="decode at 16,384 and 65,536 tokens too")
+    parser.add_argument(
+        "--wrap", default="", help="put before each engine's command, such as 'taskset -c 0,1'"
+    )
+    arguments = parser.parse_args()
+    arguments.rows = [*arguments.rows.split(","), *(DEEP if arguments.deep else ())]
+    if unknown := set(arguments.rows) - {*ROWS, "first"}:
+        parser.error(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join([*ROWS, 'first'])}")
+    if shutil.which(arguments.python) is None:
+        parser.error(
+            f"--python is {arguments.python}, which does not run; name the interpreter that has the peers"
+        )
+    for kind, path in (("packed", arguments.packed), ("gguf", arguments.gguf)):
+        if not path.exists():
+            make(kind, path)
+    bench = Bench(arguments)
+    bench.run()
+    medians = bench.medians()
+    if "ours" not in medians:
+        raise SystemExit("kimi-lite gave no result, so there is nothing to compare")
+    print("\n".join(report(medians, bench)))
+    print(
+        json.dumps(
+            {
+                "bench": "peers",
+                **ratios(medians, bench.memory.get("ours", {}).get("excess_mb")),
+                "medians": medians,
+                "memory": bench.memory,
+                "settings": {
+                    e: {row: str(bench.best(e, row)) for row in medians[e]} for e in medians if e != "ours"
+                },
+                "samples": {
+                    e: {f"{row}, {s}": x for (row, s), x in samples.items()}
+                    for e, samples in bench.samples.items()
+                },
+                "missing": bench.missing,
+                "threads": arguments.threads,
+                "rounds": arguments.rounds,
+                "commit": commit(),
+                "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+                "machine": machine(),
+                "versions": bench.versions,
+                "files": {name: path.stat().st_size for name, path in bench.files.items()},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""`kimi-lite bench` on the small model, and the arithmetic of benchmarks/peers.py. No speed is asserted."""
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from peer_worker import repeat_state
+from peers import PEERS, Setting, deepest, missing_peer, ratios, repacking_fits
+
+from kimi_lite.api import nano_path
+from kimi_lite.bench import fill_cache
+from kimi_lite.runtime.cache import LatentCache
+from kimi_lite.runtime.engine import Engine
+
+FAST = ("--prompt", "5,40", "--depth", "0,70", "--decode", "3")
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kimi_lite", "bench", *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "KIMI_LITE_ISA": ""},
+        timeout=120,
+    )
+
+
+def test_the_json_says_what_was_measured_and_where() -> None:
+    done = bench(*FAST, "--threads", "1,2", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["schema"] == "kimi-lite-bench/1"
+    assert {"cpu", "cores", "memory_gb", "system"} <= report["machine"].keys()
+    assert {"kimi-lite", "python", "numpy"} <= report["versions"].keys()
+    assert report["isa"]
+    rows = report["rows"]
+    expected = [("prefill", 0, 5), ("prefill", 0, 40), ("decode", 0, 3), ("decode", 70, 3)]
+    assert [(r["threads"], r["kind"], r["depth"], r["n"]) for r in rows] == [
+        (threads, *row) for threads in (1, 2) for row in expected
+    ]
+    for row in rows:
+        assert row["p10"] <= row["tok_per_s"] <= row["p90"]
+        assert row["memory"]["anonymous"] > 0
+        assert row["memory"]["mapped"] > 0
+        if row["kind"] == "decode":
+            moved = report["weight_bytes_per_token"] + (row["depth"] + 1) * report["cache_bytes_per_token"]
+            assert row["bytes_per_token"] == moved
+            assert row["gb_per_s"] == pytest.approx(moved * row["tok_per_s"] / 1e9, abs=0.01)
+            assert row["read_gb_per_s"] > 0
+        else:
+            assert row["bytes_per_token"] is None
+
+
+def test_the_table_has_a_line_for_each_row() -> None:
+    done = bench(str(nano_path()), *FAST, "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for word in ("tok/s", "GB a token", "share", "own memory", "mapped file"):
+        assert any(word in line for line in lines)
+    assert [line.split()[1] for line in lines if line[:7].strip() == "1"] == ["prefill"] * 2 + ["decode"] * 2
+    assert done.stderr == ""  # a model was named, and nobody watches
+
+
+def test_without_sizes_the_small_models_context_is_enough() -> None:
+    done = bench("--decode", "1", "--threads", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [(r["kind"], r["n"], r["depth"]) for r in json.loads(done.stdout)["rows"]] == [
+        ("prefill", 256, 0),
+        ("prefill", 2048, 0),
+        ("decode", 1, 0),
+        ("decode", 1, 4096),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("--prompt", "256,x"), 2, "--prompt is '256,x'"),
+        (("--prompt", "0"), 2, "--prompt is '0'"),
+        (("--depth", "-1"), 2, "--depth is '-1'"),
+        (("--threads", "0"), 2, "--threads is '0'"),
+        (("--threads", "1,9999"), 2, "9999 threads were asked for"),
+        (("--decode", "-1"), 2, "at least 0"),
+        (("--depth", "9000"), 2, "needs a context of 9032 tokens"),
+        (("--prompt", "2048", "--context", "300"), 2, "but there are 300"),
+        (("--context", "99999"), 2, "a context of 99999 tokens"),
+        (("nowhere.gguf",), 3, "nowhere.gguf"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(arguments: tuple[str, ...], code: int, says: str) -> None:
+    done = bench(*arguments)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_made_up_cache_is_as_deep_as_asked_and_runs() -> None:
+    engine = Engine(nano_path(), context=400)
+    fill_cache(engine, 300)
+    assert (engine.cache.n, len(engine.tokens)) == (300, 300)
+    deep = engine.append([1, 2, 3])
+    assert np.isfinite(deep).all()
+    fill_cache(engine, 0)
+    assert engine.cache.n == 0
+    assert not np.array_equal(engine.append([1, 2, 3]), deep)  # the made-up rows were read
+
+
+# benchmarks/peers.py
+
+MEDIANS = {
+    "ours": {
+        "prefill_256": 100.0,
+        "prefill_2048": 90.0,
+        "decode": 20.0,
+        "decode_4096": 12.0,
+        "busy": 9.0,
+        "read_fraction": 0.85,
+    },
+    "llama": {"prefill_256": 40.0, "prefill_2048": 30.0, "decode": 12.5, "decode_4096": 6.0},
+    "ik": {"prefill_256": 50.0, "prefill_2048": 60.0, "decode": 16.0, "decode_4096": 10.0},
+}
+
+
+def test_ratios_are_ours_over_theirs() -> None:
+    found = ratios(MEDIANS, 120.0)
+    assert found["decode"] == 1.25  # over the better of the two
+    assert found["prefill_llama_256"] == 2.5
+    assert found["prefill_llama_2048"] == 3.0
+    assert found["prefill_llama"] == 2.5  # the smaller
+    assert found["prefill_ik"] == 1.5
+    assert found["decode_4k"] == 2.0  # over llama.cpp
+    assert found["decode_4k_ik"] == 1.2
+    assert found["decode_16k"] is None
+    assert found["read_fraction"] == 0.85
+    assert found["busy_core"] == 0.45
+    assert found["peak_excess_mb"] == 120.0
+
+
+def test_ratios_do_without_a_peer() -> None:
+    found = ratios({"ours": MEDIANS["ours"], "ik": MEDIANS["ik"]}, 0.0)
+    assert found["decode"] == 1.25
+    assert found["prefill_llama"] is None
+    assert found["decode_4k"] is None
+    alone = ratios({"ours": {"decode": 20.0}}, 0.0)
+    assert alone["decode"] is alone["busy_core"] is alone["read_fraction"] is None
+
+
+@pytest.mark.parametrize("engine", PEERS)
+def test_a_missing_peer_is_named_with_what_installs_it(engine: str) -> None:
+    _, name, package = PEERS[engine]
+    message = missing_peer(engine, "/opt/python")
+    assert message.startswith(f"{name} is not installed")
+    assert message.endswith(f"/opt/python -m pip install {package}")
+
+
+def test_a_copy_of_the_weights_must_fit() -> None:
+    assert repacking_fits(10_500_000_000, 24 << 30)
+    assert not repacking_fits(10_500_000_000, 16 << 30)
+
+
+def test_the_context_holds_the_longest_row() -> None:
+    assert deepest(["decode", "busy"]) == 256 + 33
+    assert deepest(["prefill_2048", "decode_4096", "decode"]) == 4096 + 33
+    assert str(Setting(repack=True)) == "repack on, flash attention on, ubatch 512"
+
+
+@pytest.mark.parametrize(("head", "cell", "target"), [(0, 2, 5), (3, 3, 4), (3, 3, 2)])
+def test_a_saved_state_is_repeated_row_by_row(head: int, cell: int, target: int) -> None:
+    def saved(n: int, rows: list[bytes]) -> bytes:
+        cells = b"".join(struct.pack("<i", i) + b"\x07" * 4 * (cell - 1) for i in range(n))
+        layers = b"".join(struct.pack("<iq", 1, 4) + b"".join(rows) for _ in range(2))
+        return b"\x09" * 4 * head + struct.pack("<i", n) + cells + struct.pack("<ii", 0, 2) + layers + b"tail"
+
+    rows = [b"aaaa", b"bbbb"]
+    repeated = (rows * math.ceil(target / 2))[:target]
+    assert repeat_state(saved(2, rows), 2, target, head, cell) == saved(target, repeated)
+
+
+def test_the_cache_of_a_token_is_counted_as_the_engine_counts_it() -> None:
+    config = Engine(nano_path(), context=8).weights.config
+    # Rows: 128 + 32 channels are 5 groups of 32 int8 values and a float16 scale; columns: 128 channels of the same.
+    assert (config.kv_rank, config.rope_dim, config.n_layers) == (128, 32, 4)
+    assert LatentCache.bytes_per_token(config) == 4 * (5 * 34 + 128 * 34 // 32)
