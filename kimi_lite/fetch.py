@@ -12,7 +12,7 @@ import socket
 import ssl
 import threading
 import time
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from kimi_lite.errors import UsageError
 
@@ -20,6 +20,7 @@ MAX_BYTES = 50 << 20
 MAX_SECONDS = 30.0
 MAX_REDIRECTS = 4
 CHUNK = 1 << 16
+URL_CHARACTERS = "%/:=&?~+!$,;'@()*[]-._"  # that stay as they are; spaces and controls were refused before
 
 
 def fetch(url: str) -> bytes:
@@ -70,9 +71,9 @@ def _get(shown: str, url: str, deadline: float) -> tuple[bytes, str | None]:
             if secure
             else plain
         )
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=URL_CHARACTERS)
         connection.request(
-            "GET", target, headers={"Host": parts.netloc, "User-Agent": "kimi-lite", "Accept": "*/*"}
+            "GET", target, headers={"Host": _ascii(parts.netloc), "User-Agent": "kimi-lite", "Accept": "*/*"}
         )
         response = connection.getresponse()
         if response.status in (301, 302, 303, 307, 308) and (location := response.getheader("Location")):
@@ -89,6 +90,11 @@ def _get(shown: str, url: str, deadline: float) -> tuple[bytes, str | None]:
         handle.close()
         connection.close()
         plain.close()
+
+
+def _ascii(host: str) -> str:
+    """A host as it stands in a header; names in other scripts have a spelling of their own for that."""
+    return host if host.isascii() else host.encode("idna").decode()
 
 
 def _hang_up(handle: socket.socket) -> None:

@@ -1,8 +1,10 @@
 """Pictures from the web, against a server that does everything wrong."""
 
+import ssl
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,25 @@ from kimi_lite import fetch
 from kimi_lite.errors import UsageError
 
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
+# A key and a certificate for 127.0.0.1 that nobody trusts, made for this test.
+CERTIFICATE = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg8kS9bskP162xs73O
+gKgqJnrgmjI1fVnuU7gveUUw+UShRANCAATgUPtSgy2t9mq9SXC7eUySItf3DKeW
+j29dDC4OpjLbVggw1lf87pvMywKG9ixNrm5ancYAmJVay/lJs2nhYfXS
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBkDCCATagAwIBAgIUTuIG18pnR749XqgosVME9tBGQpswCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJMTI3LjAuMC4xMCAXDTI2MTEyNDE2MTAwOFoYDzIxMjYxMDMx
+MTYxMDA4WjAUMRIwEAYDVQQDDAkxMjcuMC4wLjEwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAATgUPtSgy2t9mq9SXC7eUySItf3DKeWj29dDC4OpjLbVggw1lf87pvM
+ywKG9ixNrm5ancYAmJVay/lJs2nhYfXSo2QwYjAdBgNVHQ4EFgQUK7ZkGvmuGyQe
+OJck/PA3Ag/51DkwHwYDVR0jBBgwFoAUK7ZkGvmuGyQeOJck/PA3Ag/51DkwDwYD
+VR0TAQH/BAUwAwEB/zAPBgNVHREECDAGhwR/AAABMAoGCCqGSM49BAMCA0gAMEUC
+IDXLfcVnPSjvuLHnh+UYYwHIXx8Q96lmpIRPAzVczCRzAiEAmBHxXyYVyFfIcXl4
+TieH+4zs7eK3L4aUVikV0zIEAxE=
+-----END CERTIFICATE-----
+"""
 released = threading.Event()  # ends whatever hangs
 
 
@@ -97,6 +118,33 @@ def test_a_picture_arrives_also_through_redirects(server: str) -> None:
 def test_what_a_server_does_wrong_is_one_sentence(server: str, path: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         fetch.fetch(server + path)
+
+
+def test_letters_of_other_scripts_are_written_as_the_web_does(server: str) -> None:
+    assert fetch.fetch(f"{server}/ok/käse?größe=1") == PICTURE
+    assert fetch._ascii("käse.example:80") == "xn--kse-qla.example:80"
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_certificates_are_checked(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    (tmp_path / "both.pem").write_text(CERTIFICATE)
+    here = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    here.load_cert_chain(tmp_path / "both.pem")
+    if trusted:
+        ours = ssl.create_default_context(cafile=str(tmp_path / "both.pem"))
+        monkeypatch.setattr(ssl, "create_default_context", lambda: ours)
+    with Quiet(("127.0.0.1", 0), Badly) as running:
+        running.socket = here.wrap_socket(running.socket, server_side=True)
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        url = f"https://127.0.0.1:{running.server_port}/ok"
+        if trusted:
+            assert fetch.fetch(url) == PICTURE
+        else:
+            with pytest.raises(UsageError, match="certificate verify failed"):
+                fetch.fetch(url)
+        running.shutdown()
 
 
 def test_a_circle_of_redirects_ends(server: str) -> None:
