@@ -54,7 +54,7 @@ def machine_report() -> Iterator[str]:
 
 def file_report(path: Path) -> Iterator[str]:
     """Lines for `kimi-lite info`. Raises ModelFileError as opening the file to run it would."""
-    weights = open_weights(path)
+    weights = open_weights(path, pack=False)
     file, c = GgufFile(path), weights.config
     packed = dict(
         zip(

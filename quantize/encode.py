@@ -18,7 +18,7 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 
 from kimi_lite.errors import ModelFileError
-from kimi_lite.formats.packed import GROUP, LAYOUTS, QUANTIZED, ROWS, pack_quantized
+from kimi_lite.formats.packed import GROUP, QUANTIZED, ROWS, pack_quantized
 
 DIVISORS = (-8.0, -8.8, -7.2)
 TILE_WEIGHTS = 1 << 20

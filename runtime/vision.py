@@ -129,7 +129,8 @@ def open_vision(path: Path, *, packed: bool = True) -> VisionWeights:
         read.linear("mm.1", 4 * W, 4 * W),
         read.linear("mm.2", D, 4 * W),
     )
-    file.drop_pages()
+    for tensor in file.tensors.values():
+        file.forget(tensor)
     return weights
 
 

@@ -1,20 +1,24 @@
 """A model file as the runtime needs it: configuration, vocabulary, and every tensor as a view of the memory map.
 
 Reads packed int4 files and standard GGUF files of Kimi-VL and Moonlight alike, in llama.cpp's latent form or in the
-older one that keeps the key and value expansion as one matrix. Nothing is copied but norms, routers and biases; in
-the older form the expansion is dequantized to float32 (8 MB a layer at full size).
+older one that keeps the key and value expansion as one matrix. Of a packed file nothing is copied but norms, routers
+and biases. A standard GGUF's matrices are packed at load, losslessly, one after the other into memory of their own,
+and the pages that they came from are let go; `kimi-lite pack` does that once for all. In the older form the expansion
+is dequantized to float32 (8 MB a layer at full size).
 
 Dimension key:  D hidden   V vocabulary or value width   H heads   N/R/C no-rope, rope, latent   E experts   F width
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 
-from kimi_lite.errors import KimiLiteWarning, ModelFileError
+from kimi_lite.errors import DoesNotFitError, KimiLiteWarning, ModelFileError
 from kimi_lite.formats.config import TextConfig
 from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.formats.packed import LAYOUTS, matrix_bytes, mlp_bytes
@@ -47,14 +51,19 @@ class Weights:
     norm_D: Float
     head: Matrix  # [V, D]
     n_bytes: int  # of the file
-    token_bytes: int  # read from it for one decoded token
+    token_bytes: int  # of weights, read for one decoded token
+    packed_bytes: int  # held in memory of their own, because they were packed at load
 
 
-def open_weights(path: Path) -> Weights:
+def open_weights(path: Path, *, pack: bool = True) -> Weights:
     """Map a model file and check every tensor's presence and shape.
+
+    Args:
+        pack: pack a standard GGUF's matrices in memory; without, they run where they lie, several times slower.
 
     Raises:
         ModelFileError: damage, another model, a missing or misshapen tensor, a type that no kernel reads.
+        DoesNotFitError: what must be packed exceeds the memory that is free.
     """
     file = GgufFile(path)
     where = str(path)
@@ -62,7 +71,7 @@ def open_weights(path: Path) -> Weights:
     vocab = Vocab.from_gguf(file.metadata, where)
     if vocab.size != config.vocab_size:
         raise ModelFileError(f"{path}: {vocab.size} tokens are named, but the model has {config.vocab_size}")
-    read = _Tensors(file)
+    read = _Tensors(file, pack)
     c = config
     D = c.hidden_size
     wrong = [
@@ -81,14 +90,27 @@ def open_weights(path: Path) -> Weights:
         raise ModelFileError(
             f"{path}: {', '.join(wrong) or 'rope width'} is no multiple of 32; the kernels need that"
         )
-    embed = read.matrix("token_embd.weight", c.vocab_size, D)
+    if pack:
+        read.check_room()
+    embed = read.matrix("token_embd.weight", c.vocab_size, D, in_place=True)
     layers = tuple(_layer(read, c, index) for index in range(c.n_layers))
     norm, head = read.floats("output_norm.weight", D), read.matrix("output.weight", c.vocab_size, D)
     read.finish()
     routed = sum(read.bytes[n] for n in read.bytes if "_exps" in n)
     fixed = sum(read.bytes.values()) - routed - read.bytes["token_embd.weight"]
     token_bytes = fixed + routed * c.n_active // c.n_experts
-    return Weights(path, config, vocab, embed, layers, norm, head, path.stat().st_size, token_bytes)
+    return Weights(
+        path,
+        config,
+        vocab,
+        embed,
+        layers,
+        norm,
+        head,
+        path.stat().st_size,
+        token_bytes,
+        sum(read.packed_bytes.values()),
+    )
 
 
 def _layer(read: "_Tensors", c: TextConfig, index: int) -> Layer:
@@ -146,8 +168,10 @@ def _expansion(read: "_Tensors", c: TextConfig, at: str) -> tuple[Matrix, Matrix
 class _Tensors:
     """Hands out a file's tensors by name and shape, and accounts for all of them."""
 
-    def __init__(self, file: GgufFile) -> None:
+    def __init__(self, file: GgufFile, pack: bool) -> None:
+        self._pack = pack
         self.file, self.bytes, self._seen = file, dict[str, int](), set[str]()
+        self.packed_bytes = dict[str, int]()  # what was packed at load takes, in memory of its own
         self._packed = _packed_table(file)
 
     def floats(self, name: str, *shape: int) -> Float:
@@ -157,7 +181,8 @@ class _Tensors:
         self.bytes[name] = tensor.data.size
         return np.ascontiguousarray(tensor.float32())
 
-    def matrix(self, name: str, rows: int, columns: int, count: int = 1) -> Matrix:
+    def matrix(self, name: str, rows: int, columns: int, count: int = 1, *, in_place: bool = False) -> Matrix:
+        """`in_place` leaves a ggml type as it lies, for a matrix of which single rows are looked up."""
         tensor, shape = self._get(name), (rows, columns) if count == 1 else (count, rows, columns)
         self.bytes[name] = tensor.data.size
         if name in self._packed:
@@ -171,7 +196,13 @@ class _Tensors:
             raise ModelFileError(
                 f"{self.file.path}: {name} has the type {tensor.type}, which no kernel reads; quantize the model again"
             )
-        return Matrix(tensor.type, tensor.data, rows, columns, count)
+        matrix = Matrix(tensor.type, tensor.data, rows, columns, count)
+        if in_place or not self._pack or kernels.packed_as(tensor.type) is None:
+            return matrix
+        matrix = kernels.pack(matrix)
+        self.file.forget(tensor)
+        self.bytes[name] = self.packed_bytes[name] = matrix.data.size
+        return matrix
 
     def mlp(self, stem: str, kind: str, F: int, D: int, count: int = 1) -> Mlp:
         name = f"{stem}{kind}.packed"
@@ -185,6 +216,22 @@ class _Tensors:
             self.matrix(f"{stem}_up{kind}.weight", F, D, count),
             self.matrix(f"{stem}_down{kind}.weight", D, F, count),
         )
+
+    def check_room(self) -> None:
+        """Raise DoesNotFitError if what must be packed at load exceeds the memory that is free."""
+        needed = 0
+        for tensor in self.file.tensors.values():
+            layout = kernels.packed_as(tensor.type) if len(tensor.shape) > 1 else None
+            if layout and tensor.name != "token_embd.weight":
+                rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+                needed += matrix_bytes(layout, rows, columns)
+        free = psutil.virtual_memory().available
+        if needed > free:
+            raise DoesNotFitError(
+                f"{self.file.path}: a standard GGUF is packed in memory, which takes {needed / 1e9:.1f} GB; "
+                f"{free / 1e9:.1f} GB are free. Write it once as a packed file, which runs from disk: "
+                f"kimi-lite pack {self.file.path} packed.gguf"
+            )
 
     def skip(self, *names: str) -> None:
         self._seen.update(names)

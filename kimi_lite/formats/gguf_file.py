@@ -209,10 +209,13 @@ class GgufFile:
                 )
             self.tensors[name] = GgufTensor(name, type_name, shape, whole[base + offset :][:n_bytes])
 
-    def drop_pages(self) -> None:
-        """Tell the system that the file's pages are not needed again soon, once everything was copied out of it."""
+    def forget(self, tensor: GgufTensor) -> None:
+        """Let go of the memory that a tensor's pages take; they come back from the file if they are read again."""
         if hasattr(mmap, "MADV_DONTNEED"):
-            self.map.madvise(mmap.MADV_DONTNEED)
+            whole = np.frombuffer(self.map, np.uint8)
+            start = tensor.data.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self.map.madvise(mmap.MADV_DONTNEED, first, start + tensor.data.size - first)
 
     @staticmethod
     def _declaration(read: _Cursor) -> tuple[str, str, tuple[int, ...], int, int]:

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from kimi_lite.errors import ModelFileError
 from kimi_lite.formats.gguf_file import GgufFile, GgufWriter, TensorSpec
 from kimi_lite.formats.packed import (
-    LAYOUTS,
     QUANTIZED,
     join_mlp,
     mlp_bytes,
