@@ -24,7 +24,7 @@ What `--help` prints, and the exit codes that scripts may rely on.
 | 130, 141 | interrupted; the reader of the output went away |
 
 `KIMI_LITE_ISA` forces an instruction set by name (`kimi-lite doctor` lists them), `KIMI_LITE_DEBUG=1` shows the traceback
-behind an error, `NO_COLOR` turns colours off.
+behind an error, `NO_COLOR` turns colours off, `KIMI_LITE_IMAGE_CACHE` names the directory of encoded pictures or is `off`.
 """
 
 

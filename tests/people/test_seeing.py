@@ -88,6 +88,8 @@ def test_a_second_process_encodes_nothing(pictures: dict[str, Path], own_cache: 
 def test_each_picture_of_a_prompt_keeps_its_place(pictures: dict[str, Path]) -> None:
     model = kimi_lite.load()
     red, blue = model.encode([pictures["red"], pictures["blue"]])
+    done = command("ask", "-q", "--image", pictures["red"], "--image", pictures["blue"], COLOUR)
+    assert done.stdout.decode().strip() == model.ask(COLOUR, images=[red, blue]).text
     for images in ([red, blue], [blue, red], [red, red], [blue, red, blue]):
         model.ask(COLOUR, images=images)
         places = [m for m in model.engine.seen if isinstance(m, tuple)]
@@ -249,8 +251,9 @@ def test_the_int4_file_sees_as_the_reference_does(tmp_path: Path) -> None:
 
     reference, tokenizer = load(NANO.parent)
     model = kimi_lite.load()
+    tasks = held_out(11, 40)
     for task in ("colour", "shape", "count"):
-        samples = held_out(11, 60)[task]
+        samples = tasks[task]
         theirs = exact(answers(reference, tokenizer, samples), samples)
         ours = [
             model.ask(s.turns[-1].question, images=[s.picture]).text.strip() == s.turns[-1].answer
