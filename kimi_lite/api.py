@@ -201,8 +201,10 @@ class Model:
         """
         if self.encoder is None:
             path = self.engine.weights.path
+            others = sorted(str(p) for p in path.parent.glob("*mmproj*.gguf"))
+            give = f"--mmproj {others[0]}" if len(others) == 1 else "--mmproj FILE"
             raise UsageError(
-                f"{path.name} has no image side: {mmproj_beside(path)} is not there; give the file with --mmproj, or "
+                f"{path.name} has no image side: {mmproj_beside(path)} is not there; name another file with {give}, or "
                 "quantize a Kimi-VL checkpoint, which writes both"
             )
         if isinstance(images, (str, bytes)):

@@ -431,6 +431,8 @@ class ImageEncoder:
         found = {key: self.cache.get(key) for key in keys}
         new = {key: c for key, c in zip(keys, canvases, strict=True) if found[key] is None}
         done, total = 0, sum(pixels.size for pixels in new.values())
+        if new and on_progress:
+            on_progress(0.0)  # reading the weights takes seconds
         for batch in _batches(new):
             self._weights = self._weights or open_vision(self.path)
             share = sum(new[key].size for key in batch) / total

@@ -187,7 +187,12 @@ def test_a_model_without_an_image_side_says_what_is_missing(
     (tmp_path / "model.gguf").symlink_to(NANO)
     model = kimi_lite.load(tmp_path / "model.gguf")
     assert model.ask("What is 12 + 34?").text == "46"
-    with pytest.raises(UsageError, match=r"model-mmproj\.gguf is not there; give the file with --mmproj"):
+    with pytest.raises(
+        UsageError, match=r"model-mmproj\.gguf is not there; name another file with --mmproj FILE"
+    ):
+        model.ask("x", images=[pictures["red"]])
+    (tmp_path / "mmproj-model-f16.gguf").touch()  # as llama.cpp's people name it
+    with pytest.raises(UsageError, match=r"with --mmproj \S+/mmproj-model-f16\.gguf"):
         model.ask("x", images=[pictures["red"]])
     named = kimi_lite.load(tmp_path / "model.gguf", mmproj=NANO.with_name("kimi-vl-nano-int4-mmproj.gguf"))
     assert named.ask(COLOUR, images=[pictures["red"]]).text == "red"
