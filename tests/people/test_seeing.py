@@ -250,20 +250,13 @@ def test_nano_reads_words_that_it_was_never_taught(tmp_path: Path) -> None:
 
 
 @pytest.mark.parity
-def test_the_int4_file_sees_as_the_reference_does(tmp_path: Path) -> None:
-    from kimi_lite.runtime.reference.evaluate import answers, exact
-    from kimi_lite.runtime.reference.model import load
-
-    reference, tokenizer = load(NANO.parent)
+@pytest.mark.parametrize("task", ["colour", "shape"])
+def test_nano_names_colours_and_shapes_that_it_was_never_shown(task: str) -> None:
+    """The bf16 reference answers 99 % of these (evaluate.py); the int4 file on the int8 tower may lose little of that."""
     model = kimi_lite.load()
-    tasks = held_out(11, 40)
-    for task in ("colour", "shape", "count"):
-        samples = tasks[task]
-        theirs = exact(answers(reference, tokenizer, samples), samples)
-        ours = [
-            model.ask(s.turns[-1].question, images=[s.picture]).text.strip() == s.turns[-1].answer
-            for s in samples
-        ]
-        # Two samples of one rate differ by less than four standard deviations of their difference.
-        p, n = sum(theirs) / len(theirs), len(theirs)
-        assert abs(sum(ours) - sum(theirs)) / n <= 4 * np.sqrt(2 * max(p * (1 - p), 0.01) / n)
+    samples = held_out(11, 100)[task]
+    right = [
+        model.ask(s.turns[-1].question, images=[s.picture]).text.strip() == s.turns[-1].answer
+        for s in samples
+    ]
+    assert sum(right) / len(right) >= 0.93
