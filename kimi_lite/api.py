@@ -11,17 +11,24 @@ was said so far stays in the conversation.
 """
 
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from kimi_lite.errors import ModelFileError, UsageError
+from kimi_lite.errors import KimiLiteWarning, ModelFileError, UsageError
+from kimi_lite.images import MAX_PICTURES, Picture, load_pictures
 from kimi_lite.runtime.engine import Engine
+from kimi_lite.runtime.image_cache import ImageCache, default_directory
 from kimi_lite.runtime.sampling import SamplingOptions
 from kimi_lite.runtime.template import Message, render
+from kimi_lite.runtime.vision import EncodedImage, ImageEncoder
 from kimi_lite.text_stream import CLOSE, OPEN, TextStream
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 NANO = "kimi-vl-nano-int4.gguf"
 FinishReason = Literal["stop", "length", "context", "cancelled"]
@@ -38,6 +45,8 @@ class Stats:
     decode_s: float
     context: int
     context_used: int
+    image_tokens: int = 0  # of the pictures that came with this question
+    encode_s: float = 0.0  # spent on them
 
     @property
     def decode_tok_per_s(self) -> float:
@@ -77,16 +86,17 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
     thinking: list[str] = field(default_factory=list)  # one for each assistant message
 
-    def prompt(self, question: str) -> list[Message]:
+    def prompt(self, question: Message) -> list[Message]:
         head = [Message("system", self.system)] if self.system is not None else []
-        return [*head, *self.messages, Message("user", question)]
+        return [*head, *self.messages, question]
 
 
 class Model:
     """An open model and its conversation. Not for two threads at once."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, encoder: ImageEncoder | None = None, *, offline: bool = False) -> None:
+        """Without an `encoder` the model answers text only; `offline` refuses pictures from the web."""
+        self.engine, self.encoder, self.offline = engine, encoder, offline
         self.conversation = Conversation()
 
     def chat(
@@ -99,28 +109,36 @@ class Model:
         thinking_budget: int | None = None,
         stop: Sequence[str] = (),
         on_progress: Callable[[int, int], None] | None = None,
+        on_image_progress: Callable[[float], None] | None = None,
     ) -> Iterator[Event]:
         """Ask within the conversation, which keeps the question and whatever was answered.
 
         Args:
+            images: pictures that stand before the text: paths, URLs, bytes, PIL pictures, pages of a PDF
+                ("a.pdf#pages=2-4"), frames of a video ("a.mp4#frames=8").
             thinking_budget: after this many tokens of thinking the chain is closed and the answer begins.
             stop: texts that end the answer, left out of it.
             on_progress: called with prompt tokens done and in all.
+            on_image_progress: called with the share of new pictures that is encoded.
 
         Raises:
-            UsageError: pictures (they are not read yet), an empty text, or a conversation that fills the context.
+            UsageError: a picture that cannot be read, an empty text, or a conversation that fills the context.
         """
         conversation = self.conversation
+        started = time.perf_counter()
+        question = self._question(text, images, on_image_progress)
+        encode_s = time.perf_counter() - started if images else 0.0
         said: dict[str, list[str]] = {"thinking": [], "answer": []}
         kept = False
         try:
             for event in self._run(
-                conversation.prompt(_question(text, images)),
+                conversation.prompt(question),
                 options,
                 max_tokens,
                 thinking_budget,
                 stop,
                 on_progress,
+                encode_s,
             ):
                 kept = True
                 if event.kind != "done":
@@ -129,7 +147,7 @@ class Model:
         finally:
             if kept:
                 conversation.messages += [
-                    Message("user", text),
+                    question,
                     Message("assistant", "".join(said["answer"])),
                 ]
                 conversation.thinking.append("".join(said["thinking"]))
@@ -146,9 +164,11 @@ class Model:
         stop: Sequence[str] = (),
     ) -> Answer:
         """One question outside the conversation, answered whole. Raises what `chat` raises."""
-        prompt = Conversation(system).prompt(_question(text, images))
+        started = time.perf_counter()
+        prompt = Conversation(system).prompt(self._question(text, images, None))
+        encode_s = time.perf_counter() - started if images else 0.0
         said: dict[str, list[str]] = {"thinking": [], "answer": []}
-        for event in self._run(prompt, options, max_tokens, thinking_budget, stop, None):
+        for event in self._run(prompt, options, max_tokens, thinking_budget, stop, None, encode_s):
             if event.kind == "done":
                 assert event.reason is not None
                 assert event.stats is not None
@@ -171,6 +191,74 @@ class Model:
         """Forget the conversation but for its system message."""
         self.conversation = Conversation(self.conversation.system)
 
+    def encode(
+        self, images: Sequence[object], on_progress: Callable[[float], None] | None = None
+    ) -> list[EncodedImage]:
+        """Pictures as the model takes them, to be used in `images=` any number of times.
+
+        Raises:
+            UsageError: a picture that cannot be read, more of them than the context holds, or no image side.
+        """
+        if self.encoder is None:
+            path = self.engine.weights.path
+            others = sorted(str(p) for p in path.parent.glob("*mmproj*.gguf"))
+            give = f"--mmproj {others[0]}" if len(others) == 1 else "--mmproj FILE"
+            raise UsageError(
+                f"{path.name} has no image side: {mmproj_beside(path)} is not there; name another file with {give}, or "
+                "quantize a Kimi-VL checkpoint, which writes both"
+            )
+        if isinstance(images, (str, bytes)):
+            raise UsageError("images is a single text; give a list: images=[…]")
+        places: list[EncodedImage | None] = []  # None where a new picture will stand
+        encoded = iter(self.encoder.encode(self._opened(images, places), on_progress))
+        return [place if place is not None else next(encoded) for place in places]
+
+    def _opened(self, images: Sequence[object], places: list[EncodedImage | None]) -> "Iterator[Image]":
+        """New pictures one by one, so that only one is there in full size; counted before they are encoded."""
+        total = 0
+        for source in images:
+            loaded = (
+                [source]
+                if isinstance(source, EncodedImage)
+                else load_pictures([source], offline=self.offline)
+            )
+            for picture in loaded:
+                total += (
+                    picture.n_tokens if isinstance(picture, EncodedImage) else self._image_tokens(picture)
+                )
+                places.append(picture if isinstance(picture, EncodedImage) else None)
+                if len(places) > MAX_PICTURES:
+                    raise UsageError(f"more than {MAX_PICTURES} pictures in one question; ask in parts")
+                if total >= self.engine.context:
+                    raise UsageError(
+                        f"the pictures take {total} tokens or more, but the context holds {self.engine.context} with "
+                        "the answer; ask for more with --context, or for less detail with --max-image-tokens"
+                    )
+                if isinstance(picture, Picture):
+                    yield picture.image
+
+    def _image_tokens(self, picture: Picture) -> int:
+        """How many tokens a picture will take; says so where max_image_tokens costs detail."""
+        assert self.encoder is not None
+        size = picture.image.size
+        try:
+            n = self.encoder.n_tokens(size)
+            if self.encoder.max_tokens is not None and n < (
+                full := self.encoder.n_tokens(size, capped=False)
+            ):
+                text = f"{picture.name}: shrunk to {n} tokens, for which the model would have {full}"
+                warnings.warn(text, KimiLiteWarning, stacklevel=2)
+        except UsageError as error:
+            raise UsageError(f"{picture.name}: {error}") from None
+        return n
+
+    def _question(
+        self, text: str, images: Sequence[object], on_progress: Callable[[float], None] | None
+    ) -> Message:
+        if not text.strip():
+            raise UsageError("the question is empty")
+        return Message("user", (*self.encode(images, on_progress), text) if images else text)
+
     def _run(
         self,
         messages: list[Message],
@@ -179,8 +267,10 @@ class Model:
         thinking_budget: int | None,
         stop: Sequence[str],
         on_progress: Callable[[int, int], None] | None,
+        encode_s: float,
     ) -> Iterator[Event]:
         engine, options = self.engine, options or SamplingOptions()
+        pictures = [part for message in messages for part in _pictures(message)]
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"max_tokens is {max_tokens}; expected at least 1")
         if any(not s for s in stop):
@@ -195,7 +285,9 @@ class Model:
         budget = thinking_budget
         while True:
             left = None if max_tokens is None else max_tokens - len(produced)
-            tokens = engine.generate(prompt + produced, options, max_tokens=left, on_progress=on_progress)
+            tokens = engine.generate(
+                prompt + produced, options, max_tokens=left, on_progress=on_progress, pictures=pictures
+            )
             closed = False
             for token in tokens:
                 first = first or time.perf_counter()
@@ -229,18 +321,47 @@ class Model:
             now - first,
             engine.context,
             len(engine.tokens),
+            sum(picture.n_tokens for picture in _pictures(messages[-1])),
+            encode_s,
         )
         yield Event("done", reason=reason, stats=stats)
 
 
-def load(path: str | Path | None = None, *, context: int | None = None, threads: int | None = None) -> Model:
+def load(
+    path: str | Path | None = None,
+    *,
+    mmproj: str | Path | None = None,
+    context: int | None = None,
+    threads: int | None = None,
+    max_image_tokens: int | None = None,
+    offline: bool = False,
+) -> Model:
     """Open a packed int4 or GGUF file; without a path, the small model that ships with kimi-lite.
 
+    Args:
+        mmproj: the file with the image side; by default `model-mmproj.gguf` beside `model.gguf`, where `quantize`
+            puts it. Without one the model answers text only.
+        max_image_tokens: a picture becomes at most so many tokens: less detail, less time.
+        offline: refuse pictures from the web.
+
     Raises:
-        ModelFileError: the file is missing, damaged or another model's.
-        UsageError: a context or a thread count that cannot be.
+        ModelFileError: a file is missing, damaged or another model's.
+        UsageError: a context, a thread count or a number of image tokens that cannot be.
     """
-    return Model(Engine(Path(path) if path is not None else nano_path(), context=context, threads=threads))
+    path = Path(path) if path is not None else nano_path()
+    engine = Engine(path, context=context, threads=threads)
+    beside = mmproj_beside(path)
+    found = Path(mmproj) if mmproj is not None else beside if beside.exists() else None
+    encoder = None
+    if found is not None:
+        cache = ImageCache(default_directory())
+        encoder = ImageEncoder(found, engine.weights.config.hidden_size, cache, max_image_tokens)
+    return Model(engine, encoder, offline=offline)
+
+
+def mmproj_beside(path: Path) -> Path:
+    """Where the image side of a model file is looked for."""
+    return path.with_name(f"{path.stem}-mmproj.gguf")
 
 
 def nano_path() -> Path:
@@ -253,12 +374,21 @@ def nano_path() -> Path:
     return path
 
 
-def _question(text: str, images: Sequence[object]) -> str:
-    if images:
-        raise UsageError("pictures are not read yet; ask without them")
-    if not text.strip():
-        raise UsageError("the question is empty")
-    return text
+def _pictures(message: Message) -> list[EncodedImage]:
+    if isinstance(message.content, str):
+        return []
+    return [part for part in message.content if isinstance(part, EncodedImage)]
 
 
-__all__ = ["CLOSE", "OPEN", "Answer", "Conversation", "Event", "Model", "Stats", "load", "nano_path"]
+__all__ = [
+    "CLOSE",
+    "OPEN",
+    "Answer",
+    "Conversation",
+    "Event",
+    "Model",
+    "Stats",
+    "load",
+    "mmproj_beside",
+    "nano_path",
+]

@@ -2,22 +2,31 @@
 
 Ctrl-C while an answer is coming stops it and keeps what was said; at a prompt with text it clears the line; at an
 empty prompt it says how to leave. Ctrl-D leaves. Thinking is dim and stands apart from the answer.
+
+A picture comes with `/image PATH`, or by dragging its file into the line: a word that begins like a path, ends like a
+picture, PDF or video, and is there.
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import unquote
 
 from kimi_lite.api import Event, Model, Stats
 from kimi_lite.errors import KimiLiteError, UsageError
+from kimi_lite.images import Picture, load_pictures
 from kimi_lite.runtime.sampling import SamplingOptions
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 PROGRESS_FROM = 512  # prompt tokens: shorter prompts are done before a line could be read
+SEEN = "png jpg jpeg webp gif bmp tif tiff ppm avif pdf mp4 mov m4v mkv webm avi".split()
 HELP = """/help              this list
+/image SOURCE      a picture for the next question: a path, a URL, FILE.pdf#pages=2, FILE.mp4#frames=8
 /system TEXT       set the system message and start anew
 /set NAME VALUE    temperature, top_p, top_k, min_p, seed, max_tokens, thinking_budget
 /regen             answer the last question again
@@ -73,11 +82,19 @@ class Printer:
             self.show_thinking = False  # what was open is closed
 
     def statistics(self, stats: Stats) -> None:
-        line = (
+        seen = f"{stats.image_tokens} image tokens in {stats.encode_s:.1f} s, " if stats.image_tokens else ""
+        line = seen + (
             f"{stats.prompt_tokens} prompt tokens ({stats.reused} reused, {stats.prefill_tok_per_s:.0f} tok/s), "
             f"{stats.tokens} tokens at {stats.decode_tok_per_s:.1f} tok/s, context {stats.context_used}/{stats.context}"
         )
         self.err.write(f"{DIM}{line}{PLAIN}\n" if self._dim else f"{line}\n")
+
+    def image_progress(self, share: float) -> None:
+        """The status line while new pictures are encoded, on a terminal only."""
+        if self.err.isatty():
+            self._status = True
+            self.err.write(f"\rlooking at the picture: {share:4.0%}")
+            self.err.flush()
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[int, int], None]]:
@@ -86,7 +103,7 @@ class Printer:
         def on_progress(done: int, total: int) -> None:
             if total >= PROGRESS_FROM and self.err.isatty():
                 self._status = True
-                self.err.write(f"\rreading the prompt: {done}/{total} tokens")
+                self.err.write(f"\r\x1b[Kreading the prompt: {done}/{total} tokens")
                 self.err.flush()
 
         try:
@@ -115,6 +132,7 @@ class Session:
         self.model, self.options, self.show_thinking = model, options, show_thinking
         self.max_tokens, self.thinking_budget = max_tokens, thinking_budget
         self.last: Stats | None = None
+        self.pictures: list[object] = []  # for the next question
 
     def run(self) -> None:
         from prompt_toolkit import PromptSession
@@ -133,6 +151,10 @@ class Session:
             try:
                 if line in ("/exit", "/bye", "/quit"):
                     return
+                if not line.startswith("/image"):
+                    line, dropped = dropped_files(line)
+                    for source in dropped:
+                        self.attach(source)
                 if line.startswith("/"):
                     self.command(line)
                 elif line:
@@ -140,16 +162,26 @@ class Session:
             except KimiLiteError as error:  # the chat goes on
                 print(f"kimi-lite: {error}", file=sys.stderr)
 
+    def attach(self, source: str) -> None:
+        """Open a picture now, so that what is wrong with it is said at once."""
+        loaded: list[Picture] = load_pictures([source], offline=self.model.offline)
+        self.pictures += loaded
+        for picture in loaded:
+            print(f"({picture.name}: {picture.image.width}×{picture.image.height} pixels)", file=sys.stderr)
+
     def answer(self, text: str) -> None:
         """Ask and print; Ctrl-C stops between tokens and keeps what was said."""
+        pictures, self.pictures = self.pictures, []
         printer = Printer(sys.stdout, sys.stderr, show_thinking=self.show_thinking)
         with printer.progress() as on_progress:
             events = self.model.chat(
                 text,
+                images=pictures,
                 options=self.options,
                 max_tokens=self.max_tokens,
                 thinking_budget=self.thinking_budget,
                 on_progress=on_progress,
+                on_image_progress=printer.image_progress,
             )
             try:
                 for event in events:
@@ -175,6 +207,7 @@ class Session:
                 print(HELP, file=sys.stderr)
             case "/clear":
                 self.model.clear()
+                self.pictures = []
             case "/system":
                 conversation.system = rest.strip() or None
                 self.model.clear()
@@ -185,12 +218,17 @@ class Session:
             case "/regen":
                 if not conversation.messages:
                     raise UsageError("there is no question to answer again")
-                question = conversation.messages[-2].content
+                content = conversation.messages[-2].content
                 del conversation.messages[-2:], conversation.thinking[-1:]
+                *pictures, question = [content] if isinstance(content, str) else content
                 assert isinstance(question, str)
+                self.pictures = [*pictures]
                 self.answer(question)
+            case "/image" if rest.strip():
+                self.attach(unquoted(rest.strip()))
+                print("(now ask about it)", file=sys.stderr)
             case "/image":
-                raise UsageError("pictures are not read yet; ask without them")
+                raise UsageError("/image needs a picture: /image photo.jpg")
             case "/set":
                 self.set(*[*rest.split(), "", ""][:2])
             case _:
@@ -219,3 +257,30 @@ class Session:
             case _:
                 changes: dict[str, Any] = {name: number}
                 self.options = replace(self.options, **changes)
+
+
+def dropped_files(line: str) -> tuple[str, list[str]]:
+    """The line without the paths that a terminal writes when files are dragged into it, and those paths."""
+    found: list[str] = []
+
+    def take(match: re.Match[str]) -> str:
+        source = unquoted(match[0])
+        path = Path(source.partition("#")[0]).expanduser()
+        if path.suffix[1:].lower() not in SEEN or not path.is_file():
+            return match[0]
+        found.append(source)
+        return ""
+
+    # Quoted whole, or with its spaces escaped; beginning like a path.
+    start = r"(?:file://|~/|\.{0,2}/|[A-Za-z]:[\\/])"
+    rest = re.sub(rf"(?<!\S)(?:'{start}[^']+'|\"{start}[^\"]+\"|{start}(?:\\.|[^\s\\])+)(?!\S)", take, line)
+    return (rest.strip() if found else line), found
+
+
+def unquoted(word: str) -> str:
+    """A path as a shell would read it: quotes and escapes taken off, file:// resolved."""
+    if len(word) > 1 and word[0] == word[-1] and word[0] in "'\"":
+        word = word[1:-1]
+    elif os.sep == "/":
+        word = re.sub(r"\\(.)", r"\1", word)
+    return unquote(word[7:]) if word.startswith("file://") else word

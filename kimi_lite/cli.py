@@ -37,6 +37,14 @@ TopP = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Repeats a draw at a temperature above 0.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Stop after this many tokens, thinking included.")]
 Budget = Annotated[int | None, typer.Option(help="Close the thinking after this many tokens and answer.")]
+Mmproj = Annotated[
+    Path | None,
+    typer.Option(help="The file with the image side; by default MODEL-mmproj.gguf beside MODEL.gguf."),
+]
+MaxImageTokens = Annotated[
+    int | None, typer.Option(help="At most this many tokens a picture: less detail, less time.")
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Fetch no pictures from the web.")]
 System = Annotated[str | None, typer.Option(help="Replaces the default system message.")]
 
 REAL_MODEL = (
@@ -65,6 +73,16 @@ def ask(
         Path | None,
         typer.Option("-m", "--model", help="A packed int4 or GGUF file; without it, the small kimi-vl-nano."),
     ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A picture: file, URL, data URI or - for standard input; FILE.pdf#pages=2-4, FILE.mp4#frames=8. "
+            "Repeat it for several."
+        ),
+    ] = None,
+    mmproj: Mmproj = None,
+    max_image_tokens: MaxImageTokens = None,
+    offline: Offline = False,
     system: System = None,
     max_tokens: MaxTokens = None,
     thinking_budget: Budget = None,
@@ -89,7 +107,10 @@ def ask(
 
     Exit code 7: the answer was cut off by --max-tokens or the context before it was complete.
     """
-    if not sys.stdin.isatty() and (piped := _stdin()):
+    images = image or []
+    if images.count("-") > 1:
+        raise UsageError("--image - reads standard input, which holds one picture; it was given twice")
+    if "-" not in images and not sys.stdin.isatty() and (piped := _stdin()):
         question = f"{piped}\n{question}" if question else piped
     if not question:
         raise UsageError('no question; give one: kimi-lite ask "What is 38 + 47?", or pipe text in')
@@ -98,7 +119,14 @@ def ask(
 
     if model is None and not quiet:
         print(REAL_MODEL, file=sys.stderr)
-    opened = load(model, context=context, threads=threads)
+    opened = load(
+        model,
+        mmproj=mmproj,
+        context=context,
+        threads=threads,
+        max_image_tokens=max_image_tokens,
+        offline=offline,
+    )
     opened.conversation.system = system
     dim = show_thinking if show_thinking is not None else sys.stderr.isatty()
     from kimi_lite.chat import Printer
@@ -110,10 +138,12 @@ def ask(
     with printer.progress() as on_progress:
         events = opened.chat(
             question,
+            images=images,
             options=options,
             max_tokens=max_tokens,
             thinking_budget=thinking_budget,
             on_progress=None if quiet else on_progress,
+            on_image_progress=None if quiet else printer.image_progress,
         )
         try:
             for event in events:
@@ -154,6 +184,9 @@ def _stdin() -> str:
 @app.command()
 def chat(
     model: Model = None,
+    mmproj: Mmproj = None,
+    max_image_tokens: MaxImageTokens = None,
+    offline: Offline = False,
     system: System = None,
     max_tokens: MaxTokens = None,
     thinking_budget: Budget = None,
@@ -176,7 +209,14 @@ def chat(
     options = SamplingOptions(temperature=temperature, top_p=top_p, seed=seed)
     if model is None:
         print(REAL_MODEL, file=sys.stderr)
-    opened = load(model, context=context, threads=threads)
+    opened = load(
+        model,
+        mmproj=mmproj,
+        context=context,
+        threads=threads,
+        max_image_tokens=max_image_tokens,
+        offline=offline,
+    )
     opened.conversation.system = system
     Session(opened, options, max_tokens, thinking_budget, show_thinking=not hide_thinking).run()
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import psutil
 
 import kimi_lite
-from kimi_lite.api import nano_path
+from kimi_lite.api import mmproj_beside, nano_path
 from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.formats.packed import LAYOUTS
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cache import LatentCache
+from kimi_lite.runtime.image_cache import default_directory
 from kimi_lite.runtime.weights import open_weights
 
 BEST_ISA = "avx512vnni"
@@ -33,9 +34,13 @@ def machine_report() -> Iterator[str]:
     elif isas[0] != BEST_ISA:
         yield f"          this processor has no {BEST_ISA}, for which the fastest kernels are written"
     yield "graphics  not in use: this version runs on the CPU"
-    yield "pictures  not in use: this version reads text only"
-    for package in ("numpy", "gguf", "tiktoken", "torch", "llama_cpp"):
+    directory = default_directory()
+    yield f"pictures  on the same kernels; encoded ones are kept in {directory or 'memory only'}"
+    for package, extra, what in (("pypdfium2", "pdf", "PDF pages"), ("av", "video", "video frames")):
         if find_spec(package) is None:
+            yield f"          not in use: {what}, which need pip install 'kimi-lite[{extra}]'"
+    for package in ("numpy", "gguf", "tiktoken", "pillow", "pypdfium2", "av", "torch", "llama_cpp"):
+        if find_spec({"pillow": "PIL"}.get(package, package)) is None:
             continue
         try:
             yield f"package   {package} {version(package.replace('_', '-'))}"
@@ -65,6 +70,8 @@ def file_report(path: Path) -> Iterator[str]:
         f"heads     {c.n_heads} of {c.nope_dim} + {c.rope_dim}, values {c.value_dim}, latent {c.kv_rank}, "
         f"rope theta {c.rope_theta:g}"
     )
+    beside = mmproj_beside(path)
+    yield f"pictures  {beside.name}" if beside.exists() else f"pictures  none: {beside.name} is not beside it"
     per_token = LatentCache.bytes_per_token(c)
     yield f"context   {c.context_length} tokens, {per_token / 1e3:.1f} kB of cache each"
     yield f"decoding  reads {weights.token_bytes / 1e9:.3f} GB a token"

@@ -1,7 +1,8 @@
 """Prefill and decode: a model file, its cache, and an iterator of tokens.
 
 The engine keeps the tokens that its cache stands for. A new prompt reuses the longest prefix they share, so a second
-turn of a chat computes only what is new; the result is bit for bit what it would be from scratch.
+turn of a chat computes only what is new; the result is bit for bit what it would be from scratch. All image tokens
+have one id, so they are told apart by their picture's digest.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 from kimi_lite.errors import UsageError
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cache import LatentCache
-from kimi_lite.runtime.model import forward
+from kimi_lite.runtime.model import Spliced, forward
 from kimi_lite.runtime.sampling import Sampler, SamplingOptions
+from kimi_lite.runtime.template import IMAGE_PAD
 from kimi_lite.runtime.tokenizer import Tokenizer
+from kimi_lite.runtime.vision import EncodedImage
 from kimi_lite.runtime.weights import open_weights
 
 PREFILL_CHUNK = (
@@ -45,6 +48,8 @@ class Engine:
         self.stop_ids = self.tokenizer.stop_ids
         self.cache = LatentCache(self.weights.config, self.context)
         self.tokens: list[int] = []  # those that the cache holds
+        self.seen: list[object] = []  # what each stands for: its id, or picture and row
+        self.pad_id = self.weights.vocab.specials.get(IMAGE_PAD, -1)
         self.finish_reason = ""
         self.n_reused = 0  # prompt tokens that the last prefill found in the cache
         kernels.set_threads(threads)
@@ -52,25 +57,44 @@ class Engine:
     def rewind(self, n: int) -> None:
         """Keep the first n cached tokens."""
         self.cache.rewind(n)
-        del self.tokens[n:]
+        del self.tokens[n:], self.seen[n:]
 
-    def append(self, ids: Sequence[int], on_progress: Progress | None = None) -> NDArray[np.float32]:
-        """Run tokens after the cached ones; the logits [V] that follow the last."""
+    def append(
+        self,
+        ids: Sequence[int],
+        on_progress: Progress | None = None,
+        pictures: Sequence[tuple[EncodedImage, int] | None] | None = None,
+    ) -> NDArray[np.float32]:
+        """Run tokens after the cached ones; the logits [V] that follow the last.
+
+        `pictures` gives, beside each id, the picture and the row that an image token stands for, or None.
+        """
         assert ids, "nothing to append"
+        pictures = pictures or [None] * len(ids)
         logits_V = np.empty(0, np.float32)
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = ids[start : start + PREFILL_CHUNK]
-            logits_V = forward(self.weights, self.cache, np.asarray(chunk, np.int32))
+            places = pictures[start : start + PREFILL_CHUNK]
+            logits_V = forward(self.weights, self.cache, np.asarray(chunk, np.int32), _spliced(places))
             self.tokens += chunk
+            self.seen += _meaning(chunk, places)
             if on_progress:
                 on_progress(start + len(chunk), len(ids))
         return logits_V
 
-    def prefill(self, prompt: Sequence[int], on_progress: Progress | None = None) -> NDArray[np.float32]:
+    def prefill(
+        self,
+        prompt: Sequence[int],
+        on_progress: Progress | None = None,
+        pictures: Sequence[EncodedImage] = (),
+    ) -> NDArray[np.float32]:
         """Make the cache hold exactly `prompt`, computing only what it does not hold yet; the logits [V] after it.
 
+        Args:
+            pictures: those whose image tokens stand in the prompt, in order.
+
         Raises:
-            UsageError: the prompt leaves no room for an answer.
+            UsageError: the prompt leaves no room for an answer, or has other places than `pictures` fill.
         """
         if not prompt:
             raise UsageError("the prompt is empty")
@@ -79,16 +103,27 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, but the context holds {self.context} with the answer; "
                 f"shorten it, or ask for more with --context (this model: up to {self.weights.config.context_length})"
             )
+        places = self._places(prompt, pictures)
         shared = 0
-        for ours, new in zip(
-            self.tokens, prompt[:-1], strict=False
-        ):  # the last is run again: its logits are needed
+        # The last is run again: its logits are needed.
+        for ours, new in zip(self.seen, _meaning(prompt[:-1], places), strict=False):
             if ours != new:
                 break
             shared += 1
         self.rewind(shared)
         self.n_reused = shared
-        return self.append(prompt[shared:], on_progress)
+        return self.append(prompt[shared:], on_progress, places[shared:])
+
+    def _places(
+        self, prompt: Sequence[int], pictures: Sequence[EncodedImage]
+    ) -> list[tuple[EncodedImage, int] | None]:
+        """Beside each token of the prompt, the picture and the row that it stands for."""
+        rows = [(picture, row) for picture in pictures for row in range(picture.n_tokens)]
+        n_places = sum(token == self.pad_id for token in prompt)
+        if n_places != len(rows):
+            raise UsageError(f"the prompt has {n_places} image places for {len(rows)} image tokens")
+        waiting = iter(rows)
+        return [next(waiting) if token == self.pad_id else None for token in prompt]
 
     def generate(
         self,
@@ -97,6 +132,7 @@ class Engine:
         *,
         max_tokens: int | None = None,
         on_progress: Progress | None = None,
+        pictures: Sequence[EncodedImage] = (),
     ) -> Iterator[int]:
         """Tokens of the answer, without the stop token. Closing the iterator cancels between tokens.
 
@@ -104,7 +140,7 @@ class Engine:
         """
         self.finish_reason = "cancelled"
         sampler = Sampler(options, self.n_named)
-        logits_V = self.prefill(prompt, on_progress)
+        logits_V = self.prefill(prompt, on_progress, pictures)
         n = 0
         while True:
             token = sampler.draw(logits_V, self.tokens)
@@ -126,3 +162,19 @@ class Engine:
         """Ids from here on are padding rows that mean nothing."""
         specials = self.weights.vocab.specials.values()
         return max(specials, default=len(self.weights.vocab.ranks) - 1) + 1
+
+
+def _meaning(ids: Sequence[int], places: Sequence[tuple[EncodedImage, int] | None]) -> list[object]:
+    """What each token stands for, comparable between prompts."""
+    return [
+        token if place is None else (place[0].digest, place[1])
+        for token, place in zip(ids, places, strict=False)
+    ]
+
+
+def _spliced(places: Sequence[tuple[EncodedImage, int] | None]) -> Spliced | None:
+    """The rows that pictures put into one step, or None without any."""
+    at = [i for i, place in enumerate(places) if place is not None]
+    if not at:
+        return None
+    return np.array(at), np.stack([place[0].rows_MD[place[1]] for place in places if place is not None])

@@ -5,7 +5,7 @@ that nothing but two short crossings per layer stands between the kernels. Atten
 prefill and decode alike: queries are taken into latent space, so that all heads read the one cached row of a position.
 With sums in one fixed order (docs/kernels.md), a prompt gives the same bits however it is cut.
 
-Dimension key:  T tokens   D hidden   R rope   V vocabulary
+Dimension key:  T tokens   D hidden   R rope   V vocabulary   M image tokens
 """
 
 import numpy as np
@@ -17,12 +17,21 @@ from kimi_lite.runtime.cache import LatentCache
 from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.weights import Weights
 
+Spliced = tuple[NDArray[np.int64], NDArray[np.float16]]
 
-def forward(weights: Weights, cache: LatentCache, ids_T: NDArray[np.int32]) -> Float:
-    """Append T tokens to the cache; returns the last one's logits, float32 [V]."""
+
+def forward(
+    weights: Weights, cache: LatentCache, ids_T: NDArray[np.int32], pictures: Spliced | None = None
+) -> Float:
+    """Append T tokens to the cache; returns the last one's logits, float32 [V].
+
+    `pictures` gives embedding rows to the positions of image tokens: (positions [M] in this step, rows [M, D]).
+    """
     c, T = weights.config, len(ids_T)
     assert cache.n + T <= cache.context, f"{T} tokens after {cache.n} exceed {cache.context}"
     x_TD = kernels.embed(weights.embed, ids_T)
+    if pictures is not None:
+        x_TD[pictures[0]] = pictures[1]
     cos_TR, sin_TR = rope_tables(c, cache.n, T)
     for index, layer in enumerate(weights.layers):
         kernels.attend(layer.attention, x_TD, cos_TR, sin_TR, cache.layers[index], cache.n)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from kimi_lite.errors import UsageError
 from kimi_lite.runtime.tokenizer import Tokenizer
 
+IMAGE_PAD = "<|media_pad|>"  # stands once for each image token
 DEFAULT_SYSTEM = "You are a helpful assistant"
 ROLE_MARKS = {"system": "<|im_system|>", "user": "<|im_user|>", "assistant": "<|im_assistant|>"}
 
@@ -64,7 +65,7 @@ def _image(part: ImagePart, tokenizer: Tokenizer) -> list[int]:
         tokenizer.special("<|media_start|>"),
         *tokenizer.encode("image"),
         tokenizer.special("<|media_content|>"),
-        *[tokenizer.special("<|media_pad|>")] * part.n_tokens,
+        *[tokenizer.special(IMAGE_PAD)] * part.n_tokens,
         tokenizer.special("<|media_end|>"),
     ]
 

@@ -338,6 +338,53 @@ class VisionConfig:
         read.finish(HF_VISION_WITHOUT_EFFECT)
         return config
 
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], n_positions: int, where: str) -> "VisionConfig":
+        """Read the `clip.*` keys of an mmproj file whose position table has `n_positions` rows.
+
+        llama.cpp stores one side of the table only; the published one is square.
+        """
+        architecture, projector = metadata.get("general.architecture"), metadata.get("clip.projector_type")
+        if architecture != "clip" or projector != "kimivl":
+            raise ModelFileError(
+                f"{where}: the file holds {architecture!r} with projector {projector!r}; "
+                "expected an image side of Kimi-VL: 'clip' with 'kimivl'"
+            )
+        read = KeyReader({k.removeprefix("clip."): v for k, v in metadata.items()}, where)
+        for key, honoured in (
+            ("has_vision_encoder", True),
+            ("use_gelu", True),
+            ("vision.projector.scale_factor", 2),
+        ):
+            if read.get(key) != honoured:
+                raise ModelFileError(
+                    f"{where}: {key} is {read.values[key]!r}; this program only runs {honoured!r}"
+                )
+        eps = read.number("vision.attention.layer_norm_epsilon")
+        if not math.isclose(eps, 1e-5, rel_tol=1e-6):
+            raise ModelFileError(f"{where}: layer_norm_epsilon is {eps}; this program only runs 1e-5")
+        side = math.isqrt(n_positions)
+        if side * side != n_positions:
+            raise ModelFileError(
+                f"{where}: a table of {n_positions} positions is not square; the file is damaged"
+            )
+        config = cls(
+            patch_size=read.integer("vision.patch_size"),
+            grid_height=side,
+            grid_width=side,
+            n_heads=read.integer("vision.attention.head_count"),
+            n_layers=read.integer("vision.block_count"),
+            hidden_size=read.integer("vision.embedding_length"),
+            ffn_size=read.integer("vision.feed_forward_length"),
+            merge=2,
+        )
+        if config.patch_size != 14 or config.hidden_size % (4 * config.n_heads):
+            raise ModelFileError(
+                f"{where}: patches of {config.patch_size} pixels and {config.n_heads} heads on a width of "
+                f"{config.hidden_size}; Kimi-VL has 14 pixels and heads whose width is a multiple of 4"
+            )
+        return config
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageConfig:
@@ -358,6 +405,25 @@ class ImageConfig:
                 f"{where}: image_mean and image_std must be three numbers each, image_std positive"
             )
         return cls(token_limit=read.integer("in_token_limit"), mean=mean, std=std)
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], path: Path) -> "ImageConfig":
+        """Read an mmproj file's keys. Files by llama.cpp lack the patch limit: then a `preprocessor_config.json` beside
+        the file decides, or else the release, which its name tells (2506 has 16384 patches, the older ones 4096)."""
+        read = KeyReader(metadata, str(path))
+        mean, std = (tuple(map(float, read.get(f"clip.vision.image_{key}"))) for key in ("mean", "std"))
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ModelFileError(
+                f"{path}: image_mean and image_std must be three numbers each, image_std positive"
+            )
+        published = path.with_name("preprocessor_config.json")
+        if "kimi_lite.in_token_limit" in metadata:
+            limit = read.integer("kimi_lite.in_token_limit")
+        elif published.exists():
+            limit = cls.from_hf(read_json(published), str(published)).token_limit
+        else:
+            limit = 16384 if "2506" in f"{metadata.get('general.name', '')} {path.name}" else 4096
+        return cls(token_limit=limit, mean=mean, std=std)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@
 #include "ops.h"
 
 namespace nb = nanobind;
+void bind_vision(nb::module_& m);  // vision_bindings.cpp
 using namespace nb::literals;
 using namespace kimi;
 
@@ -58,6 +59,7 @@ Weights weights(const std::string& type, const Bytes& data, size_t offset, size_
 
 NB_MODULE(_kernels, m) {
   m.doc() = "CPU kernels on packed and ggml weights. See docs/kernels.md.";
+  bind_vision(m);
   nb::class_<Weights>(m, "Weights", "One matrix, where it lies; keeps its bytes alive.")
       .def("__init__",
            [](Weights* self, const std::string& type, const Bytes& data, size_t offset, size_t stride, int rows, int columns) {

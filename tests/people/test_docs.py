@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ What `--help` prints, and the exit codes that scripts may rely on.
 | 130, 141 | interrupted; the reader of the output went away |
 
 `KIMI_LITE_ISA` forces an instruction set by name (`kimi-lite doctor` lists them), `KIMI_LITE_DEBUG=1` shows the traceback
-behind an error, `NO_COLOR` turns colours off.
+behind an error, `NO_COLOR` turns colours off, `KIMI_LITE_IMAGE_CACHE` names the directory of encoded pictures or is `off`.
 """
 
 
@@ -46,6 +47,15 @@ def test_links_between_documents_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_shown_answer_is_what_nano_says() -> None:
+    page = (ROOT / "docs" / "vision.md").read_text(encoding="utf-8")
+    found = re.search(r"^\$ kimi-lite (.+)\n(.+)$", page, re.MULTILINE)
+    assert found
+    command = [sys.executable, "-m", "kimi_lite", *shlex.split(found[1])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, input="")
+    assert done.stdout.strip() == found[2]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from terminal import talk_in_a_terminal
 
 import kimi_lite
 from kimi_lite.errors import UsageError
@@ -113,7 +113,8 @@ def test_asynchronous_events_are_the_same(model: kimi_lite.Model) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"images": ["x.png"]}, "pictures are not read yet"),
+        ({"images": ["/nowhere/x.png"]}, "/nowhere/x.png: not found"),
+        ({"images": "photo.png"}, "images is a single text"),
         ({"text": "  "}, "the question is empty"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"stop": [""]}, "a stop text is empty"),
@@ -221,35 +222,6 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     )
     assert done.stdout.strip() in ("0", "141")  # whoever is first
     assert "Traceback" not in done.stderr
-
-
-def talk_in_a_terminal(*typed: tuple[float, bytes]) -> tuple[str, int]:
-    """Run `chat` in a pseudo-terminal, typing each text after its delay; the screen and the exit code."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ["TERM"] = "xterm"
-        os.execv(sys.executable, [sys.executable, "-m", "kimi_lite", "chat"])
-    screen = b""
-    os.set_blocking(terminal, False)
-    for delay, text in [*typed, (60.0, b"")]:
-        until = time.monotonic() + delay
-        while time.monotonic() < until:
-            try:
-                chunk = os.read(terminal, 65536)
-            except BlockingIOError:
-                time.sleep(0.02)
-                continue
-            except OSError:  # the program has ended
-                chunk = b""
-            if not chunk:
-                until = 0.0
-                break
-            screen += chunk
-            if b"\x1b[6n" in chunk:  # prompt_toolkit asks where the cursor is
-                os.write(terminal, b"\x1b[1;1R")
-        if text:
-            os.write(terminal, text)
-    return screen.decode("utf-8", "replace"), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_chat_answers_knows_its_commands_and_leaves() -> None:

@@ -1,0 +1,473 @@
+"""The image side at run time: MoonViT, the 2×2 merge and the projector, straight down, from an mmproj GGUF.
+
+Weights are packed to int8 in groups of 32 (q8g32) when the file is opened: one copy, 0.48 GB at full size, and every
+product then runs on the integer kernels of the text model. The patch projection stays in float32, since a pixel is
+worth its eight bits. Rows are worked on in pieces of 512, so that memory beside the weights grows with the picture
+only by the residual stream and by 16-bit queries, keys and values.
+
+Pictures of different sizes share the products and never see each other: each has keys and values of its own. A
+picture gives the same bits alone or in company, on every instruction set and thread count; the finished rows are
+rounded to float16, so that a cached copy is the result itself.
+
+Dimension key:  P patches   W tower width   H heads   K = W / H   F MLP width   M image tokens   D text width
+                X a width padded to whole groups of 32, or the values of a patch
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from kimi_lite.errors import ModelFileError, UsageError
+from kimi_lite.formats.config import ImageConfig, VisionConfig
+from kimi_lite.formats.gguf_file import GgufFile
+from kimi_lite.formats.packed import GROUP, matrix_bytes
+from kimi_lite.runtime import _kernels, image
+from kimi_lite.runtime.image_cache import ImageCache
+from kimi_lite.runtime.kernels import Float, Matrix, linear
+from kimi_lite.runtime.template import ImagePart
+
+LN_EPS = 1e-5
+ROPE_THETA = 10000.0
+ROWS = 512  # worked on at once: whole blocks of keys, and few enough to stay in the processor's cache
+BATCH_ROWS = 4096  # of pictures that are encoded together
+PACK_ROWS = 256  # rows of a matrix that are floats at one moment while it is packed
+RESULT_VERSION = 1  # raised whenever the same picture may give other bits
+
+Progress = Callable[[float], None]  # the share that is done
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage(ImagePart):
+    """A picture as the text model takes it; `digest` tells it from every other picture and size."""
+
+    rows_MD: NDArray[np.float16]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix whose columns are padded to whole groups, and its bias."""
+
+    matrix: Matrix
+    bias: Float
+
+    def __call__(self, x_TX: Float) -> Float:
+        return linear(self.matrix, x_TX)
+
+
+@dataclass(frozen=True)
+class Norm:
+    weight: Float
+    bias: Float
+
+    def __call__(self, x_PW: Float) -> Float:
+        """Normalised rows, padded with zeros to whole groups."""
+        out_PX = np.empty((len(x_PW), _padded(x_PW.shape[1])), np.float32)
+        _kernels.layer_norm(x_PW, self.weight, self.bias, LN_EPS, out_PX)
+        return out_PX
+
+
+@dataclass(frozen=True)
+class Block:
+    norm0: Norm
+    qkv: Linear  # all q, all k, all v; inside each, head by head
+    out: Linear
+    norm1: Norm
+    fc0: Linear
+    fc1: Linear
+
+
+@dataclass(frozen=True)
+class VisionWeights:
+    """An image side, ready to run."""
+
+    path: Path
+    config: VisionConfig
+    image: ImageConfig
+    text_width: int
+    identity: str  # changes when the file's weights do
+    patch: Linear
+    positions_hwW: Float
+    blocks: tuple[Block, ...]
+    final_norm: Norm
+    pre_norm: Norm
+    linear_1: Linear
+    linear_2: Linear
+
+
+def open_vision(path: Path, *, packed: bool = True) -> VisionWeights:
+    """Read an mmproj file. `packed=False` keeps float32 weights, four times as large, as tests need them.
+
+    Raises:
+        ModelFileError: damage, another model's image side, a missing or misshapen tensor.
+    """
+    file = GgufFile(path)
+    read = _Reader(file, packed)
+    table = read.get("v.position_embd.weight")
+    c = VisionConfig.from_gguf(file.metadata, table.shape[0], str(path))
+    W, F, X = c.hidden_size, c.ffn_size, 3 * c.patch_size**2
+    D = file.metadata.get("clip.vision.projection_dim")
+    if not isinstance(D, int) or D < 1:
+        raise ModelFileError(f"{path}: clip.vision.projection_dim is {D!r}; expected a whole number")
+    positions = read.mapped("v.position_embd.weight", c.grid_height * c.grid_width, W)
+    weights = VisionWeights(
+        path,
+        c,
+        ImageConfig.from_gguf(file.metadata, path),
+        D,
+        _identity(file),
+        read.linear("v.patch_embd", W, X, packed=False),
+        positions.reshape(c.grid_height, c.grid_width, W),
+        tuple(_block(read, f"v.blk.{i}.", W, F) for i in range(c.n_layers)),
+        read.norm("v.post_ln", W),
+        read.norm("mm.input_norm", W),
+        read.linear("mm.1", 4 * W, 4 * W),
+        read.linear("mm.2", D, 4 * W),
+    )
+    for tensor in file.tensors.values():
+        file.forget(tensor)
+    return weights
+
+
+def _block(read: "_Reader", at: str, W: int, F: int) -> Block:
+    return Block(
+        norm0=read.norm(f"{at}ln1", W),
+        qkv=read.linear((f"{at}attn_q", f"{at}attn_k", f"{at}attn_v"), W, W),
+        out=read.linear(f"{at}attn_out", W, W),
+        norm1=read.norm(f"{at}ln2", W),
+        fc0=read.linear(f"{at}ffn_up", F, W),
+        fc1=read.linear(f"{at}ffn_down", W, F),
+    )
+
+
+class _Reader:
+    """Tensors of an mmproj file by name and shape."""
+
+    def __init__(self, file: GgufFile, packed: bool) -> None:
+        self.file, self.packed = file, packed
+
+    def get(self, name: str):  # type: ignore[no-untyped-def]
+        try:
+            return self.file.tensors[name]
+        except KeyError:
+            raise ModelFileError(
+                f"{self.file.path}: the tensor {name!r} is missing; the file is incomplete"
+            ) from None
+
+    def floats(self, name: str, *shape: int) -> Float:
+        return np.ascontiguousarray(self._shaped(name, *shape).float32()).reshape(shape)
+
+    def mapped(self, name: str, *shape: int) -> Float:
+        """The same, where it lies in the file if it is stored so; for a table that is read in places."""
+        tensor = self._shaped(name, *shape)
+        return (
+            tensor.data.view(np.float32).reshape(shape) if tensor.type == "F32" else self.floats(name, *shape)
+        )
+
+    def norm(self, name: str, W: int) -> Norm:
+        return Norm(self.floats(f"{name}.weight", W), self.floats(f"{name}.bias", W))
+
+    def linear(
+        self, names: str | tuple[str, ...], rows: int, columns: int, packed: bool | None = None
+    ) -> Linear:
+        """One matrix, or several of equal shape stacked."""
+        names = (names,) if isinstance(names, str) else names
+        bias = np.concatenate([self.floats(f"{name}.bias", rows) for name in names])
+        total, padded = rows * len(names), _padded(columns)
+        if self.packed if packed is None else packed:
+            pieces, data = (
+                self._pieces(names, rows, columns),
+                np.empty(matrix_bytes("q8g32", total, columns), np.uint8),
+            )
+            at = 0
+            for piece in pieces:
+                size = matrix_bytes("q8g32", len(piece), columns)
+                _kernels.pack_q8(piece, data[at : at + size])
+                at += size
+            return Linear(Matrix("q8g32", data, total, padded), bias)
+        whole = np.zeros((total, padded), np.float32)
+        whole[:, :columns] = np.concatenate(list(self._pieces(names, rows, columns)))
+        return Linear(Matrix("F32", whole.view(np.uint8).reshape(-1), total, padded), bias)
+
+    def _pieces(self, names: tuple[str, ...], rows: int, columns: int) -> Iterator[Float]:
+        """The matrices' rows in order, float32, in pieces of whole row blocks."""
+        waiting = np.empty((0, columns), np.float32)
+        for name in names:
+            tensor = self._shaped(f"{name}.weight", rows, columns)
+            row = tensor.shape[-1]
+            for start in range(0, rows, PACK_ROWS):
+                n = min(PACK_ROWS, rows - start)
+                # The patch projection is stored in four dimensions, whose rows are shorter.
+                part = tensor.dequantize(start * columns // row, n * columns // row).reshape(n, columns)
+                waiting = np.concatenate([waiting, part]) if len(waiting) else part
+                whole = len(waiting) // 16 * 16
+                if whole:
+                    yield np.ascontiguousarray(waiting[:whole])
+                    waiting = waiting[whole:]
+        if len(waiting):
+            yield np.ascontiguousarray(waiting)
+
+    def _shaped(self, name: str, *shape: int):  # type: ignore[no-untyped-def]
+        tensor = self.get(name)
+        found = (tensor.shape[0], int(np.prod(tensor.shape[1:]))) if len(shape) == 2 else tensor.shape
+        if found != shape:
+            raise ModelFileError(
+                f"{self.file.path}: the tensor {name!r} has shape {list(tensor.shape)}, expected {list(shape)}"
+            )
+        return tensor
+
+
+def _identity(file: GgufFile) -> str:
+    """A digest of every tensor's name, place and first 4096 bytes: the file's, without reading all of it."""
+    digest = hashlib.sha256()
+    for name, tensor in file.tensors.items():
+        digest.update(f"{name} {tensor.type} {tensor.shape}".encode())
+        digest.update(tensor.data[:4096].tobytes())
+    return digest.hexdigest()
+
+
+def _padded(width: int) -> int:
+    return -(-width // GROUP) * GROUP
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Consecutive rows of one picture."""
+
+    picture: int
+    first: int  # row within the picture
+    start: int  # row among all pictures
+    stop: int
+
+
+def encode(
+    weights: VisionWeights, canvases: Sequence[NDArray[np.uint8]], on_progress: Progress | None = None
+) -> list[Float]:
+    """Embedding rows [M, D] of pictures, each resized and padded: uint8 [14 h, 14 w, 3], h and w even."""
+    c = weights.config
+    W, H = c.hidden_size, c.n_heads
+    grids = [(pixels.shape[0] // c.patch_size, pixels.shape[1] // c.patch_size) for pixels in canvases]
+    sizes = [h * w for h, w in grids]
+    calls = list(_calls(sizes))
+    ends = np.cumsum(sizes).tolist()
+    spans = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    x_PW = np.empty((ends[-1], W), np.float32)
+    for pixels, grid, span in zip(canvases, grids, spans, strict=True):
+        _embed(weights, pixels, grid, x_PW[span])
+    angles = [patch_angles(grid, W // H) for grid in grids]
+    stores = [_kernels.PatchStore(size, H, W // H) for size in sizes]
+    done, total = 0, len(weights.blocks) * len(calls)
+    for block in weights.blocks:
+        for call in calls:
+            rows = slice(call[0].start, call[-1].stop)
+            qkv_PX = block.qkv(block.norm0(x_PW[rows]))
+            for piece in call:
+                cos_PK, sin_PK = (t[piece.first :][: piece.stop - piece.start] for t in angles[piece.picture])
+                own = qkv_PX[piece.start - rows.start : piece.stop - rows.start]
+                stores[piece.picture].place(piece.first, own, block.qkv.bias, cos_PK, sin_PK)
+        for call in calls:
+            rows = slice(call[0].start, call[-1].stop)
+            o_PX = np.empty((rows.stop - rows.start, _padded(W)), np.float32)
+            for piece in call:
+                stores[piece.picture].attend(
+                    piece.first, o_PX[piece.start - rows.start : piece.stop - rows.start]
+                )
+            _kernels.add_bias(block.out(o_PX), block.out.bias, x_PW[rows])
+            lifted_PF = _gelu(block.fc0, block.norm1(x_PW[rows]), exact=False)
+            _kernels.add_bias(block.fc1(lifted_PF), block.fc1.bias, x_PW[rows])
+            done += 1
+            if on_progress:
+                on_progress(done / total)
+    return [_project(weights, x_PW[span], grid) for span, grid in zip(spans, grids, strict=True)]
+
+
+def _calls(sizes: Sequence[int]) -> Iterator[list[_Piece]]:
+    """Pieces of pictures, small ones gathered up to ROWS rows that are worked on together."""
+    call: list[_Piece] = []
+    start = 0
+    for picture, size in enumerate(sizes):
+        for first in range(0, size, ROWS):
+            n = min(ROWS, size - first)
+            if call and start + n - call[0].start > ROWS:
+                yield call
+                call = []
+            call.append(_Piece(picture, first, start, start + n))
+            start += n
+    yield call
+
+
+def _embed(weights: VisionWeights, pixels: NDArray[np.uint8], grid: tuple[int, int], x_PW: Float) -> None:
+    """Patch projection plus the position table at this grid: the residual stream."""
+    patch, (h, w) = weights.config.patch_size, grid
+    places = position_rows(weights.positions_hwW, grid)
+    step = max(1, ROWS // w)
+    for first in range(0, h, step):
+        strip = pixels[first * patch : (first + step) * patch]
+        out_PW = x_PW[first * w : (first + step) * w]
+        out_PW[:] = weights.patch(_pad(image.patches(strip, weights.image)))
+        for row_wW, values_wW in zip(out_PW.reshape(-1, w, x_PW.shape[1]), places, strict=False):
+            _kernels.add_bias(values_wW, weights.patch.bias, row_wW)
+
+
+def _gelu(layer: Linear, x_TX: Float, *, exact: bool) -> Float:
+    y_TF = layer(x_TX)
+    out_TX = np.empty((len(y_TF), _padded(y_TF.shape[1])), np.float32)
+    _kernels.gelu(y_TF, layer.bias, exact, out_TX)
+    return out_TX
+
+
+def _project(weights: VisionWeights, x_PW: Float, grid: tuple[int, int]) -> Float:
+    """The last norm, 2×2 patches side by side (top left, top right, bottom left, bottom right), and the projector."""
+    h, w = grid
+    W = weights.config.hidden_size
+    x_hwW = x_PW.reshape(h // 2, 2, w // 2, 2, W)
+    out = []
+    step = max(1, ROWS // 2 // w)  # rows of tokens: ROWS patches
+    for first in range(0, h // 2, step):
+        part = x_hwW[first : first + step].transpose(0, 2, 1, 3, 4)  # token row, token column, 2, 2, W
+        rows_PW = np.ascontiguousarray(part).reshape(-1, W)
+        normed_PW = np.ascontiguousarray(weights.final_norm(rows_PW)[:, :W])
+        joined_MX = _pad(np.ascontiguousarray(weights.pre_norm(normed_PW)[:, :W]).reshape(-1, 4 * W))
+        hidden_MX = _gelu(weights.linear_1, joined_MX, exact=True)
+        rows_MD = np.zeros((len(joined_MX), weights.text_width), np.float32)
+        _kernels.add_bias(weights.linear_2(hidden_MX), weights.linear_2.bias, rows_MD)
+        out.append(rows_MD)
+    return np.concatenate(out)
+
+
+def _pad(x_TI: Float) -> Float:
+    extra = _padded(x_TI.shape[1]) - x_TI.shape[1]
+    return np.pad(x_TI, ((0, 0), (0, extra))) if extra else x_TI
+
+
+def position_rows(table_hwW: Float, grid: tuple[int, int]) -> Iterator[Float]:
+    """The learned table at another size, one row of patches after the other: [columns, W].
+
+    Bicubic with a = -0.75 and border values repeated, without antialiasing even when shrinking.
+    """
+    row_at, row_weight = _taps(table_hwW.shape[0], grid[0])
+    column_at, column_weight = _taps(table_hwW.shape[1], grid[1])
+    for at, weight in zip(row_at, row_weight, strict=True):
+        line_wW = sum(weight[i] * table_hwW[at[i]] for i in range(4))
+        yield np.ascontiguousarray(
+            sum(column_weight[:, i, None] * line_wW[column_at[:, i]] for i in range(4))
+        )
+
+
+def _taps(n_in: int, n_out: int) -> tuple[NDArray[np.int64], Float]:
+    """The four source rows of each output row and their weights, [n_out, 4]."""
+    source = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
+    base = np.floor(source)
+    t, a = source - base, -0.75
+
+    def near(u: NDArray[np.float64]) -> NDArray[np.float64]:
+        return ((a + 2) * u - (a + 3)) * u * u + 1
+
+    def far(u: NDArray[np.float64]) -> NDArray[np.float64]:
+        return ((a * u - 5 * a) * u + 8 * a) * u - 4 * a
+
+    at = np.clip(base[:, None].astype(np.int64) + np.arange(-1, 3), 0, n_in - 1)
+    return at, np.stack([far(t + 1), near(t), near(1 - t), far(2 - t)], -1).astype(np.float32)
+
+
+def patch_angles(grid: tuple[int, int], K: int) -> tuple[Float, Float]:
+    """cos and sin [P, K/2]: even pairs of channels turn with the column, odd pairs with the row."""
+    frequency = ROPE_THETA ** (-np.arange(0, K, 4) / K)
+    row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    angle = np.stack([column[:, None] * frequency, row[:, None] * frequency], -1).reshape(len(row), K // 2)
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+class ImageEncoder:
+    """Pictures to embedding rows, through the cache; the weights are read when the first picture is new."""
+
+    def __init__(self, path: Path, text_width: int, cache: ImageCache, max_tokens: int | None = None) -> None:
+        """`path` is an mmproj file. `max_tokens` caps the tokens of one picture below the published limit.
+
+        Raises:
+            ModelFileError: the file is missing, damaged, or belongs to another model.
+        """
+        file = GgufFile(path)
+        table = _Reader(file, True).get("v.position_embd.weight")
+        VisionConfig.from_gguf(file.metadata, table.shape[0], str(path))
+        self.image = ImageConfig.from_gguf(file.metadata, path)
+        found = file.metadata.get("clip.vision.projection_dim")
+        if found != text_width:
+            raise ModelFileError(
+                f"{path}: gives rows of {found} values, but the text model takes {text_width}; "
+                "it belongs to another model"
+            )
+        if max_tokens is not None and max_tokens < 1:
+            raise UsageError(f"{max_tokens} image tokens were asked for; give at least 1")
+        self.path, self.cache, self.max_tokens = path, cache, max_tokens
+        self.text_width, self.identity = text_width, _identity(file)
+        self.n_encoded = 0  # pictures that no cache knew
+        self._weights: VisionWeights | None = None
+
+    def n_tokens(self, size: tuple[int, int], *, capped: bool = True) -> int:
+        """Tokens of a picture (width, height). Raises UsageError for a shape that the model cannot take."""
+        _, (h, w) = image.plan(size, self.image, self.max_tokens if capped else None)
+        return h * w // 4
+
+    def encode(
+        self, pictures: Iterable[Image.Image], on_progress: Progress | None = None
+    ) -> list[EncodedImage]:
+        """One row of embeddings for each image token; `pictures` are RGB, and taken one after the other."""
+        canvases, keys = [], []
+        for picture in pictures:
+            size, grid = image.plan(picture.size, self.image, self.max_tokens)
+            pixels = image.canvas(picture, size, grid)
+            # The canvas and the processor's constants are all that the tower sees of a picture.
+            facts = f"{RESULT_VERSION} {self.identity} {grid} {self.image.mean} {self.image.std}"
+            digest = hashlib.sha256(facts.encode())
+            digest.update(pixels.data)
+            canvases.append(pixels)
+            keys.append(digest.hexdigest())
+        found = {key: self.cache.get(key) for key in keys}
+        new = {key: c for key, c in zip(keys, canvases, strict=True) if found[key] is None}
+        done, total = 0, sum(pixels.size for pixels in new.values())
+        if new and on_progress:
+            on_progress(0.0)  # reading the weights takes seconds
+        for batch in _batches(new):
+            self._weights = self._weights or open_vision(self.path)
+            share = sum(new[key].size for key in batch) / total
+            report = _part(on_progress, done / total, share)
+            for key, rows_MD in zip(
+                batch, encode(self._weights, [new[k] for k in batch], report), strict=True
+            ):
+                found[key] = rounded = _rounded(rows_MD)
+                self.cache.put(key, rounded)
+                done += new[key].size
+            self.n_encoded += len(batch)
+        return [EncodedImage(len(rows), rows, key) for key in keys if (rows := found[key]) is not None]
+
+
+def _batches(canvases: Mapping[str, NDArray[np.uint8]]) -> Iterator[list[str]]:
+    """Pictures to be encoded together: small ones share products, a large one has the memory to itself."""
+    batch: list[str] = []
+    rows = 0
+    for key, pixels in canvases.items():
+        n = pixels.size // (3 * image.PATCH**2)
+        if batch and rows + n > BATCH_ROWS:
+            yield batch
+            batch, rows = [], 0
+        batch.append(key)
+        rows += n
+    if batch:
+        yield batch
+
+
+def _part(on_progress: Progress | None, start: float, share: float) -> Progress | None:
+    """A batch's own progress as part of the whole."""
+    return (lambda done: on_progress(start + share * done)) if on_progress else None
+
+
+def _rounded(rows_MD: Float) -> NDArray[np.float16]:
+    if not np.abs(rows_MD).max() < 65504:  # also false for NaN
+        raise ModelFileError("the image side gives values beyond float16; its weights are damaged")
+    return rows_MD.astype(np.float16)

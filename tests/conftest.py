@@ -1,0 +1,6 @@
+"""No test touches the cache of whoever runs it."""
+
+import os
+import tempfile
+
+os.environ["KIMI_LITE_IMAGE_CACHE"] = tempfile.mkdtemp(prefix="kimi-lite-tests-")
