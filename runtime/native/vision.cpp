@@ -9,11 +9,11 @@
 namespace kimi {
 namespace {
 
-// The table that belongs to the instruction set in use.
+// The widest table that the instruction set in use allows: those between the two names here have AVX2.
 const VisionKernels& table() {
 #if defined(__x86_64__) || defined(_M_X64)
-  for (const VisionKernels* each : {&kVisionAvx512Vnni, &kVisionAvx2})
-    if (std::strcmp(each->name, kernels().name) == 0) return *each;
+  if (std::strcmp(kernels().name, kVisionAvx512Vnni.name) == 0) return kVisionAvx512Vnni;
+  if (std::strcmp(kernels().name, kVisionScalar.name) != 0) return kVisionAvx2;
 #endif
   return kVisionScalar;
 }
