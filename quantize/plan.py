@@ -30,8 +30,8 @@ IGNORED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")  # recomp
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
 # llama-quantize keeps the head above the base type; Q6_K, which it takes there, has no encoder in the gguf package.
 HEAD_TYPE = {"Q4_0": "Q8_0"}
-# Small tensors that feed every position: half of what 4 bits cost, for 3 % of the bytes a token reads (docs/lab-log.md);
-# and the embedding, of which a token reads one row. The head in 8 bits would add 11 % and buy nothing that was measured.
+# Small tensors that feed every position: 3 % of the bytes a token reads; and the embedding, of which it reads one row. The
+# head is left at 4 bits: 8 would add 11 % to what a token reads, for a KL of 0.0001 on kimi-vl-nano (docs/lab-log.md).
 EIGHT_BITS: tuple[str, ...] = ("attn_kv_a_mqa", "attn_k_b", "attn_v_b", "token_embd")
 
 
