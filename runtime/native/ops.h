@@ -46,6 +46,13 @@ class Buffer {
   size_t size_ = 0;
 };
 
+// n tokens stand in tiles: as many of 8 as there are, then 4, 2, 1.
+inline int tile_width(int n, int first) {
+  const int left = n - first;
+  return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+inline size_t token_bytes(int columns) { return static_cast<size_t>(columns) / kGroup * kTokenGroup; }
+
 void linear(const Weights& w, const float* x, int T, float* y);                         // [T][I] -> [T][O]
 void linear_heads(const std::vector<Weights>& w, const float* x, int T, float* y);      // [T][H][I] -> [T][H][O]
 void embed(const Weights& w, const int32_t* ids, int T, float* y);  // rows, dequantized; q4g32, q8g32 or a ggml type

@@ -1,0 +1,157 @@
+// The latent cache, and attention as two products over it. docs/kernels.md says why they look so.
+#include <algorithm>
+#include <cstring>
+
+#include "ops.h"
+
+namespace kimi {
+
+void remember(const LatentCache& cache, const float* latent_and_key, int T, int start) {
+  const int C = cache.C, R = cache.R, groups = cache.row_groups(), width = groups * kGroup;
+  const auto store = [&](int t, int) {
+    const int position = start + t;
+    static thread_local Buffer<float> buffer;
+    float* row = buffer.get(width);
+    std::memcpy(row, latent_and_key + static_cast<size_t>(t) * (C + R), sizeof(float) * (C + R));
+    std::fill(row + C + R, row + width, 0.0f);
+    kernels().store_row(row, groups, cache.rows + position / kRows * cache.rows_stride(), position % kRows);
+  };
+  if (T < 4) for (int t = 0; t < T; ++t) store(t, 0);
+  else pool().run(T, store);
+  const int first = start / kGroup, whole = (start + T) / kGroup - first;  // groups that are now complete
+  pool().run(whole, [&](int i, int) {
+    const int g = first + i;
+    kernels().turn_rows(cache.rows, cache.rows_stride(), g * kGroup, kGroup, C, cache.columns + static_cast<size_t>(g) * kQ8Run,
+                        cache.columns_stride());
+  });
+}
+
+namespace {
+// Attention of one token. Two products of the same kernel: queries times cached rows, then weights times cached columns.
+// The columns' last group, in which the token itself stands, is made from the rows for each token anew; so the bits
+// depend on the positions alone, not on when they were computed.
+struct OneToken {
+  Buffer<float> query_, score_;
+  Buffer<uint8_t> queries_, weights_, own_;
+
+  const LatentCache* cache;
+  int H, n, groups, own;          // positions seen: `groups` whole groups of 32, then `own` more
+  size_t stride;                  // floats from head to head of `score`
+  float *score, *inverse;         // [H][stride], [H]
+  uint8_t *queries, *weights, *rest, *last, *last_rest, *turned;
+
+  // Tiles of H heads: the queries; the weights of the whole groups, of the own group, and what quantizing the first and
+  // the own group lost. Sinks and neighbours dwarf the rest of their group, so those two are kept to two int8 digits.
+  void begin(const LatentCache& c, const float* q, const float* qr, int heads, int position) {
+    cache = &c;
+    H = heads;
+    n = position + 1;
+    groups = n / kGroup;
+    own = n % kGroup;
+    stride = static_cast<size_t>(groups + 1) * kGroup;
+    const int C = c.C, R = c.R, row_groups = c.row_groups(), width = row_groups * kGroup;
+    score = score_.get(stride * H + H);
+    inverse = score + stride * H;
+    queries = queries_.get(H * token_bytes(width));
+    weights = weights_.get(static_cast<size_t>(H) * kTokenGroup * (groups + 3));
+    rest = weights + static_cast<size_t>(H) * kTokenGroup * groups;
+    last = rest + H * kTokenGroup;
+    last_rest = last + H * kTokenGroup;
+    float* row = query_.get(width);
+    std::fill(row, row + width, 0.0f);
+    for (int h = 0, first, W; h < H; ++h) {
+      place(h, &first, &W);
+      std::memcpy(row, q + static_cast<size_t>(h) * C, sizeof(float) * C);
+      std::memcpy(row + C, qr + static_cast<size_t>(h) * R, sizeof(float) * R);
+      kernels().quantize(row, row_groups, queries + first * token_bytes(width), W, h - first);
+    }
+    if (own) {
+      turned = own_.get(static_cast<size_t>(C / kRows) * kQ8Run);
+      kernels().turn_rows(c.rows, c.rows_stride(), groups * kGroup, own, C, turned, kQ8Run);
+    }
+  }
+  // The tile that holds head h.
+  void place(int h, int* first, int* W) const {
+    for (*first = 0; *first + (*W = tile_width(H, *first)) <= h; *first += *W) {}
+  }
+  template <typename Call>
+  void tiles(const Call& call) const {
+    for (int first = 0, W; first < H; first += W) call(first, W = tile_width(H, first));
+  }
+  int row_blocks() const { return (n + kRows - 1) / kRows; }
+  void compare(int from, int to) const {  // row blocks of 16 positions
+    const int row_groups = cache->row_groups();
+    const BlockKernel kernel = kernels().block[static_cast<int>(Form::q8g32)];
+    for (int b = from; b < to; ++b)
+      tiles([&](int first, int W) {
+        kernel(cache->rows + b * cache->rows_stride(), queries + first * token_bytes(row_groups * kGroup), row_groups, W,
+               score + first * stride + b * kRows, stride);
+      });
+  }
+  void weigh(int h, float scale) const {
+    float* s = score + h * stride;
+    inverse[h] = 1.0f / kernels().softmax(s, n, scale);
+    int first, W;
+    place(h, &first, &W);
+    const int lane = h - first;
+    float lost[kGroup];
+    if (groups) {
+      uint8_t* tile = weights + static_cast<size_t>(first) * kTokenGroup * groups;
+      kernels().quantize(s, groups, tile, W, lane);
+      kernels().residual(s, tile, W, lane, lost);
+      kernels().quantize(lost, 1, rest + first * kTokenGroup, W, lane);
+    }
+    if (own) {
+      uint8_t* tile = last + first * kTokenGroup;
+      kernels().quantize(s + groups * kGroup, 1, tile, W, lane);
+      kernels().residual(s + groups * kGroup, tile, W, lane, lost);
+      kernels().quantize(lost, 1, last_rest + first * kTokenGroup, W, lane);
+    }
+  }
+  void sum(int b, float* u) const {  // 16 channels; u [H][C]
+    const BlockKernel kernel = kernels().block[static_cast<int>(Form::q8g32)];
+    const uint8_t* columns = cache->columns + b * cache->columns_stride();
+    tiles([&](int first, int W) {
+      float parts[4][kTile * kRows] = {};
+      if (groups) {
+        kernel(columns, weights + static_cast<size_t>(first) * kTokenGroup * groups, groups, W, parts[0], kRows);
+        kernel(columns, rest + first * kTokenGroup, 1, W, parts[1], kRows);
+      }
+      if (own) {
+        kernel(turned + b * kQ8Run, last + first * kTokenGroup, 1, W, parts[2], kRows);
+        kernel(turned + b * kQ8Run, last_rest + first * kTokenGroup, 1, W, parts[3], kRows);
+      }
+      for (int i = 0; i < W; ++i)
+        for (int r = 0; r < kRows; ++r) {
+          const int k = i * kRows + r;
+          u[static_cast<size_t>(first + i) * cache->C + b * kRows + r] =
+              ((parts[0][k] + parts[1][k]) + (parts[2][k] + parts[3][k])) * inverse[first + i];
+        }
+    });
+  }
+};
+}  // namespace
+
+void attention(const LatentCache& cache, const float* q, const float* qr, int start, int T, int H, float scale, float* u) {
+  const int C = cache.C, R = cache.R;
+  if (T == 1) {  // all threads on one token
+    static OneToken token;
+    constexpr int step = 4;
+    token.begin(cache, q, qr, H, start);
+    pool().run((token.row_blocks() + step - 1) / step,
+               [&](int i, int) { token.compare(i * step, std::min((i + 1) * step, token.row_blocks())); });
+    pool().run(H, [&](int h, int) { token.weigh(h, scale); });
+    pool().run(C / kRows, [&](int b, int) { token.sum(b, u); });
+    return;
+  }
+  pool().run(T, [&](int t, int) {
+    static thread_local OneToken token;
+    const size_t at = static_cast<size_t>(t) * H;
+    token.begin(cache, q + at * C, qr + at * R, H, start + t);
+    token.compare(0, token.row_blocks());
+    for (int h = 0; h < H; ++h) token.weigh(h, scale);
+    for (int b = 0; b < C / kRows; ++b) token.sum(b, u + at * C);
+  });
+}
+
+}  // namespace kimi
