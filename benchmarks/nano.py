@@ -17,6 +17,19 @@ os.environ["KIMI_LITE_IMAGE_CACHE"] = "off"
 
 import kimi_lite
 from kimi_lite.runtime.reference.evaluate import MAX_TOKENS, held_out
+from kimi_lite.runtime.reference.tasks import Sample
+from kimi_lite.runtime.template import Message
+
+
+def reply(model: kimi_lite.Model, sample: Sample) -> str:
+    """The answer to the last question of a sample, with the right answers to those before it."""
+    model.clear()
+    for turn in sample.turns[:-1]:
+        question = (*model.encode(turn.pictures), turn.question) if turn.pictures else turn.question
+        model.conversation.messages += [Message("user", question), Message("assistant", turn.answer)]
+    last = sample.turns[-1]
+    events = model.chat(last.question, images=last.pictures, max_tokens=MAX_TOKENS)
+    return "".join(event.text for event in events if event.kind == "answer").strip()
 
 
 def main() -> None:
@@ -36,9 +49,7 @@ def main() -> None:
     for task, samples in held_out(arguments.seed, arguments.n).items():
         start, right = time.monotonic(), 0
         for sample in samples:
-            images = [sample.picture] if sample.picture is not None else []
-            answer = model.ask(sample.turns[-1].question, images=images, max_tokens=MAX_TOKENS)
-            right += answer.text.strip() == sample.turns[-1].answer
+            right += reply(model, sample) == sample.turns[-1].answer
         share = shares[task] = right / len(samples)
         spread = (share * (1 - share) / len(samples)) ** 0.5
         print(

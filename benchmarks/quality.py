@@ -54,7 +54,7 @@ def main() -> None:
     model, tokenizer = load(arguments.checkpoint)
     prompts, truth = [], []
     for task, samples in held_out(arguments.seed, arguments.n).items():
-        for sample in (s for s in samples if s.picture is None):
+        for sample in (s for s in samples if not s.pictures):
             ids, learned = encode_sample(sample, tokenizer, 0)
             with torch.inference_mode():
                 logits_TV = model(torch.tensor(ids)[None])[0].numpy()

@@ -19,7 +19,7 @@ import torch
 
 import kimi_lite
 from kimi_lite.runtime.reference.model import KimiVL, load
-from kimi_lite.runtime.reference.tasks import TEXT_TASKS, Draw, Sample, reading, shapes
+from kimi_lite.runtime.reference.tasks import TEXT_TASKS, Draw, Sample, reading, shapes, two_pictures
 from kimi_lite.runtime.reference.train import collate, encode_sample
 from kimi_lite.runtime.tokenizer import Tokenizer
 
@@ -42,6 +42,10 @@ def held_out(seed: int, n: int) -> dict[str, list[Sample]]:
     for _ in range(3 * n):
         sample = shapes(draw, (int(draw.rng.integers(2, 5)), int(draw.rng.integers(2, 5))))
         tasks.setdefault(sample.task, []).append(sample)
+    draw = Draw(np.random.default_rng((seed, 13)), held_out=True)
+    for _ in range(2 * n):
+        sample = two_pictures(draw, (int(draw.rng.integers(2, 4)), int(draw.rng.integers(3, 6))))
+        tasks.setdefault(sample.task, []).append(sample)
     return tasks
 
 
@@ -59,8 +63,8 @@ def answers(model: KimiVL, tokenizer: Tokenizer, samples: list[Sample]) -> list[
             batch = collate([samples[i] for i in chunk], tokenizer, 0)
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
                 rows = None
-                if batch.patches_BPX is not None and batch.grid is not None:
-                    rows = model.encode_images(torch.from_numpy(batch.patches_BPX), batch.grid)
+                if batch.patches_NPX is not None and batch.grid is not None:
+                    rows = model.encode_images(torch.from_numpy(batch.patches_NPX), batch.grid)
                 prompt = torch.from_numpy(batch.ids_BT[:, :n_prompt])
                 out = model.generate(prompt, tokenizer.stop_ids, MAX_TOKENS, rows)
             for i, ids in zip(chunk, out, strict=True):

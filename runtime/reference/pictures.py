@@ -30,6 +30,7 @@ COLOURS = {
     "purple": (138, 42, 168),
 }
 SHAPES = ("circle", "square", "triangle", "diamond")
+SLOTS = 4  # columns of a 14-pixel patch that the hint tells apart: no letter is narrower
 
 
 @cache
@@ -54,9 +55,9 @@ def text_picture(
 ) -> tuple[Image.Image, NDArray[np.int64]]:
     """The text somewhere in a picture that fills the grid, in a random font, size and pair of colours.
 
-    Also returns what lies where, the trainer's hint to the tower: for the left and the right half of each 14-pixel
-    patch of the padded picture, the code of the character over its middle and which of the text's characters that is,
-    counted from 1: [rows, columns, 2 halves, 2], 0 for none.
+    Also returns what lies where, the trainer's hint to the tower: for each slot, a quarter of a 14-pixel patch of the
+    padded picture, the code of the character over its middle and which of the text's characters that is, counted
+    from 1: [rows, columns, SLOTS, 2], 0 for none.
     """
     rows, columns = grid
     width, height = columns * 28 - int(rng.integers(28)), rows * 28 - int(rng.integers(8))
@@ -75,14 +76,19 @@ def text_picture(
     )
     draw = ImageDraw.Draw(picture)
     draw.text((x - left, y - top), text, tuple(int(v) for v in ink), font(path, size))
-    hint = np.zeros((2 * rows, 4 * columns, 2), np.int64)  # half patches
+    hint = np.zeros((2 * rows, 2 * columns * SLOTS, 2), np.int64)
     lines = [i for i in range(2 * rows) if y - 5 < 14 * i + 7 < y + bottom - top + 5]
     edges = [x - left + font(path, size).getlength(text[:i]) for i in range(len(text) + 1)]
     for i, character in enumerate(text):
-        for half in range(4 * columns):
-            if edges[i] <= 7 * half + 3.5 < edges[i + 1]:
-                hint[lines, half] = ord(character), i + 1
-    return picture, hint.reshape(2 * rows, 2 * columns, 2, 2)
+        for slot, middle in enumerate(_slot_middles(columns)):
+            if edges[i] <= middle < edges[i + 1]:
+                hint[lines, slot] = ord(character), i + 1
+    return picture, hint.reshape(2 * rows, 2 * columns, SLOTS, 2)
+
+
+def _slot_middles(columns: int) -> NDArray[np.float64]:
+    """Where the middles of the slots of a row of `columns` tokens lie, in pixels."""
+    return (np.arange(2 * columns * SLOTS) + 0.5) * 14 / SLOTS
 
 
 def scene(
@@ -90,8 +96,8 @@ def scene(
 ) -> tuple[Image.Image, NDArray[np.int64]]:
     """`count` shapes of one kind and colour that do not touch.
 
-    Also returns the hint of `text_picture`: no characters, and the number of the shape over each half patch, counted
-    from the top row down and from the left.
+    Also returns the hint of `text_picture`: no characters, and the number of the shape over each slot, counted from the top
+    row down and from the left.
     """
     rows, columns = grid
     width, height = columns * 28 - int(rng.integers(14)), rows * 28 - int(rng.integers(14))
@@ -119,8 +125,8 @@ def scene(
             draw.polygon([(x, y - r), (x - r, y + 0.8 * r), (x + r, y + 0.8 * r)], ink)
         else:
             draw.polygon([(x, y - r), (x + 0.8 * r, y), (x, y + r), (x - 0.8 * r, y)], ink)
-    hint = np.zeros((2 * rows, 4 * columns, 2), np.int64)
-    middles_y, middles_x = 14 * np.arange(2 * rows)[:, None] + 7, 7 * np.arange(4 * columns) + 3.5
+    hint = np.zeros((2 * rows, 2 * columns * SLOTS, 2), np.int64)
+    middles_y, middles_x = 14 * np.arange(2 * rows)[:, None] + 7, _slot_middles(columns)
     for number, (x, y, r) in enumerate(sorted(boxes, key=lambda box: (box[1] // 14, box[0])), 1):
         hint[(np.abs(middles_y - y) <= r) & (np.abs(middles_x - x) <= r), 1] = number
-    return picture, hint.reshape(2 * rows, 2 * columns, 2, 2)
+    return picture, hint.reshape(2 * rows, 2 * columns, SLOTS, 2)

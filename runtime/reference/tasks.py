@@ -6,7 +6,7 @@ The split holds for every seed, so anyone can draw new held-out prompts.
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,9 +43,13 @@ OPERATORS = {"+": "plus", "-": "minus"}
 
 @dataclass(frozen=True, slots=True)
 class Turn:
+    """A question, with the pictures that stand before it and the hint of what lies where in each."""
+
     question: str
     thinking: str
     answer: str
+    pictures: tuple[Image.Image, ...] = ()
+    hints: tuple[NDArray[np.int64], ...] = ()
 
     @property
     def reply(self) -> str:
@@ -54,12 +58,18 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A conversation; a picture, if any, stands before the first question, with a hint of what lies where in it."""
+    """A conversation, of which the last reply is learned or judged; all its pictures are of one grid."""
 
     task: str
     turns: tuple[Turn, ...]
-    picture: Image.Image | None = None
-    hint: NDArray[np.int64] | None = None
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        return [picture for turn in self.turns for picture in turn.pictures]
+
+    @property
+    def hints(self) -> list[NDArray[np.int64]]:
+        return [hint for turn in self.turns for hint in turn.hints]
 
 
 class Draw:
@@ -273,23 +283,56 @@ def reading(draw: Draw, grid: tuple[int, int]) -> Sample:
     picture, hint = text_picture(text, grid, draw.rng)
     # The number comes first, so that each character is looked up by its place and none is skipped or read twice.
     letters = " ".join(f"{i}{character}" for i, character in enumerate(text, 1))
-    return Sample("read", (Turn(draw.choose(READ_FORMS), f"letters: {letters}", text),), picture, hint)
+    return Sample("read", (Turn(draw.choose(READ_FORMS), f"letters: {letters}", text, (picture,), (hint,)),))
 
 
-def shapes(draw: Draw, grid: tuple[int, int], most: int = 6) -> Sample:
-    """A scene, and one question about its colour, its shape or its count."""
+def about_shapes(draw: Draw, grid: tuple[int, int], most: int = 6) -> dict[str, Turn]:
+    """A scene, and a question each about its colour, its shape and its count."""
     colour, shape = draw.choose(tuple(COLOURS)), draw.choose(SHAPES)
     count = int(draw.rng.integers(1, most + 1))
     picture, hint = scene(colour, shape, count, grid, draw.rng)
     plural = "s" * (count > 1)
     seen = f"I see {' '.join(str(i) for i in range(1, count + 1))} {colour} {shape}{plural}"
-    options = [
-        ("colour", ("What colour is the {s}?", "What colour is it?", "Which colour do you see?"), colour),
-        ("shape", ("What shape is it?", "Which shape is shown?", "Name the shape."), shape),
-        ("count", ("How many {s}s are there?", "Count the {s}s.", "How many shapes do you see?"), str(count)),
-    ]
-    task, forms, answer = options[int(draw.rng.integers(3))]
-    return Sample(task, (Turn(draw.choose(forms).format(s=shape), seen, answer),), picture, hint)
+    questions = {
+        "colour": (("What colour is the {s}?", "What colour is it?", "Which colour do you see?"), colour),
+        "shape": (("What shape is it?", "Which shape is shown?", "Name the shape."), shape),
+        "count": (("How many {s}s are there?", "Count the {s}s.", "How many shapes do you see?"), str(count)),
+    }
+    return {
+        task: Turn(draw.choose(forms).format(s=shape), seen, answer, (picture,), (hint,))
+        for task, (forms, answer) in questions.items()
+    }
+
+
+def shapes(draw: Draw, grid: tuple[int, int]) -> Sample:
+    """One question about a scene."""
+    turns = about_shapes(draw, grid)
+    task = draw.choose(tuple(turns))
+    return Sample(task, (turns[task],))
+
+
+WHICH_FORMS = ("{w} picture: {q}", "Look at the {w} picture. {q}", "{q} I mean the {w} picture.")
+
+
+def two_pictures(draw: Draw, grid: tuple[int, int]) -> Sample:
+    """Two pictures, in one prompt of which one is asked about, or one in each of two turns; or a second question.
+
+    A question that does not say which picture is about the last.
+    """
+    first, last = ((reading if draw.rng.random() < 0.5 else shapes)(draw, grid).turns[0] for _ in range(2))
+    kind = draw.rng.random()
+    if kind < 0.25:
+        return Sample("next picture", (first, last))
+    if kind < 0.5:
+        turns = about_shapes(draw, grid)
+        before, after = (turns[str(task)] for task in draw.rng.permutation(list(turns))[:2])
+        return Sample("second question", (before, replace(after, pictures=(), hints=())))
+    pictures, hints = first.pictures + last.pictures, first.hints + last.hints
+    which = draw.choose(("first", "second"))
+    about = first if which == "first" else last
+    form = draw.choose(WHICH_FORMS)
+    question = form.format(q=about.question, w=which.capitalize() if form.startswith("{w}") else which)
+    return Sample("two pictures", (replace(about, question=question, pictures=pictures, hints=hints),))
 
 
 TEXT_TASKS: dict[str, tuple[Callable[[Draw], Turn], float]] = {

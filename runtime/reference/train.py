@@ -29,23 +29,26 @@ from kimi_lite.formats.vocab import Vocab
 from kimi_lite.runtime.reference.image import process
 from kimi_lite.runtime.reference.model import KimiVL, expert_loads, load, published_tensors
 from kimi_lite.runtime.reference.nano import FIRST_SPECIAL, NANO_TEXT, NANO_VISION, RANKS, TOKEN_LIMIT
+from kimi_lite.runtime.reference.pictures import SLOTS
 from kimi_lite.runtime.reference.random_checkpoint import (
     SPECIAL_NAMES,
     to_bf16,
     write_shards,
     write_side_files,
 )
-from kimi_lite.runtime.reference.tasks import Draw, Sample, reading, shapes, text_sample
+from kimi_lite.runtime.reference.tasks import Draw, Sample, reading, shapes, text_sample, two_pictures
 from kimi_lite.runtime.reference.vision import merge_patches
 from kimi_lite.runtime.template import ImagePart, Message, render
 from kimi_lite.runtime.tokenizer import Tokenizer
 
 TEXT_BATCH, TEXT_POOL = 32, 768  # a pool is sorted by length and cut into batches of like length
-PICTURE_BATCH = 64
-# First text and shapes; then the tower alone learns what lies over each half patch (which character, and the how
+PICTURE_BATCH, TOWER_BATCH = 64, 128
+# First text and shapes; then the tower alone learns what lies over each slot of a patch (which character, and the how
 # manyeth; the how manyeth shape), in short steps; then all together.
-TOWER_FROM, READING_FROM = 900, 2700
-TOWER_RATE = 2.5  # learning rate of the tower's own phase, as a multiple
+TOWER_FROM, READING_FROM = 900, 5900
+TOWER_RATE = (
+    2.0  # learning rate at the start of the tower's own phase, as a multiple; a tenth of it at the end
+)
 HINT_SHARE = 0.3  # of the tower's task in the loss of the last phase
 N_CODES, N_PLACES = 128, 9
 MATRIX_RATE, OTHER_RATE = 0.003, 0.003
@@ -56,16 +59,16 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Token ids [B, T], targets [B, T] (IGNORE where there is no loss), pictures [B, P, 588] of one grid or none.
+    """Token ids [B, T], targets [B, T] (IGNORE where there is no loss), pictures [N, P, 588] of one grid or none.
 
-    `hint_BP22` holds, for each half of each patch, the character over it and its place in the text, 0 for none.
+    `hint_NPS2` holds, for each slot of each patch, the character over it and its place in the text, 0 for none.
     """
 
     ids_BT: NDArray[np.int64]
     targets_BT: NDArray[np.int64]
-    patches_BPX: NDArray[np.float32] | None = None
+    patches_NPX: NDArray[np.float32] | None = None
     grid: tuple[int, int] | None = None
-    hint_BP22: NDArray[np.int64] | None = None
+    hint_NPS2: NDArray[np.int64] | None = None
 
 
 def nano_config() -> ModelConfig:
@@ -90,8 +93,8 @@ def encode_sample(sample: Sample, tokenizer: Tokenizer, n_image_tokens: int) -> 
     """
     messages = []
     for i, turn in enumerate(sample.turns):
-        picture = [ImagePart(n_image_tokens)] if i == 0 and n_image_tokens else []
-        messages.append(Message("user", [*picture, turn.question]))
+        pictures = [ImagePart(n_image_tokens)] * len(turn.pictures)
+        messages.append(Message("user", [*pictures, turn.question]))
         if i < len(sample.turns) - 1:
             messages.append(Message("assistant", turn.answer))
     prompt = render(messages, tokenizer)
@@ -103,8 +106,8 @@ def collate(samples: list[Sample], tokenizer: Tokenizer, pad_id: int) -> Batch:
     """Right-padded batch; causal attention makes the padding harmless. All pictures must share one grid."""
     image_config, patches, grid = ImageConfig(token_limit=TOKEN_LIMIT), [], None
     for sample in samples:
-        if sample.picture is not None:
-            values, this = process(sample.picture, image_config)
+        for picture in sample.pictures:
+            values, this = process(picture, image_config)
             assert grid in (None, this), f"grids {grid} and {this} in one batch"
             patches.append(values)
             grid = this
@@ -116,7 +119,7 @@ def collate(samples: list[Sample], tokenizer: Tokenizer, pad_id: int) -> Batch:
     for i, (ids, learned) in enumerate(rows):
         ids_BT[i, : len(ids)] = ids
         targets_BT[i, : len(ids) - 1] = np.where(learned[1:], ids[1:], IGNORE)
-    hints = [s.hint.reshape(-1, 2, 2) for s in samples if s.hint is not None]
+    hints = [hint.reshape(-1, SLOTS, 2) for sample in samples for hint in sample.hints]
     return Batch(
         ids_BT, targets_BT, np.stack(patches) if patches else None, grid, np.stack(hints) if hints else None
     )
@@ -126,14 +129,18 @@ def make_batches(seed: int, step: int) -> list[Batch]:
     """The batches of one step: text and pictures, or pictures alone in the tower's phase."""
     tokenizer, pad_id = nano_tokenizer(), NANO_TEXT.pad_id or 0
     draw = Draw(np.random.default_rng((seed, 3, step)), held_out=False)
-    if step < TOWER_FROM or step % 3 == 2:
+    tower_alone = TOWER_FROM <= step < READING_FROM
+    if step < TOWER_FROM or step % 4 == 1:
         grid = (int(draw.rng.integers(2, 5)), int(draw.rng.integers(2, 5)))
         pictures = [shapes(draw, grid) for _ in range(PICTURE_BATCH // 2)]
+    elif step % 4 == 3 and not tower_alone:
+        grid = (int(draw.rng.integers(2, 4)), int(draw.rng.integers(2, 6)))
+        pictures = [two_pictures(draw, grid) for _ in range(PICTURE_BATCH // 2)]
     else:
         grid = (int(draw.rng.choice((1, 1, 2, 2, 3))), int(draw.rng.integers(2, 8)))
-        pictures = [reading(draw, grid) for _ in range(PICTURE_BATCH)]
+        pictures = [reading(draw, grid) for _ in range(TOWER_BATCH if tower_alone else PICTURE_BATCH)]
     seen = collate(pictures, tokenizer, pad_id)
-    if TOWER_FROM <= step < READING_FROM:
+    if tower_alone:
         return [seen]
     per_pool = TEXT_POOL // TEXT_BATCH
     words = Draw(np.random.default_rng((seed, 1, step // per_pool)), held_out=False)
@@ -179,7 +186,7 @@ def loss_of(model: KimiVL, hint: nn.Linear, batch: Batch) -> tuple[Tensor, Tenso
     """Mean cross-entropy over the learned tokens, and of the tower's guess of what lies over its patches."""
     ids, targets = torch.from_numpy(batch.ids_BT), torch.from_numpy(batch.targets_BT)
     rows, hint_loss = None, torch.zeros(())
-    if batch.patches_BPX is not None and batch.grid is not None:
+    if batch.patches_NPX is not None:
         merged, hint_loss = look(model, hint, batch)
         rows = model.projector(merged)
     learned = targets != IGNORE
@@ -188,13 +195,13 @@ def loss_of(model: KimiVL, hint: nn.Linear, batch: Batch) -> tuple[Tensor, Tenso
 
 
 def look(model: KimiVL, hint: nn.Linear, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The tower's rows [B, P/4, 4, W], and the mean cross-entropy of characters and places guessed from them."""
+    """The tower's rows [N, P/4, 4, W], and the mean cross-entropy of characters and places guessed from them."""
     assert model.tower is not None
-    assert batch.patches_BPX is not None
+    assert batch.patches_NPX is not None
     assert batch.grid is not None
-    assert batch.hint_BP22 is not None
-    merged = model.tower(torch.from_numpy(batch.patches_BPX), batch.grid)
-    truth = torch.from_numpy(batch.hint_BP22).flatten(2)
+    assert batch.hint_NPS2 is not None
+    merged = model.tower(torch.from_numpy(batch.patches_NPX), batch.grid)
+    truth = torch.from_numpy(batch.hint_NPS2).flatten(2)
     codes, places = merge_patches(truth, batch.grid).reshape(-1, 2).unbind(-1)
     guess = hint(merged).float().view(-1, N_CODES + N_PLACES)
     loss = F_.cross_entropy(guess[:, N_CODES:], places)
@@ -217,8 +224,8 @@ class Trainer:
             self.model, self.step = load(start_from)[0].train(), TOWER_FROM
         else:
             initialise(self.model, seed)
-        # The trainer's own, never exported: both halves of a patch from its row.
-        self.hint = nn.Linear(NANO_VISION.hidden_size, 2 * (N_CODES + N_PLACES))
+        # The trainer's own, never exported: the slots of a patch from its row.
+        self.hint = nn.Linear(NANO_VISION.hidden_size, SLOTS * (N_CODES + N_PLACES))
         with torch.no_grad():
             self.hint.weight.zero_()
             self.hint.bias.zero_()
@@ -257,10 +264,13 @@ class Trainer:
 
     def update(self, batches: list[Batch], total_s: float) -> list[float]:
         """One step over all batches; returns the mean loss and hint loss of each."""
-        # Warm up over 100 steps, hold, and fall linearly to 2 % over the last 30 % of the time.
-        left = max(0.0, 1 - self.trained_s / total_s)
-        factor = min(1.0, (self.step + 1) / 100, max(0.02, left / 0.3))
         tower_alone = len(batches) == 1
+        if tower_alone:  # fall linearly
+            progress = (self.step - TOWER_FROM) / (READING_FROM - TOWER_FROM)
+            factor = TOWER_RATE * (1 - 0.9 * progress)
+        else:  # warm up over 100 steps, hold, and fall linearly to 2 % over the last half of the time
+            left = max(0.0, 1 - self.trained_s / total_s)
+            factor = min(1.0, (self.step + 1) / 100, max(0.02, left / 0.5))
         losses = []
         for batch in batches:
             with torch.autocast("cpu", torch.bfloat16):
@@ -275,7 +285,7 @@ class Trainer:
                 layer.router_bias += BALANCE_RATE * factor * torch.sign(share_E.mean() - share_E)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * factor * (TOWER_RATE if tower_alone else 1)
+            optimizer.param_groups[0]["lr"] = rate * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -286,10 +296,11 @@ class Trainer:
         saved = time.monotonic()
         log = (self.run / "log.jsonl").open("a", buffering=1)
         for batches in prefetch(self.seed, self.step):
-            start = time.monotonic()
+            start = time.process_time()
             losses = self.update(batches, total_s)
-            self.trained_s += time.monotonic() - start
-            hint = batches[-1].hint_BP22
+            # The processor's time, so that a pause or a busy machine does not count as training.
+            self.trained_s += (time.process_time() - start) / torch.get_num_threads()
+            hint = batches[-1].hint_NPS2
             kind = "reading" if hint is not None and hint[..., 0].any() else "shapes"
             if len(batches) > 1:
                 seen.setdefault("text", []).append(losses[0])

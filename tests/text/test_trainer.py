@@ -40,7 +40,7 @@ def test_batches_repeat_from_their_seed() -> None:
     for first, second in zip(make_batches(5, 9), make_batches(5, 9), strict=True):
         assert np.array_equal(first.ids_BT, second.ids_BT)
         assert first.grid == second.grid
-        assert (first.patches_BPX is None) == (second.patches_BPX is None)
+        assert (first.patches_NPX is None) == (second.patches_NPX is None)
 
 
 def test_only_the_last_reply_is_learned() -> None:
