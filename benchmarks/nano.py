@@ -25,8 +25,8 @@ def reply(model: kimi_lite.Model, sample: Sample) -> str:
     """The answer to the last question of a sample, with the right answers to those before it."""
     model.clear()
     for turn in sample.turns[:-1]:
-        question = (*model.encode(turn.pictures), turn.question) if turn.pictures else turn.question
-        model.conversation.messages += [Message("user", question), Message("assistant", turn.answer)]
+        question = Message("user", [*model.encode(turn.pictures), turn.question])
+        model.conversation.messages += [question, Message("assistant", turn.answer)]
     last = sample.turns[-1]
     events = model.chat(last.question, images=last.pictures, max_tokens=MAX_TOKENS)
     return "".join(event.text for event in events if event.kind == "answer").strip()
