@@ -113,30 +113,42 @@ def pack(matrix: Matrix) -> Matrix:
     return Matrix(layout, data, matrix.rows, matrix.columns, matrix.count)
 
 
+@dataclass(frozen=True)
 class Mlp:
-    """One or more SwiGLU experts of width F on model width D, from packed runs or from three stacked matrices."""
+    """`count` SwiGLU experts of width F on model width D: packed runs one after the other, or three stacked matrices."""
 
-    def __init__(self, gate: list[Any], up: list[Any], down: list[Any]) -> None:
-        self.handle = _kernels.Mlp()
-        for parts in zip(gate, up, down, strict=True):
-            self.handle.add(*parts)
+    F: int
+    D: int
+    count: int
+    layout: str = ""  # of packed runs
+    data: NDArray[np.uint8] | None = None  # `count` runs of `formats.packed.mlp_bytes` bytes
+    matrices: tuple[Matrix, Matrix, Matrix] | None = None  # gate, up, down, as a standard GGUF has them
 
-    @classmethod
-    def packed(cls, layout: str, data: NDArray[np.uint8], F: int, D: int, count: int) -> "Mlp":
-        """From `count` runs of `formats.packed.mlp_bytes` bytes."""
-        block, size, stride = row_block_bytes(layout, D), matrix_bytes(layout, F, D), mlp_bytes(layout, F, D)
-        at = [i * stride for i in range(count)]
-        make = _kernels.Weights
-        return cls(
-            [make(layout, data, start, 2 * block, F, D) for start in at],
-            [make(layout, data, start + block, 2 * block, F, D) for start in at],
-            [make(layout, data, start + 2 * size, row_block_bytes(layout, F), D, F) for start in at],
-        )
-
-    @classmethod
-    def stacked(cls, gate: Matrix, up: Matrix, down: Matrix) -> "Mlp":
-        """From three matrices of equal count, as a standard GGUF has them."""
-        return cls(gate.handles, up.handles, down.handles)
+    @cached_property
+    def handle(self) -> Any:
+        """What the C++ functions take."""
+        handle = _kernels.Mlp()
+        if self.matrices is not None:
+            for parts in zip(*(matrix.handles for matrix in self.matrices), strict=True):
+                handle.add(*parts)
+            return handle
+        assert self.data is not None
+        block, size = row_block_bytes(self.layout, self.D), matrix_bytes(self.layout, self.F, self.D)
+        for expert in range(self.count):
+            at = expert * mlp_bytes(self.layout, self.F, self.D)
+            handle.add(
+                _kernels.Weights(self.layout, self.data, at, 2 * block, self.F, self.D),
+                _kernels.Weights(self.layout, self.data, at + block, 2 * block, self.F, self.D),
+                _kernels.Weights(
+                    self.layout,
+                    self.data,
+                    at + 2 * size,
+                    row_block_bytes(self.layout, self.F),
+                    self.D,
+                    self.F,
+                ),
+            )
+        return handle
 
 
 def linear(matrix: Matrix, x_TI: Float) -> Float:
@@ -220,55 +232,69 @@ class Router:
     scale: float  # what the acting experts' weights sum to
 
 
-def attention_layer(
-    *,
-    norm_D: Float,
-    q: Matrix,
-    kv_a: Matrix,
-    kv_norm_C: Float,
-    k_b: Matrix,
-    v_b: Matrix,
-    o: Matrix,
-    eps: float,
-    kv_eps: float,
-    scale: float,
-) -> "_kernels.AttentionLayer":
-    """A layer's attention as `attend` takes it: q [H·(N+R), D], kv_a [C+R, D], k_b H × [C, N], v_b H × [V, C],
-    o [D, H·V]. `scale` is the softmax's."""
-    return _kernels.AttentionLayer(
-        norm_D,
-        q.handles[0],
-        kv_a.handles[0],
-        kv_norm_C,
-        k_b.handles,
-        v_b.handles,
-        o.handles[0],
-        eps,
-        kv_eps,
-        scale,
-    )
+@dataclass(frozen=True)
+class AttentionLayer:
+    """A layer's attention: q [H·(N+R), D], kv_a [C+R, D], k_b H × [C, N], v_b H × [V, C], o [D, H·V]."""
+
+    norm_D: Float
+    q: Matrix
+    kv_a: Matrix
+    kv_norm_C: Float
+    k_b: Matrix
+    v_b: Matrix
+    o: Matrix
+    eps: float
+    kv_eps: float
+    scale: float  # of the softmax
+
+    @cached_property
+    def handle(self) -> Any:
+        """What the C++ functions take."""
+        return _kernels.AttentionLayer(
+            self.norm_D,
+            self.q.handles[0],
+            self.kv_a.handles[0],
+            self.kv_norm_C,
+            self.k_b.handles,
+            self.v_b.handles,
+            self.o.handles[0],
+            self.eps,
+            self.kv_eps,
+            self.scale,
+        )
 
 
-def feed_forward_layer(
-    *, norm_D: Float, eps: float, shared: Mlp, routed: Mlp | None, router: Router | None
-) -> "_kernels.FeedForwardLayer":
-    """A layer's feed-forward half as `feed_forward` takes it; a dense layer is its shared MLP alone."""
-    if routed is None or router is None:
-        return _kernels.FeedForwardLayer(norm_D, shared.handle, eps, None, None, None, 0, 0.0)
-    return _kernels.FeedForwardLayer(
-        norm_D,
-        shared.handle,
-        eps,
-        router.weight_ED,
-        router.bias_E,
-        routed.handle,
-        router.n_active,
-        router.scale,
-    )
+@dataclass(frozen=True)
+class FeedForwardLayer:
+    """A layer's feed-forward half; a dense layer is its shared MLP alone."""
+
+    norm_D: Float
+    eps: float
+    shared: Mlp
+    routed: Mlp | None = None
+    router: Router | None = None
+
+    @cached_property
+    def handle(self) -> Any:
+        """What the C++ functions take."""
+        if self.routed is None or self.router is None:
+            return _kernels.FeedForwardLayer(
+                self.norm_D, self.shared.handle, self.eps, None, None, None, 0, 0.0
+            )
+        return _kernels.FeedForwardLayer(
+            self.norm_D,
+            self.shared.handle,
+            self.eps,
+            self.router.weight_ED,
+            self.router.bias_E,
+            self.routed.handle,
+            self.router.n_active,
+            self.router.scale,
+        )
 
 
 def attend(
-    layer: "_kernels.AttentionLayer",
+    layer: AttentionLayer,
     x_TD: Float,
     cos_TR: Float,
     sin_TR: Float,
@@ -279,12 +305,12 @@ def attend(
 
     cos and sin are [T, R/2]: the angles by which the pairs (x[2i], x[2i+1]) turn.
     """
-    _kernels.attention_layer(layer, x_TD, cos_TR, sin_TR, cache, start)
+    _kernels.attention_layer(layer.handle, x_TD, cos_TR, sin_TR, cache, start)
 
 
-def feed_forward(layer: "_kernels.FeedForwardLayer", x_TD: Float) -> None:
+def feed_forward(layer: FeedForwardLayer, x_TD: Float) -> None:
     """x += experts(norm(x)), in place."""
-    _kernels.feed_forward_layer(layer, x_TD)
+    _kernels.feed_forward_layer(layer.handle, x_TD)
 
 
 use_isa(os.environ.get("KIMI_LITE_ISA"), "KIMI_LITE_ISA")

@@ -23,8 +23,8 @@ from kimi_lite.formats.config import TextConfig
 from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.formats.packed import LAYOUTS, matrix_bytes, mlp_bytes
 from kimi_lite.formats.vocab import Vocab
-from kimi_lite.runtime import _kernels, kernels
-from kimi_lite.runtime.kernels import Float, Matrix, Mlp, Router
+from kimi_lite.runtime import kernels
+from kimi_lite.runtime.kernels import AttentionLayer, FeedForwardLayer, Float, Matrix, Mlp, Router
 
 PACKED_VERSION = 1
 # Types that the kernels multiply; a file may hold others only where they are turned into floats at load.
@@ -35,8 +35,8 @@ MATRIX_TYPES = frozenset("F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 IQ4_NL IQ4_XS Q4
 class Layer:
     """One layer's two halves, as the kernels take them."""
 
-    attention: "_kernels.AttentionLayer"
-    feed_forward: "_kernels.FeedForwardLayer"
+    attention: AttentionLayer
+    feed_forward: FeedForwardLayer
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _layer(read: "_Tensors", c: TextConfig, index: int) -> Layer:
     D, H, F, at = c.hidden_size, c.n_heads, c.expert_hidden_size, f"blk.{index}."
     moe = index >= c.n_dense_layers
     k_b, v_b = _expansion(read, c, at)
-    attention = kernels.attention_layer(
+    attention = AttentionLayer(
         norm_D=read.floats(f"{at}attn_norm.weight", D),
         q=read.matrix(f"{at}attn_q.weight", H * (c.nope_dim + c.rope_dim), D),
         kv_a=read.matrix(f"{at}attn_kv_a_mqa.weight", c.kv_rank + c.rope_dim, D),
@@ -132,10 +132,7 @@ def _layer(read: "_Tensors", c: TextConfig, index: int) -> Layer:
     norm = read.floats(f"{at}ffn_norm.weight", D)
     if not moe:
         dense = read.mlp(f"{at}ffn", "", c.dense_hidden_size, D)
-        feed_forward = kernels.feed_forward_layer(
-            norm_D=norm, eps=c.rms_eps, shared=dense, routed=None, router=None
-        )
-        return Layer(attention, feed_forward)
+        return Layer(attention, FeedForwardLayer(norm, c.rms_eps, dense))
     router = Router(
         read.floats(f"{at}ffn_gate_inp.weight", c.n_experts, D),
         read.floats(f"{at}exp_probs_b.bias", c.n_experts),
@@ -144,10 +141,7 @@ def _layer(read: "_Tensors", c: TextConfig, index: int) -> Layer:
     )
     shared = read.mlp(f"{at}ffn", "_shexp", c.n_shared * F, D)
     routed = read.mlp(f"{at}ffn", "_exps", F, D, c.n_experts)
-    feed_forward = kernels.feed_forward_layer(
-        norm_D=norm, eps=c.rms_eps, shared=shared, routed=routed, router=router
-    )
-    return Layer(attention, feed_forward)
+    return Layer(attention, FeedForwardLayer(norm, c.rms_eps, shared, routed, router))
 
 
 def _expansion(read: "_Tensors", c: TextConfig, at: str) -> tuple[Matrix, Matrix]:
@@ -210,12 +204,10 @@ class _Tensors:
             tensor = self._get(name)
             self.bytes[name] = tensor.data.size
             layout = self._entry(name, "mlp", count, F, D, lambda s: count * mlp_bytes(s, F, D))
-            return Mlp.packed(layout, tensor.data, F, D, count)
-        return Mlp.stacked(
-            self.matrix(f"{stem}_gate{kind}.weight", F, D, count),
-            self.matrix(f"{stem}_up{kind}.weight", F, D, count),
-            self.matrix(f"{stem}_down{kind}.weight", D, F, count),
-        )
+            return Mlp(F, D, count, layout, tensor.data)
+        gate, up = (self.matrix(f"{stem}_{part}{kind}.weight", F, D, count) for part in ("gate", "up"))
+        down = self.matrix(f"{stem}_down{kind}.weight", D, F, count)
+        return Mlp(F, D, count, matrices=(gate, up, down))
 
     def check_room(self) -> None:
         """Raise DoesNotFitError if what must be packed at load exceeds the memory that is free."""

@@ -185,13 +185,14 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts_and_the_shared_one(isa: st
     D, F, E, T = 64, 32, 5, 11
 
     def stack(count: int, width: int) -> tuple[Mlp, list[list[NDArray[Any]]]]:
-        made = [packed(rng, "q4g32", O, I, count) for O, I in ((width, D), (width, D), (D, width))]
+        gate, up = (packed(rng, "q4g32", width, D, count) for _ in range(2))
+        made = (gate, up, packed(rng, "q4g32", D, width, count))
         per = [np.split(m.data, count) for m in made]
         weights = [
             [unpack(per[i][e], "q4g32", made[i].rows, made[i].columns) for i in range(3)]
             for e in range(count)
         ]
-        return Mlp.stacked(*made), weights
+        return Mlp(width, D, count, matrices=made), weights
 
     (routed, w_routed), (shared, w_shared) = stack(E, F), stack(1, 2 * F)
     x = rng.standard_normal((T, D), dtype=np.float32)

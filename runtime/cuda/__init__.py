@@ -1,0 +1,1 @@
+"""One graphics card: its kernels, and its Python face."""

@@ -1,0 +1,85 @@
+"""What the engine asks of an accelerator: memory, a stream of work in order, and the halves of a layer.
+
+`CudaDevice` keeps this contract on a card, `SimulatedDevice` on CPU threads with the timing of a card. Scheduling,
+placement and what happens on bad days know this page only. Products, norms and sums follow the order of
+docs/kernels.md, so that a device gives the bits of the CPU engine, wherever an expert lies.
+
+Dimension key:  T tokens   D hidden   R rope   A active experts   V vocabulary   M experts that ran on the CPU
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kimi_lite.errors import DoesNotFitError, KimiLiteError
+from kimi_lite.runtime.kernels import Float
+from kimi_lite.runtime.weights import Layer, Weights
+
+
+class DeviceMemoryError(DoesNotFitError):
+    """The device has no room for what was asked; nothing of it was kept."""
+
+
+class DeviceLostError(KimiLiteError):
+    """The device failed, or its driver did; nothing on it can be used any more."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What the CPU needs to run the chosen experts that are not on the device."""
+
+    h_TD: Float  # the normalised input of all experts
+    ids_TA: NDArray[np.int32]  # ascending in each row
+    weights_TA: Float
+
+
+class Device(Protocol):
+    """One accelerator with one model's weights on it. Calls are queued in order; those that return arrays wait."""
+
+    name: str
+
+    def free_bytes(self) -> int:
+        """Of memory that an upload could take now."""
+
+    def load_layer(self, index: int, layer: Layer, experts: Sequence[int] | None) -> None:
+        """Upload a layer: attention, norms, router, shared (or dense) MLP, and these routed experts; None for all.
+
+        Raises DeviceMemoryError; the layer then is not there.
+        """
+
+    def load_ends(self, weights: Weights) -> None:
+        """Upload the last norm and the head. Embedding rows are looked up on the CPU."""
+
+    def reserve_cache(self, context: int) -> None:
+        """Room for the latent cache of all layers that were loaded. Raises DeviceMemoryError."""
+
+    def rewind(self, n: int) -> None:
+        """Forget cached positions from n on."""
+
+    def begin(self, x_TD: Float, cos_TR: Float, sin_TR: Float, start: int) -> None:
+        """Make x the residual stream of T tokens that stand from position `start` on."""
+
+    def attend(self, index: int) -> None:
+        """x += attention(norm(x)), the tokens' latents and rotated keys being cached."""
+
+    def route(self, index: int, *, wanted: bool) -> Routed | None:
+        """norm(x), and which experts act; `wanted` waits for it and brings it to the CPU."""
+
+    def run_experts(self, index: int) -> None:
+        """Start the shared MLP and the chosen experts that are on the device."""
+
+    def add_experts(self, index: int, outputs_MD: Float | None) -> None:
+        """x += the weighted sum over the chosen experts in order of index, plus the shared MLP.
+
+        `outputs_MD` are the outputs, not weighted, of the chosen experts that are not on the device, in the order of
+        ids_TA's entries read row by row; None if all are on it.
+        """
+
+    def logits(self) -> Float:
+        """Of the last token: float32 [V]."""
+
+    def close(self) -> None:
+        """Give all memory back."""
