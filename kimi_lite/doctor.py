@@ -15,8 +15,9 @@ from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.formats.packed import LAYOUTS
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cache import LatentCache
-from kimi_lite.runtime.image_cache import default_directory
-from kimi_lite.runtime.weights import open_weights
+from kimi_lite.runtime.image_cache import ImageCache, default_directory
+from kimi_lite.runtime.vision import ImageEncoder, open_vision
+from kimi_lite.runtime.weights import Weights, open_weights
 
 BEST_ISA = "avx512vnni"
 
@@ -72,8 +73,7 @@ def file_report(path: Path) -> Iterator[str]:
         f"heads     {c.n_heads} of {c.nope_dim} + {c.rope_dim}, values {c.value_dim}, latent {c.kv_rank}, "
         f"rope theta {c.rope_theta:g}"
     )
-    beside = mmproj_beside(path)
-    yield f"pictures  {beside.name}" if beside.exists() else f"pictures  none: {beside.name} is not beside it"
+    yield f"pictures  {_image_side(weights)}"
     per_token = LatentCache.bytes_per_token(c)
     yield f"context   {c.context_length} tokens, {per_token / 1e3:.1f} kB of cache each"
     yield f"decoding  reads {weights.token_bytes / 1e9:.3f} GB a token"
@@ -86,3 +86,22 @@ def file_report(path: Path) -> Iterator[str]:
         form = LAYOUTS.get(kind)
         bits = f", {form.bits_per_weight:g} bits a weight" if form else ""
         yield f"  {kind:8} {counts[kind]:5} tensors {size / 1e9:9.3f} GB{bits}"
+
+
+def _image_side(weights: Weights) -> str:
+    """Whether pictures work, and from where; what would stop the first one is raised here."""
+    beside = mmproj_beside(weights.path)
+    if beside.exists():
+        side, where = (
+            ImageEncoder(beside, weights.config.hidden_size, ImageCache(None)),
+            f"{beside.name} beside it",
+        )
+    elif weights.image_side:
+        side, where = (
+            ImageEncoder(weights.image_side, weights.config.hidden_size, ImageCache(None)),
+            "this file",
+        )
+        open_vision(weights.image_side)
+    else:
+        return f"none: the file holds no image side, and {beside.name} is not beside it"
+    return f"in {where}, up to {side.image.token_limit // 4} tokens each before padding"
