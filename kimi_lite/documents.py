@@ -7,11 +7,13 @@
     clip.mp4#times=0.5,12       the frames shown at these seconds
 
 The model has no notion of time: frames are pictures in order, as its makers recommend. How many, and where, is our own
-choice.
+choice. What is here runs in a process of its own (kimi_lite/isolated.py); `on_next` is told the name of each picture before
+it is decoded.
 """
 
 import io
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +26,19 @@ SCALE = 2.0  # pixels a point: 144 a inch, at which small print is legible
 PAGE_PIXELS = 8_000_000  # of a rendered page; a larger sheet gets fewer pixels an inch
 SEARCH = 900  # frames decoded between the nearest key frame and the one that is asked for
 FRAME_PIXELS = 100_000_000
+OnNext = Callable[[str], None]
 
 
-def pdf_pages(data: bytes, name: str, selection: tuple[str, str] | None) -> list[Picture]:
-    """Rendered pages. Raises UsageError: a password, damage, a page that does not exist, the extra missing."""
+def pdf_pages(
+    data: bytes, name: str, selection: tuple[str, str] | None, on_next: OnNext
+) -> Iterator[Picture]:
+    """Rendered pages. Raises UsageError: a password, damage, a page that does not exist."""
+    import pypdfium2
+
     if selection and selection[0] != "pages":
         raise UsageError(
             f"{name}: #{selection[0]}= selects frames of a video, but this is a PDF; use #pages="
         )
-    try:
-        import pypdfium2
-    except ImportError:
-        raise UsageError(f"{name}: reading a PDF needs pypdfium2; pip install 'kimi-lite[pdf]'") from None
     try:
         document = pypdfium2.PdfDocument(data)
         n = len(document)
@@ -54,7 +57,9 @@ def pdf_pages(data: bytes, name: str, selection: tuple[str, str] | None) -> list
             )
         else:
             raise UsageError(f"{name}: a PDF without pages")
-        return [Picture(f"{name} page {i}", _page(document, i, name)) for i in numbers]
+        for number in numbers:
+            on_next(page := f"{name} page {number}")
+            yield Picture(page, _page(document, number, name))
     finally:
         document.close()
 
@@ -91,14 +96,14 @@ def _numbers(text: str, n: int, name: str) -> list[int]:
     return out
 
 
-def video_frames(source: Path | io.BytesIO, name: str, selection: tuple[str, str] | None) -> list[Picture]:
-    """Frames of a video. Raises UsageError: no pictures inside, damage, times beyond its end, the extra missing."""
+def video_frames(
+    source: Path | io.BytesIO, name: str, selection: tuple[str, str] | None, on_next: OnNext
+) -> Iterator[Picture]:
+    """Frames of a video. Raises UsageError: no pictures inside, damage, times beyond its end."""
+    import av
+
     if selection and selection[0] == "pages":
         raise UsageError(f"{name}: #pages= selects in a PDF, but this is a video; use #frames= or #times=")
-    try:
-        import av
-    except ImportError:
-        raise UsageError(f"{name}: reading a video needs PyAV; pip install 'kimi-lite[video]'") from None
     try:
         with av.open(str(source) if isinstance(source, Path) else source) as container:
             if not container.streams.video:
@@ -107,8 +112,9 @@ def video_frames(source: Path | io.BytesIO, name: str, selection: tuple[str, str
             if stream.codec_context.width * stream.codec_context.height > FRAME_PIXELS:
                 raise UsageError(f"{name}: its frames are too large; shrink it first")
             duration = _duration(container, stream)
-            times = _times(selection, duration, name)
-            return [Picture(f"{name} at {t:.1f} s", _frame(container, stream, t, name)) for t in times]
+            for t in _times(selection, duration, name):
+                on_next(moment := f"{name} at {t:.1f} s")
+                yield Picture(moment, _frame(container, stream, t, name))
     except (av.FFmpegError, MemoryError) as error:
         raise UsageError(f"{name}: a damaged video ({error}); save or download it again") from None
 

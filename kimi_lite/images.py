@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote, unquote_to_bytes
 
 from kimi_lite.errors import UsageError
@@ -107,9 +107,9 @@ def _from_path(path: Path, selection: tuple[str, str] | None, name: str) -> list
         with path.open("rb") as file:
             head = file.read(4096)
             if _is_video(head):  # may be large: it is read where it lies
-                from kimi_lite.documents import video_frames
+                from kimi_lite.isolated import decoded
 
-                return video_frames(path, name, selection)
+                return decoded("video", path, name, selection)
             data = head + file.read(MAX_BYTES + 1 - len(head))
     except FileNotFoundError:
         raise UsageError(f"{name}: not found; give the path of a picture") from None
@@ -122,14 +122,13 @@ def from_bytes(data: bytes, name: str, selection: tuple[str, str] | None = None)
     """The picture, pages or frames that a file's content holds. Raises UsageError."""
     if len(data) > MAX_BYTES:
         raise UsageError(f"{name}: more than {MAX_BYTES >> 20} MB; make it smaller")
-    if b"%PDF-" in data[:1024]:
-        from kimi_lite.documents import pdf_pages
+    kind: Literal["pdf", "video"] | None = (
+        "pdf" if b"%PDF-" in data[:1024] else "video" if _is_video(data[:4096]) else None
+    )
+    if kind:
+        from kimi_lite.isolated import decoded
 
-        return pdf_pages(data, name, selection)
-    if _is_video(data[:4096]):
-        from kimi_lite.documents import video_frames
-
-        return video_frames(io.BytesIO(data), name, selection)
+        return decoded(kind, data, name, selection)
     if selection:
         raise UsageError(f"{name}: #{selection[0]}= selects in PDFs and videos, but this is neither")
     return [Picture(name, _decode(data, name))]

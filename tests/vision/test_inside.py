@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (out / "nano").symlink_to(NANO)
     for name in ("random", "nano"):
         for to in ("int4", "bf16", "q8_0"):
-            quantize(out / name, out / f"{name}-{to}.gguf", to=to)  # type: ignore[arg-type]
+            quantize(out / name, out / f"{name}-{to}.gguf", to=to)
     return out
 
 
