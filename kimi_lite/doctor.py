@@ -39,10 +39,24 @@ def machine_report() -> Iterator[str]:
     if kernels.isa() == "neon":
         yield "          the image tower's attention runs in plain C++: it has no NEON kernels yet"
     yield f"pictures  on the same kernels; encoded ones are kept in {directory or 'memory only'}"
-    for package, extra, what in (("pypdfium2", "pdf", "PDF pages"), ("av", "video", "video frames")):
+    for package, extra, what in (
+        ("pypdfium2", "pdf", "PDF pages"),
+        ("av", "video", "video frames"),
+        ("pillow_heif", "heic", "HEIC photographs"),
+    ):
         if find_spec(package) is None:
             yield f"          not in use: {what}, which need pip install 'kimi-lite[{extra}]'"
-    for package in ("numpy", "gguf", "tiktoken", "pillow", "pypdfium2", "av", "torch", "llama_cpp"):
+    for package in (
+        "numpy",
+        "gguf",
+        "tiktoken",
+        "pillow",
+        "pypdfium2",
+        "av",
+        "pillow_heif",
+        "torch",
+        "llama_cpp",
+    ):
         if find_spec({"pillow": "PIL"}.get(package, package)) is None:
             continue
         try:

@@ -1,4 +1,5 @@
-"""Pages of a PDF and frames of a video, as pictures. Both need an extra: kimi-lite[pdf], kimi-lite[video].
+"""Pages of a PDF, frames of a video and photographs in HEIC, as pictures. Each needs an extra: kimi-lite[pdf],
+kimi-lite[video], kimi-lite[heic].
 
     report.pdf                  all pages, if there are at most MAX_PAGES
     report.pdf#pages=1,3-5      these pages, counted from 1
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_lite.errors import UsageError
-from kimi_lite.images import MAX_PICTURES, Picture
+from kimi_lite.images import MAX_PICTURES, MAX_PIXELS, Picture, to_rgb
 
 MAX_PAGES = 16
 FRAMES = 8
@@ -168,3 +169,22 @@ def _frame(container: Any, stream: Any, seconds: float, name: str) -> Any:
     if shown is None:
         raise UsageError(f"{name}: no frame at {seconds:.1f} s; the video is damaged or cut short")
     return shown.to_image().convert("RGB")
+
+
+def heic_picture(data: bytes, name: str) -> Iterator[Picture]:
+    """The main picture of a HEIC file, turned and mirrored as the file says. Raises UsageError for damage."""
+    import pillow_heif
+
+    try:
+        file = pillow_heif.open_heif(io.BytesIO(data))  # the header alone; wider channels are cut to 8 bits
+        width, height = file.size
+        if width * height > MAX_PIXELS:
+            raise UsageError(
+                f"{name}: {width}×{height} pixels, more than {MAX_PIXELS // 1_000_000} million; shrink it first"
+            )
+        yield Picture(name, to_rgb(file.to_pillow(), name))
+    except (ValueError, OSError, EOFError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"{name}: a damaged HEIC picture ({reason}); save it again, or as JPEG or PNG"
+        ) from None

@@ -22,22 +22,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import psutil
 
 from kimi_lite.errors import UsageError
-from kimi_lite.images import Picture
+from kimi_lite.images import Kind, Picture
 
 SECONDS = 30.0  # for one page or frame, opening the file included
 MEMORY_BYTES = 2 << 30
 LOOK_S = 0.02  # between two looks at the child
-Kind = Literal["pdf", "video"]
-NEEDS = {"pdf": ("pypdfium2", "reading a PDF needs pypdfium2"), "video": ("av", "reading a video needs PyAV")}
+NEEDS: dict[Kind, tuple[str, str]] = {  # the package to import, and why
+    "pdf": ("pypdfium2", "reading a PDF needs pypdfium2"),
+    "video": ("av", "reading a video needs PyAV"),
+    "heic": ("pillow_heif", "reading a HEIC picture needs pillow-heif"),
+}
 
 
 def decoded(kind: Kind, source: Path | bytes, name: str, selection: tuple[str, str] | None) -> list[Picture]:
-    """Pages of a PDF or frames of a video, chosen as kimi_lite/documents.py says.
+    """Pages of a PDF or frames of a video, chosen as kimi_lite/documents.py says, or the picture of a HEIC file.
 
     Raises:
         UsageError: what cannot be read or chosen, a picture that takes too long or too much memory, a missing extra.
@@ -51,7 +54,8 @@ def decoded(kind: Kind, source: Path | bytes, name: str, selection: tuple[str, s
     if isinstance(source, Path):
         request["path"] = str(source)
     out: list[Picture] = []
-    at, told = name, {}
+    at = name
+    told: dict[str, Any] = {}
     with _child(request, b"" if isinstance(source, Path) else source) as (child, pipe):
         watch = _Watch(child)
         watch.start()
@@ -78,7 +82,7 @@ def decoded(kind: Kind, source: Path | bytes, name: str, selection: tuple[str, s
         code = child.wait()
     if watch.excess:
         raise UsageError(
-            f"{at}: takes more than {watch.excess} to decode; leave it out, or save it as a picture"
+            f"{at}: takes more than {watch.excess} to decode; leave it out, or give it as JPEG or PNG"
         )
     raise UsageError(
         f"{at}: its decoder broke off (code {code}); the file is damaged, save or download it again"
@@ -135,7 +139,7 @@ class _Watch(threading.Thread):
 
 def serve(request: dict[str, Any], data: bytes, out: IO[bytes]) -> None:
     """The child's side: decode what is asked for and write it."""
-    from kimi_lite.documents import pdf_pages, video_frames
+    from kimi_lite.documents import heic_picture, pdf_pages, video_frames
 
     def say(**told: object) -> None:
         out.write(json.dumps(told).encode() + b"\n")
@@ -151,6 +155,8 @@ def serve(request: dict[str, Any], data: bytes, out: IO[bytes]) -> None:
     try:
         if request["kind"] == "pdf":
             pictures = pdf_pages(data, request["name"], selection, on_next)
+        elif request["kind"] == "heic":
+            pictures = heic_picture(data, request["name"])
         else:
             source = Path(request["path"]) if "path" in request else io.BytesIO(data)
             pictures = video_frames(source, request["name"], selection, on_next)

@@ -1,4 +1,4 @@
-"""Pages of a PDF and frames of a video, chosen and unchosen."""
+"""Pages of a PDF, frames of a video, chosen and unchosen, and photographs in HEIC."""
 
 import io
 import shutil
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pillow_heif
 import psutil
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from kimi_lite import isolated
@@ -180,13 +182,63 @@ def test_a_damaged_video_is_one_sentence(video: Path, tmp_path: Path) -> None:
         load_pictures([path])
 
 
-@pytest.mark.parametrize(("package", "extra"), [("pypdfium2", "pdf"), ("av", "video")])
+def heic(picture: Image.Image, orientation: int = 1) -> bytes:
+    """Without loss: RGB itself is coded, at full resolution. The orientation is a property of the container, too."""
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    whole = {"quality": -1, "chroma": 444, "matrix_coefficients": 0}
+    pillow_heif.encode("RGB", picture.size, picture.tobytes(), out, exif=exif.tobytes(), **whole)
+    return out.getvalue()
+
+
+def noise() -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+
+
+def test_a_heic_photograph_comes_out_as_it_was_taken(tmp_path: Path) -> None:
+    path = tmp_path / "IMG_0001.HEIC"
+    path.write_bytes(heic(Image.fromarray(noise())))
+    (found,) = load_pictures([path])
+    assert (found.image.mode, found.name) == ("RGB", str(path))
+    assert np.array_equal(np.asarray(found.image), noise())
+
+
+def test_a_heic_photograph_is_shown_upright() -> None:
+    lying = np.ascontiguousarray(np.rot90(noise(), 1))  # orientation 6: the camera was turned
+    (found,) = load_pictures([heic(Image.fromarray(lying), orientation=6)])
+    assert np.array_equal(np.asarray(found.image), noise())
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"\0\0\0\x18ftypheic" + bytes(99), "a damaged HEIC picture"),
+        (heic(Image.fromarray(noise()))[:-500], "a damaged HEIC picture"),
+        (heic(Image.fromarray(noise()))[:300], "a damaged HEIC picture"),
+    ],
+)
+def test_a_damaged_heic_is_one_sentence(data: bytes, says: str) -> None:
+    with pytest.raises(UsageError, match=says) as error:
+        load_pictures([data])
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_is_selected_in_a_photograph(tmp_path: Path) -> None:
+    (tmp_path / "a.heic").write_bytes(heic(Image.fromarray(noise())))
+    with pytest.raises(UsageError, match="#pages= selects in PDFs and videos, but this is neither"):
+        load_pictures([f"{tmp_path / 'a.heic'}#pages=1"])
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"), [("pypdfium2", "pdf"), ("av", "video"), ("pillow_heif", "heic")]
+)
 def test_a_missing_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, pdf: Path, video: Path, package: str, extra: str
 ) -> None:
+    given = {"pdf": pdf, "video": video, "heic": heic(Image.fromarray(noise()))}[extra]
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(UsageError, match=rf"pip install 'kimi-lite\[{extra}\]'"):
-        load_pictures([pdf if extra == "pdf" else video])
+        load_pictures([given])
 
 
 @pytest.mark.parametrize(
