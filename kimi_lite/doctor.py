@@ -36,8 +36,6 @@ def machine_report() -> Iterator[str]:
         yield f"          this processor has no {BEST_ISA}, for which the fastest kernels are written"
     yield "graphics  not in use: this version runs on the CPU"
     directory = default_directory()
-    if kernels.isa() == "neon":
-        yield "          the image tower's attention runs in plain C++: it has no NEON kernels yet"
     yield f"pictures  on the same kernels; encoded ones are kept in {directory or 'memory only'}"
     for package, extra, what in (
         ("pypdfium2", "pdf", "PDF pages"),
