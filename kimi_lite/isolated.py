@@ -56,9 +56,8 @@ def decoded(kind: Kind, source: Path | bytes, name: str, selection: tuple[str, s
     out: list[Picture] = []
     at = name
     told: dict[str, Any] = {}
-    with _child(request, b"" if isinstance(source, Path) else source) as (child, pipe):
-        watch = _Watch(child)
-        watch.start()
+    data = b"" if isinstance(source, Path) else source
+    with _child(request, data) as (child, pipe), _Watch(child) as watch:
         for line in pipe:
             told = json.loads(line) if line.endswith(b"\n") else {}  # cut off where the child was ended
             if "next" in told:
@@ -114,9 +113,18 @@ class _Watch(threading.Thread):
     """Ends the child when one picture takes too long or all of it too much memory; `excess` says of what."""
 
     def __init__(self, child: subprocess.Popen[bytes]) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self.child, self.excess = child, ""
+        self.over = threading.Event()
         self.renew()
+
+    def __enter__(self) -> "_Watch":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.join()
 
     def renew(self) -> None:
         self.deadline = time.monotonic() + SECONDS
@@ -124,7 +132,7 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         try:
             process = psutil.Process(self.child.pid)
-            while self.child.poll() is None:
+            while not self.over.wait(LOOK_S):
                 if time.monotonic() > self.deadline:
                     self.excess = f"{SECONDS:g} seconds"
                 elif process.memory_info().rss > MEMORY_BYTES:
@@ -132,7 +140,6 @@ class _Watch(threading.Thread):
                 if self.excess:
                     self.child.kill()
                     return
-                time.sleep(LOOK_S)
         except psutil.Error:  # it has just ended
             return
 

@@ -102,6 +102,8 @@ def open_weights(path: Path, *, pack: bool = True) -> Weights:
     routed = sum(read.bytes[n] for n in read.bytes if "_exps" in n)
     fixed = sum(read.bytes.values()) - routed - read.bytes["token_embd.weight"]
     token_bytes = fixed + routed * c.n_active // c.n_experts
+    for key in [k for k in file.metadata if k.startswith("tokenizer.")]:
+        del file.metadata[key]  # some 20 MB that `vocab` now holds in its own form
     return Weights(
         path,
         config,
