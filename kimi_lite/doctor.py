@@ -103,17 +103,11 @@ def file_report(path: Path) -> Iterator[str]:
 def _image_side(weights: Weights) -> str:
     """Whether pictures work, and from where; what would stop the first one is raised here."""
     beside = mmproj_beside(weights.path)
-    if beside.exists():
-        side, where = (
-            ImageEncoder(beside, weights.config.hidden_size, ImageCache(None)),
-            f"{beside.name} beside it",
-        )
-    elif weights.image_side:
-        side, where = (
-            ImageEncoder(weights.image_side, weights.config.hidden_size, ImageCache(None)),
-            "this file",
-        )
-        open_vision(weights.image_side)
-    else:
+    side = beside if beside.exists() else weights.image_side
+    if side is None:
         return f"none: the file holds no image side, and {beside.name} is not beside it"
-    return f"in {where}, up to {side.image.token_limit // 4} tokens each before padding"
+    encoder = ImageEncoder(side, weights.config.hidden_size, ImageCache(None))
+    if side is weights.image_side:
+        open_vision(side)  # an mmproj file would be packed for that, which takes seconds
+    where = "this file" if side is weights.image_side else f"{beside.name} beside it"
+    return f"in {where}, up to {encoder.image.token_limit // 4} tokens each before padding"

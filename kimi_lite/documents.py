@@ -8,8 +8,8 @@ kimi-lite[video], kimi-lite[heic].
     clip.mp4#times=0.5,12       the frames shown at these seconds
 
 The model has no notion of time: frames are pictures in order, as its makers recommend. How many, and where, is our own
-choice. What is here runs in a process of its own (kimi_lite/isolated.py); `on_next` is told the name of each picture before
-it is decoded.
+choice. What is here runs in a process of its own (kimi_lite/isolated.py); `on_next` is told the name of each picture
+before it is decoded.
 """
 
 import io

@@ -136,7 +136,7 @@ def from_bytes(data: bytes, name: str, selection: tuple[str, str] | None = None)
 
 
 def _kind(head: bytes) -> Kind | None:
-    """What kimi_lite/isolated.py decodes: PDF; MP4, QuickTime, Matroska, WebM and AVI; HEIC. None for other pictures."""
+    """What kimi_lite/isolated.py decodes: PDF; MP4, QuickTime, Matroska, WebM and AVI; HEIC. Else None."""
     if b"%PDF-" in head[:1024]:
         return "pdf"
     if brands := _brands(head):

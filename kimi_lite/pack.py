@@ -59,32 +59,30 @@ def pack(path: Path, out: Path, progress: Progress | None = None, *, mmproj: Pat
     """
     if out.is_dir():
         raise UsageError(f"{out} is a directory; give the name of the file to write")
-    if out.exists() and out.samefile(path):
-        raise UsageError(f"{out}: the packed file cannot take the place of the one it is made from")
-    weights = open_weights(path, pack=False)  # says what is wrong before a byte is written
     if mmproj is None and mmproj_beside(path).exists():
         mmproj = mmproj_beside(path)
+    for source in (path, mmproj):
+        if source is not None and source.exists() and out.exists() and out.samefile(source):
+            raise UsageError(f"{out}: the packed file cannot take the place of one that it is made from")
+    weights = open_weights(path, pack=False)  # says what is wrong before a byte is written
     file = GgufFile(path)
     if mmproj is None and "kimi_lite.packed.version" in file.metadata:
         raise UsageError(f"{path} is packed already; it runs as it is")
     entries = list(_text(file))
     if mmproj is None and not any(entry.table for entry in entries):
         raise UsageError(f"{path}: none of its types has a packed layout; it runs as it is")
-    metadata = {k: v for k, v in file.metadata.items() if not k.startswith(("clip.", "kimi_lite."))}
+    ours = ("clip.", "kimi_lite.packed.", "kimi_lite.in_token_limit")
+    metadata = {k: v for k, v in file.metadata.items() if not k.startswith(ours)}
     if mmproj is not None:
-        side = ImageEncoder(
-            mmproj, weights.config.hidden_size, ImageCache(None)
-        )  # the same for the image side
+        side = ImageEncoder(mmproj, weights.config.hidden_size, ImageCache(None))
         metadata |= {k: v for k, v in side.file.metadata.items() if k.startswith("clip.")}
         metadata["kimi_lite.in_token_limit"] = side.image.token_limit
         entries += _image_side(open_vision(side.file))
         warn_of_mmproj_beside(out)
     packed = [(entry.spec.name, *entry.table) for entry in entries if entry.table]
     metadata |= {"general.alignment": PAGE, "kimi_lite.packed.version": PACKED_VERSION}
-    for key, column in zip(
-        ("name", "layout", "kind", "count", "rows", "columns"), zip(*packed, strict=True), strict=True
-    ):
-        metadata[f"kimi_lite.packed.{key}"] = list(column)
+    for i, key in enumerate(("name", "layout", "kind", "count", "rows", "columns")):
+        metadata[f"kimi_lite.packed.{key}"] = [row[i] for row in packed]
     total, done = sum(entry.spec.n_bytes for entry in entries), 0
     kernels.set_threads(None)
     with GgufWriter(out, metadata, [entry.spec for entry in entries], PAGE) as writer:
@@ -101,9 +99,9 @@ def _text(file: GgufFile) -> Iterator[_Entry]:
     """The text model's tensors: packed where their type has a layout, else as they are."""
     table = packed_table(file)
     for tensor in file.tensors.values():
-        layout = _layout(tensor)
         if of_image_side(tensor.name):
             continue
+        layout = _layout(tensor)
         if layout is None:
             spec = TensorSpec(tensor.name, tensor.type, tensor.shape)
             yield _Entry(spec, partial(_copied, file, tensor), table.get(tensor.name))

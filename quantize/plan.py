@@ -1,7 +1,8 @@
 """What the output holds: every tensor's name, type and shape, where its rows come from, and the file's metadata.
 
-Two walks over the published names give all outputs: the text model, standard or packed, and the image side, as an `mmproj`
-GGUF of its own or packed behind the text model. Types per tensor are tables here, so that a change of recipe is a change of data.
+Two walks over the published names give all outputs: the text model, standard or packed, and the image side, as an
+`mmproj` GGUF of its own or packed behind the text model. Types per tensor are tables here, so that a change of recipe is
+a change of data.
 
 Dimension key:  D hidden   H heads   N/R/V/C no-rope, rope, value, latent   E experts   F expert width
 """

@@ -52,7 +52,7 @@ class Tensors:
     def stored(
         self, name: str, kind: str, count: int, rows: int, columns: int, n_bytes: Callable[[str], int]
     ) -> tuple[str, NDArray[np.uint8]]:
-        """A packed tensor's layout and bytes, once its description agrees with the configuration and with its length."""
+        """A packed tensor's layout and bytes, once its description fits the configuration and its length."""
         data = self.get(name).data
         layout, *found = self.packed.get(name, ("none",))
         if tuple(found) != (kind, count, rows, columns):

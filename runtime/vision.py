@@ -2,8 +2,9 @@
 
 Weights are int8 in groups of 32 (q8g32), 0.48 GB at full size, so that every product runs on the integer kernels of the
 text model. A packed file holds them so, behind the text model, and they are read where they lie; an mmproj file's are
-packed when it is opened, to the same bits. The patch projection stays in float32, since a pixel is worth its eight bits. Rows are worked on in pieces of 512, so that memory beside the weights grows with the picture
-only by the residual stream and by 16-bit queries, keys and values.
+packed when it is opened, to the same bits. The patch projection stays in float32, since a pixel is worth its eight
+bits. Rows are worked on in pieces of 512, so that memory beside the weights grows with the picture only by the residual
+stream and by 16-bit queries, keys and values.
 
 Pictures of different sizes share the products and never see each other: each has keys and values of its own. A
 picture gives the same bits alone or in company, on every instruction set and thread count; the finished rows are
@@ -38,14 +39,8 @@ ROPE_THETA = 10000.0
 LAYOUT = "q8g32"  # of all matrices but the patch projection
 POSITIONS = "v.position_embd.weight"
 QKV = ("attn_q", "attn_k", "attn_v")
-BLOCK = (
-    "ln1",
-    "attn_qkv",
-    "attn_out",
-    "ln2",
-    "ffn_up",
-    "ffn_down",
-)  # a block's parts, as a packed file names them
+# A block's parts as a packed file names them, in Block's order.
+BLOCK = ("ln1", "attn_qkv", "attn_out", "ln2", "ffn_up", "ffn_down")
 ROWS = 512  # worked on at once: whole blocks of keys, and few enough to stay in the processor's cache
 BATCH_ROWS = 4096  # of pictures that are encoded together
 PACK_ROWS = 256  # rows of a matrix that are floats at one moment while it is packed
@@ -229,9 +224,8 @@ def _in_floats(weight_OI: Float, bias: Float) -> Linear:
 def packed_form(weights: VisionWeights) -> Iterator[tuple[str, Float | Linear]]:
     """The image side's tensors as a packed file holds them: names, and float32 values or a matrix, without its bias."""
     c = weights.config
-    patch_WX = weights.patch.matrix.data.view(np.float32).reshape(c.hidden_size, -1)[
-        :, : weights.patch.columns
-    ]
+    padded_WX = weights.patch.matrix.data.view(np.float32).reshape(c.hidden_size, -1)
+    patch_WX = padded_WX[:, : weights.patch.columns]
     yield "v.patch_embd.weight", patch_WX.reshape(-1, 3, c.patch_size, c.patch_size)
     yield "v.patch_embd.bias", weights.patch.bias
     yield POSITIONS, weights.positions_hwW.reshape(-1, c.hidden_size)

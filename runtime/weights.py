@@ -1,10 +1,11 @@
 """A model file as the runtime needs it: configuration, vocabulary, and every tensor as a view of the memory map.
 
 Reads packed int4 files and standard GGUF files of Kimi-VL and Moonlight alike, in llama.cpp's latent form or in the
-older one that keeps the key and value expansion as one matrix. An image side in the same file is left to runtime/vision. Of a packed file nothing is copied but norms, routers
-and biases. A standard GGUF's matrices are packed at load, losslessly, one after the other into memory of their own,
-and the pages that they came from are let go; `kimi-lite pack` does that once for all. In the older form the expansion
-is dequantized to float32 (8 MB a layer at full size).
+older one that keeps the key and value expansion as one matrix. An image side in the same file is left to
+runtime/vision. Of a packed file nothing is copied but norms, routers and biases. A standard GGUF's matrices are packed
+at load, losslessly, one after the other into memory of their own, and the pages that they came from are let go;
+`kimi-lite pack` does that once for all. In the older form the expansion is dequantized to float32 (8 MB a layer at full
+size).
 
 Dimension key:  D hidden   V vocabulary or value width   H heads   N/R/C no-rope, rope, latent   E experts   F width
 """

@@ -1,4 +1,4 @@
-"""`kimi-lite pack` and `kimi-lite quantize` as a person runs them: one file that answers, and one sentence where there is none."""
+"""`kimi-lite pack` and `kimi-lite quantize` as a person runs them: one file that answers, or one sentence."""
 
 import subprocess
 import sys
@@ -71,7 +71,8 @@ def test_quantize_makes_one_file_that_sees(red: Path, tmp_path: Path) -> None:
     ("arguments", "code", "says"),
     [
         (["none.gguf", "out.gguf"], 3, "none.gguf: not found"),
-        (["m.gguf", "m.gguf"], 2, "cannot take the place of the one it is made from"),
+        (["m.gguf", "m.gguf"], 2, "cannot take the place of one that it is made from"),
+        (["m.gguf", "m-mmproj.gguf"], 2, "cannot take the place of one that it is made from"),
         (["m.gguf", "folder"], 2, "is a directory"),
         (["m.gguf", "out.gguf", "--mmproj", "none.gguf"], 3, "none.gguf: not found"),
         (["m.gguf", "out.gguf", "--mmproj", "m.gguf"], 3, "expected an image side of Kimi-VL"),

@@ -1,4 +1,4 @@
-"""The image side inside the packed file: the separate file's bits, read where they lie, and not before a picture comes."""
+"""The image side inside the packed file: the separate file's bits, read where they lie, when a picture comes."""
 
 import struct
 import sys
@@ -31,7 +31,7 @@ HUGE = 2 << 20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`random` (whose q, k and v do not end at whole row blocks) and `nano` as packed files and as GGUF with an mmproj."""
+    """`random`, whose q, k and v do not end at whole row blocks, and `nano`: packed, and as GGUF with an mmproj."""
     out = tmp_path_factory.mktemp("inside")
     write_checkpoint(out / "random")
     (out / "nano").symlink_to(NANO)
