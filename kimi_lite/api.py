@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kimi_lite.errors import KimiLiteWarning, ModelFileError, UsageError
+from kimi_lite.formats.gguf_file import mmproj_beside
 from kimi_lite.images import MAX_PICTURES, Picture, load_pictures
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.image_cache import ImageCache, default_directory
@@ -204,8 +205,8 @@ class Model:
             others = sorted(str(p) for p in path.parent.glob("*mmproj*.gguf"))
             give = f"--mmproj {others[0]}" if len(others) == 1 else "--mmproj FILE"
             raise UsageError(
-                f"{path.name} has no image side: {mmproj_beside(path)} is not there; name another file with {give}, or "
-                "quantize a Kimi-VL checkpoint, which writes both"
+                f"{path.name} has no image side inside, and {mmproj_beside(path)} is not there; name another file with "
+                f"{give}, or quantize a Kimi-VL checkpoint, whose file holds both"
             )
         if isinstance(images, (str, bytes)):
             raise UsageError("images is a single text; give a list: images=[…]")
@@ -339,8 +340,8 @@ def load(
     """Open a packed int4 or GGUF file; without a path, the small model that ships with kimi-lite.
 
     Args:
-        mmproj: the file with the image side; by default `model-mmproj.gguf` beside `model.gguf`, where `quantize`
-            puts it. Without one the model answers text only.
+        mmproj: the file with the image side; by default `model-mmproj.gguf` beside `model.gguf`, or else what the
+            packed file itself holds. Without any the model answers text only.
         max_image_tokens: a picture becomes at most so many tokens: less detail, less time.
         offline: refuse pictures from the web.
 
@@ -351,17 +352,13 @@ def load(
     path = Path(path) if path is not None else nano_path()
     engine = Engine(path, context=context, threads=threads)
     beside = mmproj_beside(path)
-    found = Path(mmproj) if mmproj is not None else beside if beside.exists() else None
+    inside = engine.weights.image_side
+    found = Path(mmproj) if mmproj is not None else beside if beside.exists() else inside
     encoder = None
     if found is not None:
         cache = ImageCache(default_directory())
         encoder = ImageEncoder(found, engine.weights.config.hidden_size, cache, max_image_tokens)
     return Model(engine, encoder, offline=offline)
-
-
-def mmproj_beside(path: Path) -> Path:
-    """Where the image side of a model file is looked for."""
-    return path.with_name(f"{path.stem}-mmproj.gguf")
 
 
 def nano_path() -> Path:

@@ -1,23 +1,7 @@
 // Every kernel, once, over the sixteen-float vector V, the sixteen-int vector I and the 64-byte weight line L.
 // Included inside an unnamed namespace after a vec_<isa>.h, so nothing here is shared between instruction sets.
 
-// e^x to about one unit in the last place on [-87, 88], clamped outside: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial
-// of degree 6 in r (Taylor, whose first dropped term r^7/5040 is below 2^-27), then 2^n. ln 2 is split in two so that
-// n ln 2 is subtracted exactly.
-static inline V vexp(V x) {
-  x = vmin(vmax(x, vset(-87.0f)), vset(88.0f));
-  const V n = vround(vmul(x, vset(1.44269504088896341f)));
-  V r = vfma(n, vset(-0.693359375f), x);
-  r = vfma(n, vset(2.12194440e-4f), r);
-  V p = vset(1.0f / 720);
-  p = vfma(p, r, vset(1.0f / 120));
-  p = vfma(p, r, vset(1.0f / 24));
-  p = vfma(p, r, vset(1.0f / 6));
-  p = vfma(p, r, vset(0.5f));
-  p = vfma(p, r, vset(1.0f));
-  p = vfma(p, r, vset(1.0f));
-  return vmul(p, vpow2(n));
-}
+#include "vec_exp.h"
 
 static inline V vsigmoid(V x) { return vdiv(vset(1.0f), vadd(vset(1.0f), vexp(vsub(vset(0.0f), x)))); }
 
