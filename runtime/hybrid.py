@@ -11,7 +11,6 @@ Dimension key:  T tokens   D hidden   A active experts   M chosen experts that a
 """
 
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +20,11 @@ from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cost import sizes_of
 from kimi_lite.runtime.cuda.device import Device, DeviceMemoryError, NoDeviceError, Routed
 from kimi_lite.runtime.cuda.find import find_device
-from kimi_lite.runtime.kernels import Float
+from kimi_lite.runtime.kernels import FeedForwardLayer, Float
 from kimi_lite.runtime.model import CpuModel, Spliced, embedded, rope_tables
 from kimi_lite.runtime.placement import Plan, make_plan
 from kimi_lite.runtime.usage import default_directory, load_usage
-from kimi_lite.runtime.weights import FeedForwardLayer, Weights
+from kimi_lite.runtime.weights import Weights
 
 SECOND_TRY = 0.95  # of what is free when the first plan has failed: what took the memory may be growing
 
@@ -45,6 +44,13 @@ class HybridModel:
             self._here.append(None if experts is None else here_E)
         device.load_ends(weights)
         device.reserve_cache(plan.context)
+
+    @property
+    def placement(self) -> str:
+        """Where it runs, for people."""
+        p = self.plan
+        rest = "" if p.whole else ", the others on the CPU"
+        return f"{p.device} with {p.n_resident} of {p.n_experts} experts{rest}"
 
     def forward(self, ids_T: NDArray[np.int32], pictures: Spliced | None = None) -> Float:
         """What `CpuModel.forward` does, bit for bit. Raises DeviceLostError."""
@@ -89,9 +95,7 @@ def _run_missing(f: FeedForwardLayer, routed: Routed, here_E: NDArray[np.bool_])
     return kernels.expert_outputs(f.routed, routed.h_TD, experts_M, tokens_M.astype(np.int32))
 
 
-def place(
-    weights: Weights, context: int, vram: int | None, find: Callable[[], Device] = find_device
-) -> CpuModel | HybridModel:
+def place(weights: Weights, context: int, vram: int | None) -> CpuModel | HybridModel:
     """A model where it runs best.
 
     Args:
@@ -105,7 +109,7 @@ def place(
     if vram == 0:
         return CpuModel(weights, context)
     try:
-        return _on_card(weights, context, vram, find)
+        return _on_card(weights, context, vram)
     except NoDeviceError as error:
         if vram is not None:
             raise NoDeviceError(f"a card was asked for, but {error}; --vram 0 runs on the CPU") from None
@@ -116,12 +120,12 @@ def place(
     return CpuModel(weights, context)
 
 
-def _on_card(weights: Weights, context: int, vram: int | None, find: Callable[[], Device]) -> HybridModel:
-    device = find()
+def _on_card(weights: Weights, context: int, vram: int | None) -> HybridModel:
+    device = find_device()
     try:
         return _load(weights, device, _plan(weights, device, context, vram, 1))
     except DeviceMemoryError:
-        device = find()
+        device = find_device()
     try:
         return _load(weights, device, _plan(weights, device, context, vram, SECOND_TRY))
     except DoesNotFitError as error:

@@ -25,6 +25,8 @@ Spliced = tuple[NDArray[np.int64], NDArray[np.float16]]
 class CpuModel:
     """A text model all on the CPU, and its cache."""
 
+    placement = "the CPU"
+
     def __init__(self, weights: Weights, context: int) -> None:
         """Room for `context` positions, as virtual memory."""
         self.weights, self.cache = weights, LatentCache(weights.config, context)

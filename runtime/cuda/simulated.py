@@ -13,6 +13,7 @@ Dimension key:  T tokens   D hidden   A active experts   V vocabulary   M expert
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ class _Loaded:
     layer: Layer
     size: LayerSize
     here_E: NDArray[np.bool_]
-    cache: object = None
+    cache: Any = None
     h_TD: Float = field(default_factory=lambda: np.empty((0, 0), np.float32))
     ids_TA: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, 0), np.int32))
     weights_TA: Float = field(default_factory=lambda: np.empty((0, 0), np.float32))
@@ -127,12 +128,12 @@ class SimulatedDevice:
     def run_experts(self, index: int) -> None:
         on, f, T = self._layers[index], self._layers[index].layer.feed_forward, len(self._x_TD)
         tokens_M, slots_M = np.nonzero(on.here_E[on.ids_TA])
-        experts_M, tokens_M = on.ids_TA[tokens_M, slots_M], tokens_M.astype(np.int32)
+        experts_M = on.ids_TA[tokens_M, slots_M]
         self._queue(on.size.experts_s(self.speeds, T, len(np.unique(experts_M)), len(experts_M)))
         # Not a number stands for what the CPU has to bring.
         on.outputs_TAD = np.full((*on.ids_TA.shape, on.size.D), np.nan, np.float32)
         if f.routed is not None:
-            outputs_MD = kernels.expert_outputs(f.routed, on.h_TD, experts_M, tokens_M)
+            outputs_MD = kernels.expert_outputs(f.routed, on.h_TD, experts_M, tokens_M.astype(np.int32))
             on.outputs_TAD[tokens_M, slots_M] = outputs_MD
         every_T = np.arange(T, dtype=np.int32)
         on.shared_TD = kernels.expert_outputs(f.shared, on.h_TD, np.zeros_like(every_T), every_T)
