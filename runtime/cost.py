@@ -10,46 +10,21 @@ A kernel takes as long as the slower of its memory traffic and its arithmetic:
     head     last norm, head                                                2 launches
 
 Launches are those of the fused kernels that a layer comes down to. Whatever crosses between card and CPU costs a hand-off
-and its bytes over PCIe. Nothing here is measured: `Speeds` says what was assumed or measured, and by whom.
+and its bytes over PCIe. Nothing here is measured: all speeds come from speeds.py.
 
 Dimension key:  T tokens   D hidden   E routed experts   A active   C latent   R rope   H heads   V vocabulary
 """
 
 from dataclasses import dataclass
 
-from kimi_lite.runtime.kernels import Matrix, Mlp, latent_cache_bytes
+from kimi_lite.formats.packed import matrix_bytes
+from kimi_lite.runtime.kernels import Matrix, Mlp, latent_cache_bytes, packed_as
 from kimi_lite.runtime.model import PREFILL_CHUNK
+from kimi_lite.runtime.speeds import Speeds
 from kimi_lite.runtime.weights import Layer, Weights
 
 ATTEND_LAUNCHES, ROUTE_LAUNCHES, EXPERT_LAUNCHES, ADD_LAUNCHES, HEAD_LAUNCHES = 6, 1, 2, 1, 2
 MANY_POSITIONS = 1 << 15  # over which the cache's whole groups average out
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """What processor, card and the way between them do. The defaults are assumptions, of no machine in particular."""
-
-    cpu_gb_s: float = 40.0  # of weights read while decoding
-    cpu_gmac_s: float = 600.0  # of int8 products in prefill
-    card_gb_s: float = 250.0
-    card_gmac_s: float = 10_000.0
-    pcie_gb_s: float = 12.0
-    launch_us: float = 4.0  # of each kernel
-    hand_off_us: float = 20.0  # from the card to the CPU, or back
-
-    def card_s(self, launches: int, n_bytes: float, macs: float) -> float:
-        """Seconds of kernels on the card."""
-        return (
-            launches * self.launch_us * 1e-6 + max(n_bytes / self.card_gb_s, macs / self.card_gmac_s) * 1e-9
-        )
-
-    def cpu_s(self, n_bytes: float, macs: float) -> float:
-        """Seconds of products on the CPU."""
-        return max(n_bytes / self.cpu_gb_s, macs / self.cpu_gmac_s) * 1e-9
-
-    def crossing_s(self, n_bytes: float) -> float:
-        """Seconds until the other side has these bytes."""
-        return self.hand_off_us * 1e-6 + n_bytes / self.pcie_gb_s * 1e-9
 
 
 @dataclass(frozen=True)
@@ -146,7 +121,7 @@ def sizes_of(weights: Weights) -> Sizes:
     widest = attention + max(experts, c.dense_hidden_size)
     return Sizes(
         kinds,
-        head_bytes=weights.head.data.size + weights.norm_D.nbytes,
+        head_bytes=matrix_size(weights.head) + weights.norm_D.nbytes,
         head_macs=_macs(weights.head),
         V=c.vocab_size,
         workspace_bytes=4 * (PREFILL_CHUNK * widest + c.vocab_size),
@@ -161,7 +136,7 @@ def layer_size(layer: Layer) -> LayerSize:
     R = a.kv_a.rows - C
     routed, router = f.routed, f.router
     return LayerSize(
-        attention_bytes=sum(m.data.size for m in matrices) + a.norm_D.nbytes + a.kv_norm_C.nbytes,
+        attention_bytes=sum(matrix_size(m) for m in matrices) + a.norm_D.nbytes + a.kv_norm_C.nbytes,
         router_bytes=f.norm_D.nbytes + (router.weight_ED.nbytes + router.bias_E.nbytes if router else 0),
         shared_bytes=mlp_size(f.shared),
         expert_bytes=mlp_size(routed) // routed.count if routed else 0,
@@ -179,9 +154,15 @@ def layer_size(layer: Layer) -> LayerSize:
 def mlp_size(mlp: Mlp) -> int:
     """Bytes of all its experts."""
     if mlp.matrices is not None:
-        return sum(m.data.size for m in mlp.matrices)
+        return sum(matrix_size(m) for m in mlp.matrices)
     assert mlp.data is not None
     return mlp.data.size
+
+
+def matrix_size(matrix: Matrix) -> int:
+    """Bytes of a matrix as it runs: packed, if its type has a packed layout."""
+    layout = packed_as(matrix.layout)
+    return matrix.count * matrix_bytes(layout, matrix.rows, matrix.columns) if layout else matrix.data.size
 
 
 def _macs(matrix: Matrix) -> int:

@@ -26,7 +26,7 @@ from kimi_lite.runtime.template import IMAGE_PAD
 from kimi_lite.runtime.tokenizer import Tokenizer
 from kimi_lite.runtime.usage import default_directory, save_usage
 from kimi_lite.runtime.vision import EncodedImage
-from kimi_lite.runtime.weights import open_weights
+from kimi_lite.runtime.weights import Weights, open_weights
 
 DEFAULT_CONTEXT = 32768
 
@@ -51,10 +51,7 @@ class Engine:
             DoesNotFitError: the card's memory, or `vram`, is too small.
         """
         self.weights = open_weights(path)
-        limit = self.weights.config.context_length
-        if context is not None and not 1 <= context <= limit:
-            raise UsageError(f"a context of {context} tokens was asked for; {path.name} allows 1 to {limit}")
-        self.context = context or min(limit, DEFAULT_CONTEXT)
+        self.context = choose_context(self.weights, context)
         self.tokenizer = Tokenizer(self.weights.vocab)
         self.stop_ids = self.tokenizer.stop_ids
         self.tokens: list[int] = []  # those that the cache holds
@@ -213,6 +210,16 @@ class Engine:
         """Ids from here on are padding rows that mean nothing."""
         specials = self.weights.vocab.specials.values()
         return max(specials, default=len(self.weights.vocab.ranks) - 1) + 1
+
+
+def choose_context(weights: Weights, context: int | None) -> int:
+    """Tokens to reserve room for. Raises UsageError for a number that the model does not allow."""
+    limit = weights.config.context_length
+    if context is not None and not 1 <= context <= limit:
+        raise UsageError(
+            f"a context of {context} tokens was asked for; {weights.path.name} allows 1 to {limit}"
+        )
+    return context or min(limit, DEFAULT_CONTEXT)
 
 
 def _meaning(ids: Sequence[int], places: Sequence[Place]) -> list[object]:

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kimi_lite.errors import DoesNotFitError, UsageError
-from kimi_lite.runtime.cost import LayerSize, Sizes, Speeds
+from kimi_lite.runtime.cost import LayerSize, Sizes
+from kimi_lite.runtime.speeds import Speeds
 from kimi_lite.runtime.usage import Counts
 
 MARGIN = 0.02  # of the budget: what allocation wastes, and what other programs take meanwhile

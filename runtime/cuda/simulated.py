@@ -19,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kimi_lite.runtime import kernels
-from kimi_lite.runtime.cost import LayerSize, Sizes, Speeds, layer_size, sizes_of
+from kimi_lite.runtime.cost import LayerSize, Sizes, layer_size, sizes_of
 from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError, Routed
 from kimi_lite.runtime.kernels import Float
+from kimi_lite.runtime.placement import gb
+from kimi_lite.runtime.speeds import ASSUMED, Speeds
 from kimi_lite.runtime.weights import Layer, Weights
 
 
@@ -53,15 +55,15 @@ class SimulatedDevice:
     def __init__(
         self,
         capacity: int,
-        speeds: Speeds | None = None,
+        speeds: Speeds = ASSUMED,
         *,
         n_cards: int = 1,
         taken: int = 0,
         lost_after: int | None = None,
     ) -> None:
         choice = f", the roomiest of {n_cards}" if n_cards > 1 else ""
-        self.name = f"a simulated card of {capacity / 1e9:g} GB{choice}"
-        self.speeds = speeds or Speeds()
+        self.name = f"a simulated card of {gb(capacity)}{choice}"
+        self.speeds = speeds
         self._capacity, self._taken, self._lost_after = capacity, taken, lost_after
         self._used = 0
         self._layers: dict[int, _Loaded] = {}
@@ -163,9 +165,7 @@ class SimulatedDevice:
 
     def _take(self, n_bytes: int, what: str) -> None:
         if n_bytes > (free := self.free_bytes()):
-            raise DeviceMemoryError(
-                f"{self.name}: {what} takes {n_bytes / 1e6:.1f} MB, but {free / 1e6:.1f} MB are free"
-            )
+            raise DeviceMemoryError(f"{self.name}: {what} takes {gb(n_bytes)}, but {gb(free)} are free")
         self._used += n_bytes
 
     def _queue(self, seconds: float) -> None:

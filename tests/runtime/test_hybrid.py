@@ -286,7 +286,7 @@ def test_of_two_cards_the_roomier_is_used_and_said(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("KIMI_LITE_DEVICE", "simulated:6G,8G")
     engine = Engine(nano_path(), vram=None)
     assert isinstance(engine.model, HybridModel)
-    assert engine.model.plan.device == "a simulated card of 8 GB, the roomiest of 2"
+    assert engine.model.plan.device == "a simulated card of 8.00 GB, the roomiest of 2"
     assert engine.model.plan.budget == 8_000_000_000
     monkeypatch.setenv("KIMI_LITE_DEVICE", "imaginary")
     with pytest.raises(UsageError, match="KIMI_LITE_DEVICE is 'imaginary'"):

@@ -7,12 +7,13 @@ import pytest
 
 from kimi_lite.api import nano_path
 from kimi_lite.errors import DoesNotFitError, UsageError
-from kimi_lite.runtime.cost import LayerSize, Sizes, Speeds, sizes_of
+from kimi_lite.runtime.cost import LayerSize, Sizes, sizes_of
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
 from kimi_lite.runtime.placement import MARGIN, Plan, make_plan, parse_size, predict, ranges
 from kimi_lite.runtime.sampling import SamplingOptions
+from kimi_lite.runtime.speeds import Speeds
 from kimi_lite.runtime.usage import HALVE_AT, entry_name, load_usage, save_usage
 from kimi_lite.runtime.weights import Weights, open_weights
 
