@@ -144,7 +144,7 @@ def measure(
     return Report(
         file=path.name,
         file_bytes=path.stat().st_size,
-        placement=engine.model.placement,
+        placement=engine.placement,
         layers=config.n_layers,
         load_s=round(load_s, 3),
         weight_bytes_per_token=engine.weights.token_bytes,
@@ -341,8 +341,9 @@ def table(report: Report) -> Iterator[str]:
             f"{f'{row.p10:.1f}–{row.p90:.1f}':>15}  {traffic}  {row.memory.anonymous / 1e9:7.2f} GB "
             f"{row.memory.mapped / 1e9:8.2f} GB"
         )
-    yield ""
-    yield "reading: GB/s of a plain read of the same mapped file with as many threads, timed between the tokens"
+    if any(row.read_gb_per_s for row in report.rows):
+        yield ""
+        yield "reading: GB/s of a plain read of the same mapped file with as many threads, timed between the tokens"
 
 
 def _percentiles(values: list[float]) -> tuple[float, float, float]:

@@ -137,6 +137,8 @@ def ask(
         max_image_tokens=max_image_tokens,
         offline=offline,
     )
+    if not quiet:
+        _say_placement(opened.engine.placement)
     opened.conversation.system = system
     dim = show_thinking if show_thinking is not None else sys.stderr.isatty()
     from kimi_lite.chat import Printer
@@ -184,6 +186,12 @@ def ask(
         raise typer.Exit(7)
 
 
+def _say_placement(placement: str) -> None:
+    """Where the model runs, unless it is the CPU, which needs no word."""
+    if placement != "the CPU":
+        print(f"kimi-lite: runs on {placement}", file=sys.stderr)
+
+
 def _stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode().strip()
@@ -229,6 +237,7 @@ def chat(
         max_image_tokens=max_image_tokens,
         offline=offline,
     )
+    _say_placement(opened.engine.placement)
     opened.conversation.system = system
     Session(opened, options, max_tokens, thinking_budget, show_thinking=not hide_thinking).run()
 

@@ -170,7 +170,7 @@ def _step_line(step: StepTime, start: int, *, cpu_only: bool) -> str:
 def _measured(path: Path, context: int, vram: int | None) -> Iterator[str]:
     """The whole model, where it runs."""
     engine = Engine(path, context=context, vram=vram)
-    yield f"measured on {engine.model.placement}:"
+    yield f"measured on {engine.placement}:"
     n = min(PREFILL_CHUNK, context - DECODED - 1)
     if n < 1:
         yield f"  nothing: a context of {context} tokens is too short for it"

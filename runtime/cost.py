@@ -24,6 +24,7 @@ from kimi_lite.runtime.speeds import Speeds
 from kimi_lite.runtime.weights import Layer, Weights
 
 ATTEND_LAUNCHES, ROUTE_LAUNCHES, EXPERT_LAUNCHES, ADD_LAUNCHES, HEAD_LAUNCHES = 6, 1, 2, 1, 2
+ATTEND_AT_ONCE, MOST_SCORES = 32, 64 << 20  # tokens whose scores are kept at one moment, and their bytes
 MANY_POSITIONS = 1 << 15  # over which the cache's whole groups average out
 
 
@@ -86,7 +87,8 @@ class Sizes:
     head_bytes: int  # with the last norm
     head_macs: int
     V: int
-    workspace_bytes: int  # activations of the longest step, and logits
+    activation_bytes: int  # of the longest step, and logits
+    score_bytes: int  # for each position that may be attended to
 
     @property
     def fixed_bytes(self) -> int:
@@ -95,6 +97,10 @@ class Sizes:
     @property
     def routed_bytes(self) -> int:
         return sum(layer.n_experts * layer.expert_bytes for layer in self.layers)
+
+    def workspace_bytes(self, context: int) -> int:
+        """Activations, and the scores of the tokens that attend at once."""
+        return self.activation_bytes + min(MOST_SCORES, context * self.score_bytes)
 
     def cache_bytes(self, context: int) -> int:
         return round(sum(layer.cache_bytes for layer in self.layers) * context)
@@ -124,7 +130,8 @@ def sizes_of(weights: Weights) -> Sizes:
         head_bytes=matrix_size(weights.head) + weights.norm_D.nbytes,
         head_macs=_macs(weights.head),
         V=c.vocab_size,
-        workspace_bytes=4 * (PREFILL_CHUNK * widest + c.vocab_size),
+        activation_bytes=4 * (PREFILL_CHUNK * widest + c.vocab_size),
+        score_bytes=ATTEND_AT_ONCE * H * (4 + 2),  # a float, and an int8 weight in two digits
     )
 
 

@@ -63,6 +63,11 @@ class Engine:
         self.model: CpuModel | HybridModel = place(self.weights, self.context, vram)
 
     @property
+    def placement(self) -> str:
+        """Where the model runs, for people."""
+        return self.model.placement
+
+    @property
     def seen(self) -> list[object]:
         """What each cached token stands for: its id, or picture and row."""
         return _meaning(self.tokens, self.places)

@@ -10,6 +10,7 @@ made for what is left, and after that it is said.
 Dimension key:  T tokens   D hidden   A active experts   M chosen experts that are not on the card   E routed experts
 """
 
+import os
 import warnings
 
 import numpy as np
@@ -19,7 +20,7 @@ from kimi_lite.errors import DoesNotFitError, KimiLiteError, KimiLiteWarning
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cost import sizes_of
 from kimi_lite.runtime.cuda.device import Device, DeviceMemoryError, NoDeviceError, Routed
-from kimi_lite.runtime.cuda.find import find_device
+from kimi_lite.runtime.cuda.find import NothingToTryError, find_device
 from kimi_lite.runtime.kernels import FeedForwardLayer, Float
 from kimi_lite.runtime.model import CpuModel, Spliced, embedded, rope_tables
 from kimi_lite.runtime.placement import Plan, make_plan
@@ -100,7 +101,7 @@ def place(weights: Weights, context: int, vram: int | None) -> CpuModel | Hybrid
 
     Args:
         vram: bytes of a card's memory that may be taken; 0 for the CPU alone; None for a card if one works, else the
-            CPU, with a warning if there is a card.
+            CPU, with a warning if there is a driver. KIMI_LITE_DEVICE asks for a card as `vram` does.
 
     Raises:
         NoDeviceError: a card was asked for and there is none.
@@ -110,13 +111,13 @@ def place(weights: Weights, context: int, vram: int | None) -> CpuModel | Hybrid
         return CpuModel(weights, context)
     try:
         return _on_card(weights, context, vram)
-    except NoDeviceError as error:
-        if vram is not None:
-            raise NoDeviceError(f"a card was asked for, but {error}; --vram 0 runs on the CPU") from None
     except KimiLiteError as error:
-        if vram is not None:
+        if vram is not None and isinstance(error, NoDeviceError):
+            raise NoDeviceError(f"a card was asked for, but {error}; --vram 0 runs on the CPU") from None
+        if vram is not None or os.environ.get("KIMI_LITE_DEVICE"):
             raise
-        warnings.warn(f"the CPU runs, because the card cannot: {error}", KimiLiteWarning, stacklevel=2)
+        if not isinstance(error, NothingToTryError):
+            warnings.warn(f"the CPU runs, because the card cannot: {error}", KimiLiteWarning, stacklevel=2)
     return CpuModel(weights, context)
 
 

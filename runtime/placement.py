@@ -15,6 +15,7 @@ Dimension key:  L layers with routed experts   E routed experts   A active   T t
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -87,11 +88,9 @@ def make_plan(
         DoesNotFitError: what every token reads, and the cache of the context, do not fit.
     """
     budget = free if cap is None else min(free, cap)
-    reserve = sizes.workspace_bytes + math.ceil(MARGIN * budget)
-    cache = sizes.cache_bytes(context)
-    room = budget - sizes.fixed_bytes - cache - reserve
+    room = budget - _least(sizes, budget, context)
     if room < 0:
-        raise DoesNotFitError(_too_small(sizes, device, free, cap, context, cache, reserve, room))
+        raise DoesNotFitError(_too_small(sizes, device, free, cap, context))
     shares = _shares(sizes, usage)
     # Where experts are alike, the lowest index of every layer comes first.
     ranked = sorted(
@@ -112,9 +111,18 @@ def make_plan(
         tuple(tuple(sorted(experts)) for experts in resident),
         tuple(float(row[experts].sum()) for row, experts in zip(shares, resident, strict=True)),
         usage is not None and bool(usage.any()),
-        cache,
-        reserve,
+        sizes.cache_bytes(context),
+        _reserve(sizes, budget, context),
     )
+
+
+def _reserve(sizes: Sizes, budget: int, context: int) -> int:
+    return sizes.workspace_bytes(context) + math.ceil(MARGIN * budget)
+
+
+def _least(sizes: Sizes, budget: int, context: int) -> int:
+    """Bytes without a single routed expert."""
+    return sizes.fixed_bytes + sizes.cache_bytes(context) + _reserve(sizes, budget, context)
 
 
 def _shares(sizes: Sizes, usage: Counts | None) -> list[np.ndarray]:
@@ -127,16 +135,15 @@ def _shares(sizes: Sizes, usage: Counts | None) -> list[np.ndarray]:
     return out
 
 
-def _too_small(
-    sizes: Sizes, device: str, free: int, cap: int | None, context: int, cache: int, reserve: int, room: int
-) -> str:
+def _too_small(sizes: Sizes, device: str, free: int, cap: int | None, context: int) -> str:
+    budget = free if cap is None else min(free, cap)
     limit = f"{gb(free)} are free" if cap is None or cap >= free else f"--vram allows {gb(cap)}"
-    fits = context + math.floor(room / (cache / context))
+    fits = bisect_right(range(context), budget, key=lambda n: _least(sizes, budget, n)) - 1
     shorter = f"a context of {fits} tokens would fit (--context {fits}); " if fits >= 1 else ""
     return (
-        f"{device}: {gb(sizes.fixed_bytes + cache + reserve)} are needed at least, for the weights that every token "
-        f"reads ({gb(sizes.fixed_bytes)}), the cache of {context} tokens ({gb(cache)}) and working memory "
-        f"({gb(reserve)}), but {limit}; {shorter}--vram 0 runs on the CPU"
+        f"{device}: {gb(_least(sizes, budget, context))} are needed at least, for the weights that every token reads "
+        f"({gb(sizes.fixed_bytes)}), the cache of {context} tokens ({gb(sizes.cache_bytes(context))}) and working memory "
+        f"({gb(_reserve(sizes, budget, context))}), but {limit}; {shorter}--vram 0 runs on the CPU"
     )
 
 

@@ -20,25 +20,29 @@ PCI = Path("/sys/bus/pci/devices")
 MAKERS = {"0x1002": "AMD", "0x8086": "Intel", "0x10de": "NVIDIA"}
 
 
+class NothingToTryError(NoDeviceError):
+    """No driver, no kernels, or all cards hidden on purpose: nothing that somebody who did not ask must be told."""
+
+
 def find_device() -> Device:
-    """The card with most free memory, opened.
+    """The roomiest card, opened.
 
     Raises:
-        NoDeviceError: there is none; the text says why.
-        KimiLiteError: there is one, but it cannot be used; the text says why.
+        NothingToTryError: nothing here could be a card to use; the text says why.
+        KimiLiteError: there is a driver, but no card can be used; the text says why.
     """
     named = os.environ.get("KIMI_LITE_DEVICE")
     if named:
         return _simulated(named)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
-        raise NoDeviceError(
+        raise NothingToTryError(
             f"CUDA_VISIBLE_DEVICES is {visible!r}, which hides all cards; unset it to use one"
         )
     if not has_driver():
-        raise NoDeviceError(_why_no_driver())
+        raise NothingToTryError(_why_no_driver())
     if find_spec(KERNELS) is None:
-        raise NoDeviceError("this version of kimi-lite has no kernels for graphics cards")
+        raise NothingToTryError("this version of kimi-lite has no kernels for graphics cards")
     return cast(Device, import_module(KERNELS).open_device())
 
 

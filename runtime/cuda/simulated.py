@@ -90,11 +90,14 @@ class SimulatedDevice:
 
     def load_ends(self, weights: Weights) -> None:
         sizes = sizes_of(weights)
-        self._take(sizes.head_bytes + sizes.workspace_bytes, "the head, with working memory,")
+        self._take(sizes.head_bytes, "the head")
         self._ends = weights, sizes
 
     def reserve_cache(self, context: int) -> None:
-        self._take(round(sum(on.size.cache_bytes for on in self._layers.values()) * context), "the cache")
+        assert self._ends is not None, "load_ends comes first"
+        sizes = self._ends[1]
+        needed = sizes.cache_bytes(context) + sizes.workspace_bytes(context)
+        self._take(needed, f"the cache of {context} tokens, with working memory,")
         for on in self._layers.values():
             C = on.layer.attention.k_b.rows
             R = on.layer.attention.kv_a.rows - C
