@@ -8,7 +8,6 @@ Where the model runs, on the CPU or over a card, changes no bit, so a card that 
 only: the cache is computed again on the CPU from the tokens that it stood for, and the answer goes on.
 """
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_lite.errors import KimiLiteError, KimiLiteWarning, UsageError
+from kimi_lite.errors import KimiLiteWarning, UsageError
 from kimi_lite.runtime import kernels
-from kimi_lite.runtime.cuda.device import DeviceLostError
+from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError
 from kimi_lite.runtime.hybrid import HybridModel, place
 from kimi_lite.runtime.model import PREFILL_CHUNK, CpuModel, Spliced
 from kimi_lite.runtime.sampling import Sampler, SamplingOptions
@@ -77,7 +76,7 @@ class Engine:
         del self.tokens[n:], self.places[n:]
         try:
             self.model.rewind(n)
-        except DeviceLostError as error:
+        except (DeviceLostError, DeviceMemoryError) as error:
             self._leave_card(error)
 
     def append(
@@ -107,17 +106,16 @@ class Engine:
         """One step of the model; on the CPU from here on, if the card fails."""
         try:
             return self.model.forward(np.asarray(ids, np.int32), _spliced(places))
-        except DeviceLostError as error:
+        except (DeviceLostError, DeviceMemoryError) as error:
             self._leave_card(error)
         return self.model.forward(np.asarray(ids, np.int32), _spliced(places))
 
-    def _leave_card(self, error: DeviceLostError) -> None:
+    def _leave_card(self, error: DeviceLostError | DeviceMemoryError) -> None:
         """Compute the cache again on the CPU, and stay there."""
         again = f" and reads {len(self.tokens)} tokens again" if self.tokens else ""
         warnings.warn(f"{error}; the CPU goes on{again}", KimiLiteWarning, stacklevel=4)
         assert isinstance(self.model, HybridModel)
-        with contextlib.suppress(KimiLiteError):  # what is lost may not even be closed
-            self.model.close()
+        self.model.close()
         self.model = CpuModel(self.weights, self.context)
         for start in range(0, len(self.tokens), PREFILL_CHUNK):
             ids = self.tokens[start : start + PREFILL_CHUNK]

@@ -10,8 +10,10 @@ made for what is left, and after that it is said.
 Dimension key:  T tokens   D hidden   A active experts   M chosen experts that are not on the card   E routed experts
 """
 
+import contextlib
 import os
 import warnings
+import weakref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +47,7 @@ class HybridModel:
             self._here.append(None if experts is None else here_E)
         device.load_ends(weights)
         device.reserve_cache(plan.context)
+        self._closing = weakref.finalize(self, _close, device)
 
     @property
     def placement(self) -> str:
@@ -54,7 +57,7 @@ class HybridModel:
         return f"{p.device} with {p.n_resident} of {p.n_experts} experts{rest}"
 
     def forward(self, ids_T: NDArray[np.int32], pictures: Spliced | None = None) -> Float:
-        """What `CpuModel.forward` does, bit for bit. Raises DeviceLostError."""
+        """What `CpuModel.forward` does, bit for bit. Raises DeviceLostError or DeviceMemoryError; a card may fail."""
         c, T, device = self.weights.config, len(ids_T), self.device
         assert self.n + T <= self.plan.context, f"{T} tokens after {self.n} exceed {self.plan.context}"
         x_TD = embedded(self.weights, ids_T, pictures)
@@ -79,8 +82,13 @@ class HybridModel:
         self.n = n
 
     def close(self) -> None:
-        """Give the card's memory back."""
-        self.device.close()
+        """Give the card's memory back, which also happens when nobody needs the model any more."""
+        self._closing()
+
+
+def _close(device: Device) -> None:
+    with contextlib.suppress(KimiLiteError):  # what is lost may not even be closed
+        device.close()
 
 
 def _run_missing(f: FeedForwardLayer, routed: Routed, here_E: NDArray[np.bool_]) -> Float | None:
@@ -157,5 +165,5 @@ def _load(weights: Weights, device: Device, plan: Plan) -> HybridModel:
     try:
         return HybridModel(weights, device, plan)
     except BaseException:
-        device.close()
+        _close(device)
         raise

@@ -4,6 +4,7 @@ The oracle is the CPU engine, which has oracles of its own. Caps are chosen by w
 reads, 45,056 bytes for each of 24 experts.
 """
 
+import gc
 import itertools
 import sys
 import warnings
@@ -20,7 +21,7 @@ from kimi_lite.api import nano_path
 from kimi_lite.errors import DoesNotFitError, KimiLiteError, KimiLiteWarning, UsageError
 from kimi_lite.runtime.cost import sizes_of
 from kimi_lite.runtime.cuda import find
-from kimi_lite.runtime.cuda.device import Device, DeviceMemoryError, NoDeviceError
+from kimi_lite.runtime.cuda.device import Device, DeviceLostError, DeviceMemoryError, NoDeviceError
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
@@ -150,6 +151,39 @@ def test_a_card_that_fails_costs_a_warning_and_no_token(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert model.ask(QUESTIONS[0]).text == kimi_lite.load(context=CONTEXT, vram=0).ask(QUESTIONS[0]).text
+
+
+def test_a_card_that_cannot_even_be_closed_or_runs_out_of_memory_is_left_alike(
+    weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(SimulatedDevice):
+        def attend(self, index: int) -> None:
+            if index == 2 and len(self._x_TD) == 1:
+                raise DeviceMemoryError("no memory for the scores")
+            super().attend(index)
+
+        def close(self) -> None:
+            super().close()
+            raise DeviceLostError("gone")
+
+    simulated(monkeypatch, lambda: Failing(CARD))
+    hybrid, cpu = Engine(nano_path(), context=CONTEXT, vram=CARD), Engine(nano_path(), context=CONTEXT)
+    hybrid.append(prompt(1, 40))
+    cpu.append(prompt(1, 40))
+    with pytest.warns(KimiLiteWarning, match="no memory for the scores; the CPU goes on and reads 40 tokens"):
+        logits_V = hybrid.append([5])
+    assert np.array_equal(logits_V, cpu.append([5]))
+    assert hybrid.tokens == cpu.tokens
+
+
+def test_memory_comes_back_when_the_model_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimulatedDevice(CARD)
+    simulated(monkeypatch, lambda: card)
+    engine = Engine(nano_path(), context=CONTEXT, vram=CARD)
+    assert card.free_bytes() < CARD
+    del engine
+    gc.collect()
+    assert card.free_bytes() == CARD
 
 
 def test_a_card_that_fails_after_a_picture_reads_the_picture_again(

@@ -7,6 +7,7 @@ import pytest
 
 from kimi_lite.api import nano_path
 from kimi_lite.errors import DoesNotFitError, UsageError
+from kimi_lite.quantize.convert import quantize
 from kimi_lite.runtime.cost import LayerSize, Sizes, sizes_of
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine
@@ -178,6 +179,13 @@ def test_predictions_agree_with_the_clock_of_the_simulated_card(
 
 def draw(seed: int, n: int) -> list[int]:
     return [int(i) for i in np.random.default_rng(seed).integers(0, 800, n)]
+
+
+def test_a_standard_gguf_is_planned_without_being_packed(tmp_path: Path) -> None:
+    for to in ("q8_0", "bf16"):
+        path = tmp_path / f"{to}.gguf"
+        quantize(nano_path().parent, path, to=to)
+        assert sizes_of(open_weights(path, pack=False)) == sizes_of(open_weights(path))
 
 
 def test_the_profile_counts_decoded_tokens_and_survives(weights: Weights, tmp_path: Path) -> None:
