@@ -114,13 +114,14 @@ class Engine:
         """Compute the cache again on the CPU, and stay there."""
         again = f" and reads {len(self.tokens)} tokens again" if self.tokens else ""
         warnings.warn(f"{error}; the CPU goes on{again}", KimiLiteWarning, stacklevel=4)
-        assert isinstance(self.model, HybridModel)
-        self.model.close()
-        self.model = CpuModel(self.weights, self.context)
+        cpu = CpuModel(self.weights, self.context)
         for start in range(0, len(self.tokens), PREFILL_CHUNK):
             ids = self.tokens[start : start + PREFILL_CHUNK]
             places = self.places[start : start + PREFILL_CHUNK]
-            self.model.forward(np.asarray(ids, np.int32), _spliced(places))
+            cpu.forward(np.asarray(ids, np.int32), _spliced(places))
+        assert isinstance(self.model, HybridModel)
+        self.model.close()
+        self.model = cpu  # only now, so that Ctrl-C meanwhile leaves no half-filled cache
 
     def prefill(
         self,

@@ -38,9 +38,7 @@ class Plan:
     budget: int  # what may be taken: what is free, or less if it was capped
     context: int
     sizes: Sizes
-    resident: tuple[
-        tuple[int, ...], ...
-    ]  # routed experts on the card, layer by layer; a dense layer has none
+    resident: tuple[tuple[int, ...], ...]  # routed experts on the card, layer by layer
     hit: tuple[float, ...]  # of a layer's choices, the share that those experts get
     profiled: bool  # whether a profile chose them
     cache_bytes: int

@@ -83,6 +83,30 @@ def test_a_simulated_card_is_planned_for_and_not_measured() -> None:
     assert "measured  nothing of the card" in done.stdout
 
 
+def test_a_card_that_is_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Card:
+        """A device that is not known to be simulated."""
+
+        def __init__(self) -> None:
+            self._device = SimulatedDevice(8_600_000)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._device, name)
+
+    for module in ("plan", "runtime.hybrid"):
+        monkeypatch.setattr(f"kimi_lite.{module}.find_device", Card)
+    report = "\n".join(plan_report(nano_path(), vram=None, context=500, speeds=Speeds(), measure=True))
+    assert "predicted with the card's speeds assumed, not measured:" in report
+    assert "an assumed card" not in report
+    found = re.search(
+        r"measured on (.*):\n  decoding after 0 tokens +[\d.]+ tok/s\n  a prompt of 256", report
+    )
+    assert found
+    assert re.fullmatch(
+        r"a simulated card of 8.60 MB with \d+ of 24 experts, the others on the CPU", found[1]
+    )
+
+
 def test_the_cpu_is_measured_where_it_does_everything() -> None:
     done = command("plan", str(nano_path()), "--context", "500", "--vram", "0", "--measure")
     assert done.returncode == 0, done.stderr
