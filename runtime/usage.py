@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import os
 import struct
+import sys
 import tempfile
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def load_usage(weights: Weights, directory: Path | None) -> Counts:
 def save_usage(weights: Weights, directory: Path | None) -> None:
     """Add what was counted since the last time. Trouble with the disk is no trouble: the counts are kept for later."""
     live = [layer.feed_forward.used_E for layer in weights.layers if layer.feed_forward.used_E is not None]
-    if directory is None or not any(used_E.any() for used_E in live):
+    if directory is None or sys.is_finalizing() or not any(used_E.any() for used_E in live):
         return
     counts_LE = load_usage(weights, directory)
     if counts_LE.sum(1).max() >= HALVE_AT:
@@ -76,12 +77,13 @@ def save_usage(weights: Weights, directory: Path | None) -> None:
     head = HEAD.pack(MAGIC, *counts_LE.shape, hashlib.sha256(body).digest())
     with contextlib.suppress(OSError):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=directory)
+        # Were it to stay, it would go with the old ones.
+        handle, temporary = tempfile.mkstemp(".usage", "writing-", directory)
         try:
             with os.fdopen(handle, "wb") as out:
                 out.write(head + body)
             os.replace(temporary, directory / entry_name(weights))
-        except OSError:
+        except BaseException:
             os.unlink(temporary)
             raise
         for used_E in live:

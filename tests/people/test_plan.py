@@ -190,6 +190,16 @@ def test_a_chat_survives_its_card(
     assert capsys.readouterr().out.split() == ["85", "85"]
 
 
+def test_a_program_that_ends_in_mid_answer_says_nothing(tmp_path: Path) -> None:
+    code = "import kimi_lite; m = kimi_lite.load(); e = m.chat('Hello'); [next(e) for _ in range(5)]"
+    environment = {**os.environ, "KIMI_LITE_EXPERT_USAGE": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_profile_of_use_is_made_and_planned_by(tmp_path: Path) -> None:
     usage = {"KIMI_LITE_EXPERT_USAGE": str(tmp_path / "usage")}
     assert command("ask", 'Reverse "planet".', "-q", **usage).returncode == 0
