@@ -40,7 +40,7 @@ def plan_report(
         DoesNotFitError: the card, or `vram`, is too small.
     """
     weights = open_weights(path, pack=measure)  # only to be measured must a standard GGUF be packed
-    sizes, context = sizes_of(weights), choose_context(weights, context)
+    sizes, context = sizes_of(weights), choose_context(weights.config, path, context)
     yield (
         f"{path.name}: {len(sizes.layers)} layers, {gb(sizes.fixed_bytes)} that every token reads, "
         f"{sum(layer.n_experts for layer in sizes.layers)} routed experts of {gb(sizes.routed_bytes)} in all"

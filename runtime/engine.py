@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kimi_lite.errors import KimiLiteWarning, UsageError
+from kimi_lite.formats.config import TextConfig
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError
 from kimi_lite.runtime.hybrid import HybridModel, place
@@ -25,7 +26,7 @@ from kimi_lite.runtime.template import IMAGE_PAD
 from kimi_lite.runtime.tokenizer import Tokenizer
 from kimi_lite.runtime.usage import default_directory, save_usage
 from kimi_lite.runtime.vision import EncodedImage
-from kimi_lite.runtime.weights import Weights, open_weights
+from kimi_lite.runtime.weights import open_weights
 
 DEFAULT_CONTEXT = 32768
 
@@ -50,7 +51,7 @@ class Engine:
             DoesNotFitError: the card's memory, or `vram`, is too small.
         """
         self.weights = open_weights(path)
-        self.context = choose_context(self.weights, context)
+        self.context = choose_context(self.weights.config, path, context)
         self.tokenizer = Tokenizer(self.weights.vocab)
         self.stop_ids = self.tokenizer.stop_ids
         self.tokens: list[int] = []  # those that the cache holds
@@ -216,13 +217,11 @@ class Engine:
         return max(specials, default=len(self.weights.vocab.ranks) - 1) + 1
 
 
-def choose_context(weights: Weights, context: int | None) -> int:
+def choose_context(config: TextConfig, path: Path, context: int | None) -> int:
     """Tokens to reserve room for. Raises UsageError for a number that the model does not allow."""
-    limit = weights.config.context_length
+    limit = config.context_length
     if context is not None and not 1 <= context <= limit:
-        raise UsageError(
-            f"a context of {context} tokens was asked for; {weights.path.name} allows 1 to {limit}"
-        )
+        raise UsageError(f"a context of {context} tokens was asked for; {path.name} allows 1 to {limit}")
     return context or min(limit, DEFAULT_CONTEXT)
 
 
