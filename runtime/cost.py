@@ -131,7 +131,8 @@ def sizes_of(weights: Weights) -> Sizes:
         head_macs=_macs(weights.head),
         V=c.vocab_size,
         activation_bytes=4 * (PREFILL_CHUNK * widest + c.vocab_size),
-        score_bytes=ATTEND_AT_ONCE * H * (4 + 2),  # a float, and an int8 weight in two digits
+        # A float, an int8 weight in two digits, and a share of the sums that every 256 positions begin with.
+        score_bytes=ATTEND_AT_ONCE * H * (4 + 2 + 4 * c.kv_rank // 256),
     )
 
 

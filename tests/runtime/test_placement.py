@@ -47,7 +47,7 @@ def full_size() -> Sizes:
 
     head = 163840 * D
     layers = (layer(0, 11264), *[layer(E, 2 * F)] * 26)
-    return Sizes(layers, head * 9 // 16, head, 163840, 66 << 20, 32 * 16 * 6)
+    return Sizes(layers, head * 9 // 16, head, 163840, 66 << 20, 32 * 16 * 14)
 
 
 def plan(sizes: Sizes, free: int, context: int = 32768, **options: object) -> Plan:
