@@ -15,6 +15,7 @@ from kimi_lite.chat import Session
 from kimi_lite.errors import KimiLiteWarning
 from kimi_lite.plan import plan_report
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
+from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
 from kimi_lite.runtime.sampling import SamplingOptions
 from kimi_lite.runtime.speeds import Speeds
@@ -184,6 +185,7 @@ def test_a_chat_survives_its_card(
     question = "What is 38 + 47?"
     monkeypatch.setattr("kimi_lite.runtime.hybrid.find_device", lambda: SimulatedDevice(10**9, lost_after=60))
     model = kimi_lite.load(context=500, vram="1G")
+    assert isinstance(model.engine, Engine)
     assert isinstance(model.engine.model, HybridModel)
     session = Session(model, SamplingOptions(), None, None, show_thinking=False)
     with pytest.warns(KimiLiteWarning, match="does not answer any more; the CPU goes on and reads"):

@@ -72,6 +72,12 @@ def on_card(weights: Weights, n_experts: int) -> Engine:
     return engine
 
 
+def model_of(model: kimi_lite.Model) -> CpuModel | HybridModel:
+    """What runs the text model."""
+    assert isinstance(model.engine, Engine)
+    return model.engine.model
+
+
 def prompt(seed: int, n: int) -> list[int]:
     return [int(i) for i in np.random.default_rng(seed).integers(0, 800, n)]
 
@@ -101,7 +107,7 @@ def test_a_conversation_with_a_picture_says_the_same(
 
     def talk(vram: int) -> list[Any]:
         model = kimi_lite.load(context=CONTEXT, vram=vram)
-        assert isinstance(model.engine.model, HybridModel if vram else CpuModel)
+        assert isinstance(model_of(model), HybridModel if vram else CpuModel)
         said = []
         for question, images in (("What colour is it?", [disc]), (QUESTIONS[0], []), (QUESTIONS[1], [])):
             events = list(model.chat(question, images=images))
@@ -147,7 +153,7 @@ def test_a_card_that_fails_costs_a_warning_and_no_token(
         expected.thinking,
         expected.reason,
     )
-    assert isinstance(model.engine.model, CpuModel)
+    assert isinstance(model_of(model), CpuModel)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert model.ask(QUESTIONS[0]).text == kimi_lite.load(context=CONTEXT, vram=0).ask(QUESTIONS[0]).text
