@@ -23,6 +23,7 @@ from kimi_lite.formats.gguf_file import mmproj_beside
 from kimi_lite.images import MAX_PICTURES, Picture, load_pictures
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.image_cache import ImageCache, default_directory
+from kimi_lite.runtime.placement import parse_size
 from kimi_lite.runtime.sampling import SamplingOptions
 from kimi_lite.runtime.template import Message, render
 from kimi_lite.runtime.vision import EncodedImage, ImageEncoder
@@ -334,6 +335,7 @@ def load(
     mmproj: str | Path | None = None,
     context: int | None = None,
     threads: int | None = None,
+    vram: int | str | None = None,
     max_image_tokens: int | None = None,
     offline: bool = False,
 ) -> Model:
@@ -342,15 +344,19 @@ def load(
     Args:
         mmproj: the file with the image side; by default `model-mmproj.gguf` beside `model.gguf`, or else what the
             packed file itself holds. Without any the model answers text only.
+        vram: how much of a card's memory may be taken, in bytes or as "8G" or "800M"; 0 for the CPU alone. By default
+            a card is used if one works.
         max_image_tokens: a picture becomes at most so many tokens: less detail, less time.
         offline: refuse pictures from the web.
 
     Raises:
         ModelFileError: a file is missing, damaged or another model's.
-        UsageError: a context, a thread count or a number of image tokens that cannot be.
+        UsageError: a context, a thread count or a number of image tokens that cannot be, or no card for `vram`.
+        DoesNotFitError: the card or `vram` is too small for the model.
     """
     path = Path(path) if path is not None else nano_path()
-    engine = Engine(path, context=context, threads=threads)
+    vram = parse_size(vram) if isinstance(vram, str) else vram
+    engine = Engine(path, context=context, threads=threads, vram=vram)
     beside = mmproj_beside(path)
     inside = engine.weights.image_side
     found = Path(mmproj) if mmproj is not None else beside if beside.exists() else inside

@@ -6,8 +6,9 @@ faster than those bytes can be read, so a plain read of the same mapped file by 
 tokens, and each decoding speed is also given as a share of it. (In between, because on shared machines the speed of
 memory was seen to change by half from one second to the next.)
 
-A deep context is not computed but made up (`fill_cache`): attention does the same work whatever the rows say. Tokens
-are random, so that a prompt needs more of the experts than text on one subject does.
+A deep context is not computed but made up (`fill_cache`): attention does the same work whatever the rows say; on a card it
+is prefilled. Tokens are random, so that a prompt needs more of the experts than text on one subject does. What a card
+reads cannot be held against a plain read of the CPU's, so there decoding comes without that share.
 
 Dimension key:  S cached positions   C latent   R rope
 """
@@ -33,6 +34,7 @@ from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cache import LatentCache
 from kimi_lite.runtime.engine import Engine
+from kimi_lite.runtime.hybrid import HybridModel
 
 PROMPTS, DEPTHS, DECODED = (256, 2048), (0, 4096), 32
 READ_BYTES = 1 << 30  # more than processors' caches hold, and read in less than a tenth of a second
@@ -72,6 +74,7 @@ class Report:
 
     file: str
     file_bytes: int
+    placement: str
     layers: int
     load_s: float
     weight_bytes_per_token: int
@@ -93,6 +96,7 @@ def measure(
     decode: int = DECODED,
     threads: Sequence[int | None] = (None,),
     context: int | None = None,
+    vram: int | None = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Open a model file and measure it: each prompt length and each depth, for each number of threads.
@@ -101,11 +105,13 @@ def measure(
         prompts, depths: by default 256 and 2048 tokens, and 0 and 4096, where the model's context allows them.
         decode: tokens to decode at each depth; 0 for none.
         context: tokens to reserve; by default what the longest row needs.
+        vram: bytes of a card's memory that may be taken; 0 for the CPU alone, None for a card if one works.
         progress: told what is measured next.
 
     Raises:
         ModelFileError: the file is missing, damaged or another model's.
         UsageError: a number that is out of range, or a context that is too short for what was asked.
+        DoesNotFitError: the card or `vram` is too small.
     """
     limit = TextConfig.from_gguf(GgufFile(path).metadata, str(path)).context_length
     for n_threads in threads:
@@ -121,7 +127,7 @@ def measure(
             f"ask for less, or for more with --context (this model: up to {limit})"
         )
     started = time.perf_counter()
-    engine = Engine(path, context=context or needed, threads=threads[0])
+    engine = Engine(path, context=context or needed, threads=threads[0], vram=vram)
     load_s = time.perf_counter() - started
     rows = list[Speed]()
     for n_threads in threads:
@@ -138,6 +144,7 @@ def measure(
     return Report(
         file=path.name,
         file_bytes=path.stat().st_size,
+        placement=engine.placement,
         layers=config.n_layers,
         load_s=round(load_s, 3),
         weight_bytes_per_token=engine.weights.token_bytes,
@@ -167,9 +174,19 @@ def prefill_speed(engine: Engine, n: int) -> Speed:
 
 
 def decode_speed(engine: Engine, depth: int, n: int) -> Speed:
-    """Of n tokens, one by one, after a made-up cache of `depth`."""
+    """Of n tokens, one by one, after a cache of `depth`."""
     fill_cache(engine, depth)
     seconds, reading = list[float](), list[float]()
+    if isinstance(engine.model, HybridModel):
+        with PeakMemory() as memory:
+            for token in random_tokens(engine, n):
+                start = time.perf_counter()
+                engine.append([token])
+                seconds.append(time.perf_counter() - start)
+        p10, p50, p90 = _percentiles([1 / s for s in seconds])
+        return Speed(
+            "decode", kernels.threads(), depth, n, p50, p10, p90, None, None, None, None, memory.peak
+        )
     with Reader(engine, kernels.threads()) as reader, PeakMemory() as memory:
         for i, token in enumerate(random_tokens(engine, n)):
             if i % READ_EVERY == 0:
@@ -185,15 +202,19 @@ def decode_speed(engine: Engine, depth: int, n: int) -> Speed:
 
 
 def fill_cache(engine: Engine, n: int) -> None:
-    """Make the cache n tokens deep with random rows."""
+    """Make the cache n tokens deep: with random rows, or over a card with those of random tokens."""
     engine.rewind(0)
+    if isinstance(engine.model, HybridModel):
+        if n:
+            engine.append(random_tokens(engine, n))
+        return
     config = engine.weights.config
     width = config.kv_rank + config.rope_dim
     tile_SX = np.random.default_rng(0).standard_normal((256, width), np.float32)
-    for layer in engine.cache.layers:
+    for layer in engine.model.cache.layers:
         for start in range(0, n, 256):
             kernels.remember(layer, tile_SX[: n - start], start)
-    engine.cache.n, engine.tokens = n, [0] * n
+    engine.model.cache.n, engine.tokens, engine.places = n, [0] * n, [None] * n
 
 
 def random_tokens(engine: Engine, n: int, seed: int = 1) -> list[int]:
@@ -300,6 +321,7 @@ def table(report: Report) -> Iterator[str]:
         f"decoded token reads {report.weight_bytes_per_token / 1e9:.3f} GB of weights and "
         f"{report.cache_bytes_per_token / 1e3:.1f} kB for each token before it"
     )
+    yield f"runs on {report.placement}"
     yield f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, {m['system']}"
     yield f"kimi-lite {version['kimi-lite']} with {report.isa}, Python {version['python']}, numpy {version['numpy']}"
     yield ""
@@ -319,8 +341,9 @@ def table(report: Report) -> Iterator[str]:
             f"{f'{row.p10:.1f}–{row.p90:.1f}':>15}  {traffic}  {row.memory.anonymous / 1e9:7.2f} GB "
             f"{row.memory.mapped / 1e9:8.2f} GB"
         )
-    yield ""
-    yield "reading: GB/s of a plain read of the same mapped file with as many threads, timed between the tokens"
+    if any(row.read_gb_per_s for row in report.rows):
+        yield ""
+        yield "reading: GB/s of a plain read of the same mapped file with as many threads, timed between the tokens"
 
 
 def _percentiles(values: list[float]) -> tuple[float, float, float]:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from kimi_lite.errors import UsageError
+from kimi_lite.runtime.speeds import ASSUMED
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +29,13 @@ Model = Annotated[
 ]
 Context = Annotated[int | None, typer.Option(help="Tokens of context to reserve; by default up to 32768.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; by default one per physical core.")]
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        help="Take at most this much of a graphics card's memory: 8G, 800M, or 0 for the CPU alone; by default a card "
+        "is used if one works."
+    ),
+]
 Temperature = Annotated[
     float, typer.Option(help="0 repeats exactly; the makers recommend 0.6 to 0.8 for Thinking.")
 ]
@@ -93,6 +101,7 @@ def ask(
     seed: Seed = None,
     context: Context = None,
     threads: Threads = None,
+    vram: Vram = None,
     show_thinking: Annotated[
         bool | None,
         typer.Option(
@@ -126,9 +135,12 @@ def ask(
         mmproj=mmproj,
         context=context,
         threads=threads,
+        vram=vram,
         max_image_tokens=max_image_tokens,
         offline=offline,
     )
+    if not quiet:
+        _say_placement(opened.engine.placement)
     opened.conversation.system = system
     dim = show_thinking if show_thinking is not None else sys.stderr.isatty()
     from kimi_lite.chat import Printer
@@ -176,6 +188,12 @@ def ask(
         raise typer.Exit(7)
 
 
+def _say_placement(placement: str) -> None:
+    """Where the model runs, unless it is the CPU, which needs no word."""
+    if placement != "the CPU":
+        print(f"kimi-lite: runs on {placement}", file=sys.stderr)
+
+
 def _stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode().strip()
@@ -197,6 +215,7 @@ def chat(
     seed: Seed = None,
     context: Context = None,
     threads: Threads = None,
+    vram: Vram = None,
     hide_thinking: Annotated[
         bool, typer.Option("--hide-thinking", help="Do not print the thinking.")
     ] = False,
@@ -216,9 +235,11 @@ def chat(
         mmproj=mmproj,
         context=context,
         threads=threads,
+        vram=vram,
         max_image_tokens=max_image_tokens,
         offline=offline,
     )
+    _say_placement(opened.engine.placement)
     opened.conversation.system = system
     Session(opened, options, max_tokens, thinking_budget, show_thinking=not hide_thinking).run()
 
@@ -319,6 +340,7 @@ def bench(
     context: Annotated[
         int | None, typer.Option(help="Tokens of context to reserve; by default what the rows need.")
     ] = None,
+    vram: Vram = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the table.")] = False,
 ) -> None:
     """Measure prefill and decoding, against how fast this machine can read the model's bytes."""
@@ -334,12 +356,19 @@ def bench(
         decode=decode,
         threads=_numbers("--threads", threads, 1) or (None,),
         context=context,
+        vram=_size(vram),
         progress=lambda text: print(f"{text} …", file=sys.stderr) if sys.stderr.isatty() else None,
     )
     if as_json:
         print(json.dumps(report.as_json(), ensure_ascii=False))
     else:
         print("\n".join(table(report)))
+
+
+def _size(vram: str | None) -> int | None:
+    from kimi_lite.runtime.placement import parse_size
+
+    return None if vram is None else parse_size(vram)
 
 
 def _numbers(option: str, text: str | None, least: int) -> list[int] | None:
@@ -350,6 +379,48 @@ def _numbers(option: str, text: str | None, least: int) -> list[int] | None:
     if not all(part.isascii() and part.isdigit() and int(part) >= least for part in parts):
         raise UsageError(f"{option} is {text!r}; give whole numbers from {least} up, separated by commas")
     return [int(part) for part in parts]
+
+
+@app.command()
+def plan(
+    model: Model = None,
+    vram: Vram = None,
+    context: Context = None,
+    threads: Threads = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure the CPU on real layers, and the whole where it runs here."),
+    ] = False,
+    cpu_read: Annotated[float, typer.Option(help="GB/s at which the CPU reads experts.")] = ASSUMED.cpu_gb_s,
+    cpu_products: Annotated[float, typer.Option(help="GMAC/s of the CPU in prefill.")] = ASSUMED.cpu_gmac_s,
+    card_read: Annotated[float, typer.Option(help="GB/s of the card's memory.")] = ASSUMED.card_gb_s,
+    card_products: Annotated[float, typer.Option(help="GMAC/s of the card.")] = ASSUMED.card_gmac_s,
+    pcie: Annotated[float, typer.Option(help="GB/s between processor and card.")] = ASSUMED.pcie_gb_s,
+    launch: Annotated[
+        float, typer.Option(help="Microseconds that starting a kernel costs.")
+    ] = ASSUMED.launch_us,
+    hand_off: Annotated[
+        float, typer.Option(help="Microseconds until the other side, CPU or card, knows.")
+    ] = ASSUMED.hand_off_us,
+) -> None:
+    """Say what would go on a card, why, and how fast that should be.
+
+    Without a card, --vram assumes one. Speeds are assumed, and can be set here, but for what --measure finds out.
+    """
+    from kimi_lite.api import nano_path
+    from kimi_lite.plan import plan_report
+    from kimi_lite.runtime import kernels
+    from kimi_lite.runtime.speeds import Speeds
+
+    kernels.set_threads(threads)
+    speeds = Speeds(cpu_read, cpu_products, card_read, card_products, pcie, launch, hand_off)
+    if model is None:
+        print(REAL_MODEL, file=sys.stderr)
+    lines = plan_report(
+        model or nano_path(), vram=_size(vram), context=context, speeds=speeds, measure=measure
+    )
+    for line in lines:
+        print(line)
 
 
 @app.command()

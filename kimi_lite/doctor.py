@@ -15,7 +15,9 @@ from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.formats.packed import LAYOUTS
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cache import LatentCache
+from kimi_lite.runtime.cuda.find import find_device
 from kimi_lite.runtime.image_cache import ImageCache, default_directory
+from kimi_lite.runtime.placement import gb
 from kimi_lite.runtime.vision import ImageEncoder, open_vision
 from kimi_lite.runtime.weights import Weights, open_weights
 
@@ -34,7 +36,7 @@ def machine_report() -> Iterator[str]:
         yield f"          not the fastest: KIMI_LITE_ISA holds it at {kernels.isa()}, {isas[0]} would run"
     elif isas[0] != BEST_ISA:
         yield f"          this processor has no {BEST_ISA}, for which the fastest kernels are written"
-    yield "graphics  not in use: this version runs on the CPU"
+    yield _graphics()
     directory = default_directory()
     yield f"pictures  on the same kernels; encoded ones are kept in {directory or 'memory only'}"
     for package, extra, what in (
@@ -65,6 +67,16 @@ def machine_report() -> Iterator[str]:
         yield f"nano      {nano_path()}"
     except kimi_lite.ModelFileError as error:
         yield f"nano      {error}"
+
+
+def _graphics() -> str:
+    try:
+        device = find_device()
+        free = device.free_bytes()
+        device.close()
+    except kimi_lite.KimiLiteError as error:
+        return f"graphics  not in use: {error}"
+    return f"graphics  {device.name}, {gb(free)} free; in use unless --vram 0"
 
 
 def file_report(path: Path) -> Iterator[str]:

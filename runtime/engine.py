@@ -3,65 +3,88 @@
 The engine keeps the tokens that its cache stands for. A new prompt reuses the longest prefix they share, so a second
 turn of a chat computes only what is new; the result is bit for bit what it would be from scratch. All image tokens
 have one id, so they are told apart by their picture's digest.
+
+Where the model runs, on the CPU or over a card, changes no bit, so a card that fails in the middle of an answer costs time
+only: the cache is computed again on the CPU from the tokens that it stood for, and the answer goes on.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_lite.errors import UsageError
+from kimi_lite.errors import KimiLiteWarning, UsageError
+from kimi_lite.formats.config import TextConfig
 from kimi_lite.runtime import kernels
-from kimi_lite.runtime.cache import LatentCache
-from kimi_lite.runtime.model import Spliced, forward
+from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError
+from kimi_lite.runtime.hybrid import HybridModel, place
+from kimi_lite.runtime.model import PREFILL_CHUNK, CpuModel, OnLayer, Spliced
 from kimi_lite.runtime.sampling import Sampler, SamplingOptions
 from kimi_lite.runtime.template import IMAGE_PAD
 from kimi_lite.runtime.tokenizer import Tokenizer
+from kimi_lite.runtime.usage import default_directory, save_usage
 from kimi_lite.runtime.vision import EncodedImage
 from kimi_lite.runtime.weights import open_weights
 
-PREFILL_CHUNK = 512  # tokens a pass: at full size each expert is read once for about 48 of them
 DEFAULT_CONTEXT = 32768
 
+Place = tuple[EncodedImage, int] | None  # the picture and the row that an image token stands for
 Progress = Callable[[int, int], None]  # prompt tokens done, in all
 
 
 class Engine:
     """One open model. Not for two threads at once."""
 
-    def __init__(self, path: Path, *, context: int | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, context: int | None = None, threads: int | None = None, vram: int | None = 0
+    ) -> None:
         """Map `path` and reserve room for `context` tokens: by default the model's own limit, at most 32768.
+
+        Args:
+            vram: bytes of a card's memory that may be taken; 0 for the CPU alone, None for a card if one works.
 
         Raises:
             ModelFileError: the file is missing, damaged or another model's.
-            UsageError: `context` is not positive or beyond the model's limit.
+            UsageError: `context` is not positive or beyond the model's limit, or `vram` needs a card and there is none.
+            DoesNotFitError: the card's memory, or `vram`, is too small.
         """
         self.weights = open_weights(path)
-        limit = self.weights.config.context_length
-        if context is not None and not 1 <= context <= limit:
-            raise UsageError(f"a context of {context} tokens was asked for; {path.name} allows 1 to {limit}")
-        self.context = context or min(limit, DEFAULT_CONTEXT)
+        self.context = choose_context(self.weights.config, path, context)
         self.tokenizer = Tokenizer(self.weights.vocab)
         self.stop_ids = self.tokenizer.stop_ids
-        self.cache = LatentCache(self.weights.config, self.context)
         self.tokens: list[int] = []  # those that the cache holds
-        self.seen: list[object] = []  # what each stands for: its id, or picture and row
+        self.places: list[Place] = []  # beside each, what an image token stands for
         self.pad_id = self.weights.vocab.specials.get(IMAGE_PAD, -1)
         self.finish_reason = ""
         self.n_reused = 0  # prompt tokens that the last prefill found in the cache
         kernels.set_threads(threads)
+        self.model: CpuModel | HybridModel = place(self.weights, self.context, vram)
+
+    @property
+    def placement(self) -> str:
+        """Where the model runs, for people."""
+        return self.model.placement
+
+    @property
+    def seen(self) -> list[object]:
+        """What each cached token stands for: its id, or picture and row."""
+        return _meaning(self.tokens, self.places)
 
     def rewind(self, n: int) -> None:
         """Keep the first n cached tokens."""
-        self.cache.rewind(n)
-        del self.tokens[n:], self.seen[n:]
+        del self.tokens[n:], self.places[n:]
+        try:
+            self.model.rewind(n)
+        except (DeviceLostError, DeviceMemoryError) as error:
+            self._leave_card(error)
 
     def append(
         self,
         ids: Sequence[int],
         on_progress: Progress | None = None,
-        pictures: Sequence[tuple[EncodedImage, int] | None] | None = None,
+        pictures: Sequence[Place] | None = None,
     ) -> NDArray[np.float32]:
         """Run tokens after the cached ones; the logits [V] that follow the last.
 
@@ -78,12 +101,31 @@ class Engine:
                 if on_progress:  # a pass takes seconds, so its layers count
                     on_progress(start + n * n_tokens // self.weights.config.n_layers, len(ids))
 
-            logits_V = forward(
-                self.weights, self.cache, np.asarray(chunk, np.int32), _spliced(places), on_layer
-            )
+            logits_V = self._step(chunk, places, on_layer)
             self.tokens += chunk
-            self.seen += _meaning(chunk, places)
+            self.places += places
         return logits_V
+
+    def _step(self, ids: Sequence[int], places: Sequence[Place], on_layer: OnLayer) -> NDArray[np.float32]:
+        """One step of the model; on the CPU from here on, if the card fails."""
+        try:
+            return self.model.forward(np.asarray(ids, np.int32), _spliced(places), on_layer)
+        except (DeviceLostError, DeviceMemoryError) as error:
+            self._leave_card(error)
+        return self.model.forward(np.asarray(ids, np.int32), _spliced(places), on_layer)
+
+    def _leave_card(self, error: DeviceLostError | DeviceMemoryError) -> None:
+        """Compute the cache again on the CPU, and stay there."""
+        again = f" and reads {len(self.tokens)} tokens again" if self.tokens else ""
+        warnings.warn(f"{error}; the CPU goes on{again}", KimiLiteWarning, stacklevel=4)
+        cpu = CpuModel(self.weights, self.context)
+        for start in range(0, len(self.tokens), PREFILL_CHUNK):
+            ids = self.tokens[start : start + PREFILL_CHUNK]
+            places = self.places[start : start + PREFILL_CHUNK]
+            cpu.forward(np.asarray(ids, np.int32), _spliced(places))
+        assert isinstance(self.model, HybridModel)
+        self.model.close()
+        self.model = cpu  # only now, so that Ctrl-C meanwhile leaves no half-filled cache
 
     def prefill(
         self,
@@ -117,9 +159,7 @@ class Engine:
         self.n_reused = shared
         return self.append(prompt[shared:], on_progress, places[shared:])
 
-    def _places(
-        self, prompt: Sequence[int], pictures: Sequence[EncodedImage]
-    ) -> list[tuple[EncodedImage, int] | None]:
+    def _places(self, prompt: Sequence[int], pictures: Sequence[EncodedImage]) -> list[Place]:
         """Beside each token of the prompt, the picture and the row that it stands for."""
         rows = [(picture, row) for picture in pictures for row in range(picture.n_tokens)]
         n_places = sum(token == self.pad_id for token in prompt)
@@ -142,6 +182,19 @@ class Engine:
         Afterwards `finish_reason` is "stop", "length" (max_tokens), "context" (no room left) or "cancelled".
         """
         self.finish_reason = "cancelled"
+        try:
+            yield from self._generate(prompt, options, max_tokens, on_progress, pictures)
+        finally:
+            save_usage(self.weights, default_directory())
+
+    def _generate(
+        self,
+        prompt: Sequence[int],
+        options: SamplingOptions,
+        max_tokens: int | None,
+        on_progress: Progress | None,
+        pictures: Sequence[EncodedImage],
+    ) -> Iterator[int]:
         sampler = Sampler(options, self.n_named)
         logits_V = self.prefill(prompt, on_progress, pictures)
         n = 0
@@ -167,7 +220,15 @@ class Engine:
         return max(specials, default=len(self.weights.vocab.ranks) - 1) + 1
 
 
-def _meaning(ids: Sequence[int], places: Sequence[tuple[EncodedImage, int] | None]) -> list[object]:
+def choose_context(config: TextConfig, path: Path, context: int | None) -> int:
+    """Tokens to reserve room for. Raises UsageError for a number that the model does not allow."""
+    limit = config.context_length
+    if context is not None and not 1 <= context <= limit:
+        raise UsageError(f"a context of {context} tokens was asked for; {path.name} allows 1 to {limit}")
+    return context or min(limit, DEFAULT_CONTEXT)
+
+
+def _meaning(ids: Sequence[int], places: Sequence[Place]) -> list[object]:
     """What each token stands for, comparable between prompts."""
     return [
         token if place is None else (place[0].digest, place[1])
@@ -175,7 +236,7 @@ def _meaning(ids: Sequence[int], places: Sequence[tuple[EncodedImage, int] | Non
     ]
 
 
-def _spliced(places: Sequence[tuple[EncodedImage, int] | None]) -> Spliced | None:
+def _spliced(places: Sequence[Place]) -> Spliced | None:
     """The rows that pictures put into one step, or None without any."""
     at = [i for i, place in enumerate(places) if place is not None]
     if not at:

@@ -7,6 +7,7 @@ without the compiled module nothing runs, and the import says so.
 KIMI_LITE_ISA forces an instruction set by name; an unknown name is an error. `describe` says what is in use.
 
 Dimension key:  T tokens   I, O in and out   D model width   E experts   A active   H heads   C latent   R rope
+                M (token, expert) pairs
 """
 
 import os
@@ -196,6 +197,18 @@ def mixture(routed: Mlp, shared: Mlp, x_TD: Float, ids_TA: NDArray[np.int32], we
     return y_TD
 
 
+def expert_outputs(mlp: Mlp, x_TD: Float, experts_M: NDArray[np.int32], tokens_M: NDArray[np.int32]) -> Float:
+    """Expert experts_M[m] applied to x[tokens_M[m]], not weighted: float32 [M, D]."""
+    y_MD = np.empty((len(experts_M), mlp.D), np.float32)
+    _kernels.expert_outputs(mlp.handle, experts_M, tokens_M, x_TD, y_MD)
+    return y_MD
+
+
+def combine(outputs_TAD: Float, weights_TA: Float, shared_TD: Float, x_TD: Float) -> None:
+    """x += the weighted sum of the outputs in order, plus shared; in place, with the bits of `mixture`."""
+    _kernels.combine(outputs_TAD, weights_TA, shared_TD, x_TD)
+
+
 def latent_cache(
     rows: NDArray[np.uint8], columns: NDArray[np.uint8], context: int, C: int, R: int
 ) -> "_kernels.LatentCache":
@@ -273,13 +286,16 @@ class FeedForwardLayer:
     shared: Mlp
     routed: Mlp | None = None
     router: Router | None = None
+    used_E: NDArray[np.int64] | None = (
+        None  # counts how often each expert was chosen for a token that came alone
+    )
 
     @cached_property
     def handle(self) -> Any:
         """What the C++ functions take."""
         if self.routed is None or self.router is None:
             return _kernels.FeedForwardLayer(
-                self.norm_D, self.shared.handle, self.eps, None, None, None, 0, 0.0
+                self.norm_D, self.shared.handle, self.eps, None, None, None, 0, 0.0, None
             )
         return _kernels.FeedForwardLayer(
             self.norm_D,
@@ -290,6 +306,7 @@ class FeedForwardLayer:
             self.routed.handle,
             self.router.n_active,
             self.router.scale,
+            self.used_E,
         )
 
 

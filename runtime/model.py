@@ -19,7 +19,29 @@ from kimi_lite.runtime.cache import LatentCache
 from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.weights import Weights
 
+PREFILL_CHUNK = 512  # tokens a pass: at full size each expert is read once for about 48 of them
 Spliced = tuple[NDArray[np.int64], NDArray[np.float16]]
+OnLayer = Callable[[int], None]  # hears after each layer how many are done
+
+
+class CpuModel:
+    """A text model all on the CPU, and its cache."""
+
+    placement = "the CPU"
+
+    def __init__(self, weights: Weights, context: int) -> None:
+        """Room for `context` positions, as virtual memory."""
+        self.weights, self.cache = weights, LatentCache(weights.config, context)
+
+    def forward(
+        self, ids_T: NDArray[np.int32], pictures: Spliced | None = None, on_layer: OnLayer | None = None
+    ) -> Float:
+        """Append T tokens to the cache; returns the last one's logits, float32 [V]."""
+        return forward(self.weights, self.cache, ids_T, pictures, on_layer)
+
+    def rewind(self, n: int) -> None:
+        """Keep the first n cached positions."""
+        self.cache.rewind(n)
 
 
 def forward(
@@ -27,18 +49,15 @@ def forward(
     cache: LatentCache,
     ids_T: NDArray[np.int32],
     pictures: Spliced | None = None,
-    on_layer: Callable[[int], None] | None = None,
+    on_layer: OnLayer | None = None,
 ) -> Float:
     """Append T tokens to the cache; returns the last one's logits, float32 [V].
 
     `pictures` gives embedding rows to the positions of image tokens: (positions [M] in this step, rows [M, D]).
-    `on_layer` hears after each layer how many are done.
     """
     c, T = weights.config, len(ids_T)
     assert cache.n + T <= cache.context, f"{T} tokens after {cache.n} exceed {cache.context}"
-    x_TD = kernels.embed(weights.embed, ids_T)
-    if pictures is not None:
-        x_TD[pictures[0]] = pictures[1]
+    x_TD = embedded(weights, ids_T, pictures)
     cos_TR, sin_TR = rope_tables(c, cache.n, T)
     for index, layer in enumerate(weights.layers):
         kernels.attend(layer.attention, x_TD, cos_TR, sin_TR, cache.layers[index], cache.n)
@@ -48,6 +67,14 @@ def forward(
     cache.n += T
     last_1D = kernels.rms_norm(x_TD[-1:], weights.norm_D, c.rms_eps)
     return kernels.linear(weights.head, last_1D).reshape(-1)
+
+
+def embedded(weights: Weights, ids_T: NDArray[np.int32], pictures: Spliced | None) -> Float:
+    """Where the residual stream begins: rows of the embedding and of pictures, float32 [T, D]."""
+    x_TD = kernels.embed(weights.embed, ids_T)
+    if pictures is not None:
+        x_TD[pictures[0]] = pictures[1]
+    return x_TD
 
 
 def rope_tables(c: TextConfig, start: int, T: int) -> tuple[Float, Float]:

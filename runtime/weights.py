@@ -148,7 +148,8 @@ def _layer(read: "_Tensors", c: TextConfig, index: int) -> Layer:
     )
     shared = read.mlp(f"{at}ffn", "_shexp", c.n_shared * F, D)
     routed = read.mlp(f"{at}ffn", "_exps", F, D, c.n_experts)
-    return Layer(attention, FeedForwardLayer(norm, c.rms_eps, shared, routed, router))
+    used = np.zeros(c.n_experts, np.int64)
+    return Layer(attention, FeedForwardLayer(norm, c.rms_eps, shared, routed, router, used))
 
 
 def _expansion(read: "_Tensors", c: TextConfig, at: str) -> tuple[Matrix, Matrix]:

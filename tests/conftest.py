@@ -4,3 +4,4 @@ import os
 import tempfile
 
 os.environ["KIMI_LITE_IMAGE_CACHE"] = tempfile.mkdtemp(prefix="kimi-lite-tests-")
+os.environ["KIMI_LITE_EXPERT_USAGE"] = tempfile.mkdtemp(prefix="kimi-lite-tests-")

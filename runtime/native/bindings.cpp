@@ -21,6 +21,7 @@ using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Out = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using BytesOut = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
+using Counts = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using IntsOut = nb::ndarray<int32_t, nb::c_contig, nb::device::cpu>;
 
 std::mutex one_at_a_time;  // two Python threads may call; scratch memory and the pool serve one
@@ -174,6 +175,32 @@ NB_MODULE(_kernels, m) {
     Computing computing;
     mixture(routed, ids.data(), w.data(), A, shared, x.data(), T, D, y.data());
   }, "routed"_a, "ids"_a, "weights"_a, "shared"_a.none(), "x"_a, "y"_a);
+  m.def("expert_outputs", [](const Mlp& mlp, const Ints& experts, const Ints& tokens, const Floats& x, const Out& y) {
+    const int T = axis(x, 0, "x"), D = axis(x, 1, "x"), n = axis(experts, 0, "experts");
+    require(!mlp.gate.empty(), "there are no experts");
+    same(mlp.gate[0].columns, D, "the experts' width");
+    same(axis(tokens, 0, "tokens"), n, "tokens' length");
+    same(axis(y, 0, "y"), n, "y's length");
+    same(axis(y, 1, "y"), D, "y's width");
+    for (int i = 0; i < n; ++i) {
+      require(experts.data()[i] >= 0 && experts.data()[i] < static_cast<int>(mlp.gate.size()), "an expert's index is out of range");
+      require(tokens.data()[i] >= 0 && tokens.data()[i] < T, "a token's index is out of range");
+    }
+    Computing computing;
+    expert_outputs(mlp, experts.data(), tokens.data(), n, x.data(), T, D, y.data());
+  }, "mlp"_a, "experts"_a, "tokens"_a, "x"_a, "y"_a);
+  m.def("combine", [](const Floats& outputs, const Floats& w, const Floats& shared, const Out& x) {
+    const int T = axis(x, 0, "x"), D = axis(x, 1, "x"), A = axis(w, 1, "weights");
+    require(D % 16 == 0, "combine needs a width in multiples of 16");
+    same(axis(outputs, 0, "outputs"), T, "outputs' length");
+    same(axis(outputs, 1, "outputs"), A, "outputs' experts");
+    same(axis(outputs, 2, "outputs"), D, "outputs' width");
+    same(axis(w, 0, "weights"), T, "weights' length");
+    same(axis(shared, 0, "shared"), T, "shared's length");
+    same(axis(shared, 1, "shared"), D, "shared's width");
+    Computing computing;
+    combine(outputs.data(), w.data(), A, shared.data(), T, D, x.data());
+  }, "outputs"_a, "weights"_a, "shared"_a, "x"_a);
   nb::class_<LatentCache>(m, "LatentCache", "One layer's latent cache, in the packed layout q8g32. Keeps its bytes alive.")
       .def("__init__",
            [](LatentCache* self, const BytesOut& rows, const BytesOut& columns, int context, int C, int R) {
@@ -232,7 +259,7 @@ NB_MODULE(_kernels, m) {
   nb::class_<FeedForwardLayer>(m, "FeedForwardLayer", "A layer's feed-forward half. Keeps its bytes alive; without a router, the shared MLP alone.")
       .def("__init__",
            [](FeedForwardLayer* self, const Floats& norm, const Mlp& shared, float eps, std::optional<Floats> router,
-              std::optional<Floats> bias, const Mlp* routed, int active, float scale) {
+              std::optional<Floats> bias, const Mlp* routed, int active, float scale, std::optional<Counts> used) {
              require(shared.gate.size() == 1, "a layer has one shared MLP");
              const int D = shared.gate[0].columns;
              same(axis(norm, 0, "norm"), D, "the norm's width");
@@ -244,12 +271,14 @@ NB_MODULE(_kernels, m) {
                same(axis(*router, 0, "router"), E, "the router's height");
                same(axis(*router, 1, "router"), D, "the router's width");
                same(axis(*bias, 0, "bias"), E, "the bias's length");
+               if (used) same(axis(*used, 0, "used"), E, "the counts' length");
              }
              new (self) FeedForwardLayer{norm.data(), eps, router ? router->data() : nullptr, bias ? bias->data() : nullptr,
-                                         active, scale, routed ? *routed : Mlp{}, shared};
+                                         active, scale, routed ? *routed : Mlp{}, shared, used ? used->data() : nullptr};
            },
-           "norm"_a, "shared"_a, "eps"_a, "router"_a.none(), "bias"_a.none(), "routed"_a.none(), "active"_a, "scale"_a,
-           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>());
+           "norm"_a, "shared"_a, "eps"_a, "router"_a.none(), "bias"_a.none(), "routed"_a.none(), "active"_a, "scale"_a, "used"_a.none(),
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(),
+           nb::keep_alive<1, 10>());
   m.def("attention_layer", [](const AttentionLayer& layer, const Out& x, const Floats& cos, const Floats& sin, const LatentCache& cache, int start) {
     const int T = axis(x, 0, "x"), C = layer.k_b[0].rows, R = layer.kv_a.rows - C;
     same(axis(x, 1, "x"), layer.q.columns, "x's width");

@@ -313,45 +313,47 @@ void route(const float* x, const float* router, const float* bias, int T, int D,
   }
 }
 
-void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A, const Mlp* shared, const float* x,
-             int T, int D, float* y) {
-  // One job an expert that has tokens, in order of index, the shared MLP last: the order of every token's sum.
-  struct Job {
-    const Weights *gate, *up, *down;
-    std::vector<int32_t> tokens;   // rows of x
-    std::vector<float> weight;     // empty: 1
-    Operand in, hidden;            // x's rows; silu(gate) * up, of which tiles or x is written below
-  };
+namespace {
+
+// One expert and its rows of x. The order of jobs, which is that of the experts' index, is the order of every token's sum.
+struct Job {
+  const Weights *gate, *up, *down;
+  std::vector<int32_t> tokens, slots;  // row i is expert(x[tokens[i]]); slots[i] is its place among all that were asked for
+  Operand in, hidden;                  // x's rows; silu(gate) * up, of which tiles or x is written by `run_hidden`
+};
+
+// One job an expert that is asked for: slot i wants experts[i] on x[tokens[i]].
+std::vector<Job> jobs_of(const Mlp& mlp, const int32_t* experts, const int32_t* tokens, int n_slots) {
+  std::vector<std::vector<int32_t>> slots(mlp.gate.size());
+  for (int i = 0; i < n_slots; ++i) slots[experts[i]].push_back(i);
   std::vector<Job> jobs;
-  const int E = static_cast<int>(routed.gate.size());
-  std::vector<std::vector<int32_t>> slots(E);  // t * A + i
-  for (int i = 0; i < T * A; ++i) slots[ids[i]].push_back(i);
-  for (int e = 0; e < E; ++e) {
+  for (size_t e = 0; e < slots.size(); ++e) {
     if (slots[e].empty()) continue;
-    Job job{&routed.gate[e], &routed.up[e], &routed.down[e], {}, {}, {}, {}};
-    for (int32_t i : slots[e]) {
-      job.tokens.push_back(i / A);
-      job.weight.push_back(weights[i]);
-    }
+    Job job{&mlp.gate[e], &mlp.up[e], &mlp.down[e], {}, std::move(slots[e]), {}, {}};
+    for (int32_t i : job.slots) job.tokens.push_back(tokens[i]);
     jobs.push_back(std::move(job));
   }
-  const int32_t* numbers = counting(T);
-  if (shared) jobs.push_back({&shared->gate[0], &shared->up[0], &shared->down[0], {numbers, numbers + T}, {}, {}, {}});
+  return jobs;
+}
 
+// The first half of all jobs: hidden values, quantized unless a down matrix is stored as floats.
+void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
   static Buffer<uint8_t> rows, gathered, hidden_tiles;
   static Buffer<float> hidden_floats;
   const size_t in_bytes = token_bytes(D);
   bool wanted = false;
-  size_t n_slots = 0, n_floats = 0, n_tiles = 0;
+  size_t n_slots = 0, n_floats = 0, n_tiles = 0, most = 0;
   std::vector<std::pair<int, int>> tasks;  // job, group of 32 hidden channels
   for (size_t j = 0; j < jobs.size(); ++j) {
     const size_t n = jobs[j].tokens.size(), F = jobs[j].gate->rows;
     wanted |= !is_float(*jobs[j].gate);
     n_slots += n;
+    most = std::max(most, n);
     n_floats += is_float(*jobs[j].down) ? n * F : 0;
     n_tiles += is_float(*jobs[j].down) ? 0 : n * token_bytes(static_cast<int>(F));
     for (size_t g = 0; g < F / kGroup; ++g) tasks.emplace_back(static_cast<int>(j), static_cast<int>(g));
   }
+  const int32_t* numbers = counting(static_cast<int>(most));
   uint8_t* in_at = wanted ? gathered.get(n_slots * in_bytes) : nullptr;
   uint8_t* tiles_at = hidden_tiles.get(n_tiles);
   float* floats_at = hidden_floats.get(n_floats);
@@ -402,6 +404,19 @@ void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A,
       for (int lane = 0; lane < W; ++lane) kernels().quantize(gate + (first + lane) * kGroup, 1, tile, W, lane);
     }
   });
+}
+
+}  // namespace
+
+void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A, const Mlp* shared, const float* x,
+             int T, int D, float* y) {
+  static Buffer<int32_t> owners;
+  int32_t* tokens = owners.get(static_cast<size_t>(T) * A);
+  for (int i = 0; i < T * A; ++i) tokens[i] = i / A;
+  std::vector<Job> jobs = jobs_of(routed, ids, tokens, T * A);
+  const int32_t* numbers = counting(T);
+  if (shared) jobs.push_back({&shared->gate[0], &shared->up[0], &shared->down[0], {numbers, numbers + T}, {}, {}, {}});
+  run_hidden(jobs, x, T, D);
   pool().run(blocks_of(D), [&](int b, int) {
     const int rows_here = std::min(kRows, D - b * kRows);
     float* sum = scratch.more.get(static_cast<size_t>(T) * kRows);
@@ -410,12 +425,41 @@ void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A,
       float* part = scratch.out.get(static_cast<size_t>(job.hidden.n) * kRows);
       row_block(*job.down, b, job.hidden, part, kRows);
       for (int i = 0; i < job.hidden.n; ++i)
-        kernels().axpy(job.weight.empty() ? 1.0f : job.weight[i], part + static_cast<size_t>(i) * kRows, kRows,
+        kernels().axpy(job.slots.empty() ? 1.0f : weights[job.slots[i]], part + static_cast<size_t>(i) * kRows, kRows,
                        sum + static_cast<size_t>(job.tokens[i]) * kRows);
     }
     for (int t = 0; t < T; ++t)
       for (int r = 0; r < rows_here; ++r) y[static_cast<size_t>(t) * D + b * kRows + r] += sum[static_cast<size_t>(t) * kRows + r];
   });
+}
+
+void expert_outputs(const Mlp& mlp, const int32_t* experts, const int32_t* tokens, int n_slots, const float* x, int T,
+                    int D, float* y) {
+  std::vector<Job> jobs = jobs_of(mlp, experts, tokens, n_slots);
+  run_hidden(jobs, x, T, D);
+  pool().run(blocks_of(D), [&](int b, int) {
+    const size_t here = std::min(kRows, D - b * kRows);
+    for (const Job& job : jobs) {
+      float* part = scratch.out.get(static_cast<size_t>(job.hidden.n) * kRows);
+      row_block(*job.down, b, job.hidden, part, kRows);
+      for (int i = 0; i < job.hidden.n; ++i)
+        std::memcpy(y + static_cast<size_t>(job.slots[i]) * D + b * kRows, part + static_cast<size_t>(i) * kRows, sizeof(float) * here);
+    }
+  });
+}
+
+void combine(const float* outputs, const float* weights, int A, const float* shared, int T, int D, float* x) {
+  static Buffer<float> buffer;
+  float* sums = buffer.get(static_cast<size_t>(T) * D);
+  const auto add = [&](int t, int) {
+    float *sum = sums + static_cast<size_t>(t) * D, *to = x + static_cast<size_t>(t) * D;
+    std::fill_n(sum, D, 0.0f);
+    for (int i = t * A; i < (t + 1) * A; ++i) kernels().axpy(weights[i], outputs + static_cast<size_t>(i) * D, D, sum);
+    kernels().axpy(1.0f, shared + static_cast<size_t>(t) * D, D, sum);
+    for (int k = 0; k < D; ++k) to[k] += sum[k];
+  };
+  if (T < 4) for (int t = 0; t < T; ++t) add(t, 0);
+  else pool().run(T, add);
 }
 
 void attention_layer(const AttentionLayer& l, float* x, int T, const float* cos, const float* sin,
@@ -471,6 +515,8 @@ void feed_forward_layer(const FeedForwardLayer& l, float* x, int T) {
   float* chosen_weights = weights.get(static_cast<size_t>(T) * A + 1);
   if (l.router)
     route(h, l.router, l.bias, T, D, static_cast<int>(l.routed.gate.size()), A, l.scale, chosen_ids, chosen_weights);
+  if (l.used && T == 1)
+    for (int i = 0; i < A; ++i) ++l.used[chosen_ids[i]];
   mixture(l.routed, chosen_ids, chosen_weights, A, &l.shared, h, T, D, x);
 }
 

@@ -66,6 +66,11 @@ void route(const float* x, const float* router, const float* bias, int T, int D,
 // complete before it is added to y.
 void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A, const Mlp* shared, const float* x,
              int T, int D, float* y);
+// The two parts that a mixture falls into where its experts lie apart: y[i] = expert experts[i] of x[tokens[i]], for
+// n_slots of them; and x[t] += sum over A outputs of token t, in order, of weight * output, plus shared[t].
+void expert_outputs(const Mlp& mlp, const int32_t* experts, const int32_t* tokens, int n_slots, const float* x, int T,
+                    int D, float* y);
+void combine(const float* outputs, const float* weights, int A, const float* shared, int T, int D, float* x);
 // The latent cache of one layer, in the packed layout q8g32: `rows` has a row for each position, its latent of C
 // channels and its rotated key of R (padded to whole groups); `columns` has a row for each channel of the latent, its
 // columns being positions, of which whole groups of 32 are stored.
@@ -99,6 +104,7 @@ struct FeedForwardLayer {
   int active;
   float scale;                    // of the routed experts' weights
   Mlp routed, shared;
+  int64_t* used;                  // [E] or null: how often each expert was chosen for a token that came alone
 };
 void feed_forward_layer(const FeedForwardLayer& layer, float* x, int T);
 }  // namespace kimi

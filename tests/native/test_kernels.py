@@ -212,6 +212,40 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts_and_the_shared_one(isa: st
     assert np.array_equal(y, one)
 
 
+@pytest.mark.parametrize("layout", ["q4g32", "q8g32", "F32"])
+@pytest.mark.parametrize("T", [1, 3, 33])
+def test_a_mixture_in_two_places_has_the_bits_of_one_in_one_place(isa: str, layout: str, T: int) -> None:
+    rng = np.random.default_rng(T)
+    D, F, E, A = 64, 96, 7, 3
+
+    def stack(count: int) -> Mlp:
+        shapes = ((F, D), (F, D), (D, F))
+        if layout == "F32":
+            values = [rng.standard_normal((count, *shape), np.float32) for shape in shapes]
+            made = [
+                Matrix("F32", v.reshape(-1).view(np.uint8), *shape, count)
+                for v, shape in zip(values, shapes, strict=True)
+            ]
+        else:
+            made = [packed(rng, layout, *shape, count) for shape in shapes]
+        return Mlp(F, D, count, matrices=(made[0], made[1], made[2]))
+
+    routed, shared = stack(E), stack(1)
+    x_TD, residual_TD = (rng.standard_normal((T, D), np.float32) for _ in range(2))
+    ids_TA = np.stack([np.sort(rng.permutation(E)[:A]) for _ in range(T)]).astype(np.int32)
+    weights_TA = rng.uniform(0.2, 2, (T, A)).astype(np.float32)
+    expected_TD = residual_TD + kernels.mixture(routed, shared, x_TD, ids_TA, weights_TA)
+    outputs_TAD = np.full((T, A, D), np.nan, np.float32)
+    here_TA = rng.random(E)[ids_TA] < 0.5  # each expert lies in one place
+    for place_TA in (here_TA, ~here_TA):
+        tokens_M, slots_M = (i.astype(np.int32) for i in np.nonzero(place_TA))
+        outputs_TAD[place_TA] = kernels.expert_outputs(routed, x_TD, ids_TA[tokens_M, slots_M], tokens_M)
+    every_T = np.arange(T, dtype=np.int32)
+    shared_TD = kernels.expert_outputs(shared, x_TD, np.zeros(T, np.int32), every_T)
+    kernels.combine(outputs_TAD, weights_TA, shared_TD, residual_TD)
+    assert np.array_equal(residual_TD, expected_TD)
+
+
 def remembered(
     latent_SC: NDArray[np.float32], key_SR: NDArray[np.float32], room: int
 ) -> tuple[Any, NDArray[Any], NDArray[Any]]:

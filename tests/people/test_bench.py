@@ -16,6 +16,7 @@ from kimi_lite.api import nano_path
 from kimi_lite.bench import fill_cache
 from kimi_lite.runtime.cache import LatentCache
 from kimi_lite.runtime.engine import Engine
+from kimi_lite.runtime.model import CpuModel
 
 FAST = ("--prompt", "5,40", "--depth", "0,70", "--decode", "3")
 
@@ -104,11 +105,12 @@ def test_what_cannot_be_measured_is_one_sentence(arguments: tuple[str, ...], cod
 def test_a_made_up_cache_is_as_deep_as_asked_and_runs() -> None:
     engine = Engine(nano_path(), context=400)
     fill_cache(engine, 300)
-    assert (engine.cache.n, len(engine.tokens)) == (300, 300)
+    assert isinstance(engine.model, CpuModel)
+    assert (engine.model.cache.n, len(engine.tokens), len(engine.seen)) == (300, 300, 300)
     deep = engine.append([1, 2, 3])
     assert np.isfinite(deep).all()
     fill_cache(engine, 0)
-    assert engine.cache.n == 0
+    assert engine.model.cache.n == 0
     assert not np.array_equal(engine.append([1, 2, 3]), deep)  # the made-up rows were read
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("", "ask", "chat", "quantize", "pack", "info", "bench", "doctor")
+COMMANDS = ("", "ask", "chat", "quantize", "pack", "info", "bench", "plan", "doctor")
 HEAD = """# Commands
 
 What `--help` prints, and the exit codes that scripts may rely on.
@@ -24,7 +24,8 @@ What `--help` prints, and the exit codes that scripts may rely on.
 | 130, 141 | interrupted; the reader of the output went away |
 
 `KIMI_LITE_ISA` forces an instruction set by name (`kimi-lite doctor` lists them), `KIMI_LITE_DEBUG=1` shows the traceback
-behind an error, `NO_COLOR` turns colours off, `KIMI_LITE_IMAGE_CACHE` names the directory of encoded pictures or is `off`.
+behind an error, `NO_COLOR` turns colours off, `KIMI_LITE_IMAGE_CACHE` names the directory of encoded pictures or is `off`,
+`KIMI_LITE_EXPERT_USAGE` that of the profile by which experts get their place ([gpu](gpu.md)).
 """
 
 

@@ -1,0 +1,474 @@
+"""Does the card do what docs/gpu.md says that it should? One command, half an hour, every open claim.
+
+    python benchmarks/gpu.py FILE                                           a packed file; benchmarks/full_shape.py makes one
+    python benchmarks/gpu.py FILE --llama-bench PATH --gguf FILE.gguf       beside llama.cpp's own CUDA build
+
+A card of any size stands for smaller ones: each cap (6, 8, 12 and 24 GB, as far as the card has them) is planned, loaded and
+measured as `--vram` would have it. For each: the bits of the logits after a prompt and after each of some tokens, against
+the CPU's; the memory taken; prefill; decoding at several depths, each with a context just long enough, as a person who
+needs that depth would ask for. Depths are really prefilled. What the time does not reach, or memory does not hold, is said
+to be not measured, which proves nothing.
+
+Bandwidths of this very card are measured through PyTorch if it is there with CUDA, else given with --card-read and
+--pcie, else assumed; claims that need them are not judged by an assumption. llama.cpp is measured by its own `llama-bench`
+with as few layers' experts on the CPU as fit the same cap.
+
+Prints a table and the claims, and appends one JSON line to benchmarks/results/DATE-gpu.jsonl. On a simulated card
+(KIMI_LITE_DEVICE) times are those of its virtual clock, and nothing is appended.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from full_shape import commit
+
+import kimi_lite
+from kimi_lite.bench import machine, random_tokens
+from kimi_lite.errors import DoesNotFitError
+from kimi_lite.plan import measure_cpu
+from kimi_lite.runtime import kernels
+from kimi_lite.runtime.cost import sizes_of
+from kimi_lite.runtime.cuda.find import find_device
+from kimi_lite.runtime.cuda.simulated import SimulatedDevice
+from kimi_lite.runtime.engine import Engine
+from kimi_lite.runtime.hybrid import HybridModel
+from kimi_lite.runtime.model import PREFILL_CHUNK
+from kimi_lite.runtime.placement import MARGIN, gb, parse_size, predict
+from kimi_lite.runtime.speeds import ASSUMED, Speeds
+from kimi_lite.runtime.weights import open_weights
+
+RESULTS = Path(__file__).parent / "results"
+SPARE = 64  # positions beyond a depth
+LLAMA_SPARE = 600_000_000  # what llama.cpp takes beside weights and cache
+
+
+@dataclass
+class Row:
+    """One cap at one depth. Speeds are tokens a second; `why_not` says why there are none."""
+
+    cap: int
+    depth: int
+    resident: int = 0
+    experts: int = 0
+    load_s: float = 0.0
+    taken: int = 0  # bytes of the card's memory
+    prefill: float | None = None
+    predicted_prefill: float | None = None
+    decode: float | None = None
+    predicted_decode: float | None = None
+    ceiling: float | None = None  # the prediction without launches and hand-offs
+    gb_per_s: float | None = None  # that the card reads while decoding
+    bits: str = ""  # a digest of all logits
+    why_not: str = ""
+
+    @property
+    def whole(self) -> bool:
+        return self.resident == self.experts > 0
+
+
+@dataclass
+class Claim:
+    """A sentence of docs/gpu.md and what became of it: holds, refuted or not measured."""
+
+    says: str
+    verdict: str = "not measured"
+    evidence: list[str] = field(default_factory=list)
+
+
+class Bench:
+    """Measures rows until the time is up."""
+
+    def __init__(self, a: argparse.Namespace) -> None:
+        self.a, self.until = a, time.monotonic() + 60 * float(a.minutes)
+        self.weights = open_weights(a.file)
+        self.sizes = sizes_of(self.weights)
+        device = find_device()
+        self.simulated, self.card, self.free = (
+            isinstance(device, SimulatedDevice),
+            device.name,
+            device.free_bytes(),
+        )
+        device.close()
+        self.speeds, self.measured_card = self.find_speeds(device)
+        self.prefill_tok_per_s = math.inf  # the last measured, to see whether a depth is within reach
+
+    def find_speeds(self, device: object) -> tuple[Speeds, bool]:
+        """Bandwidths, and whether the card's are its own."""
+        if isinstance(device, SimulatedDevice):
+            return device.speeds, True
+        cpu_gb_s, cpu_gmac_s = measure_cpu(self.weights)
+        speeds = replace(ASSUMED, cpu_gb_s=cpu_gb_s, cpu_gmac_s=cpu_gmac_s)
+        found = card_bandwidths()
+        card_gb_s, pcie_gb_s = self.a.card_read or found[0], self.a.pcie or found[1]
+        if card_gb_s and pcie_gb_s:
+            return replace(speeds, card_gb_s=card_gb_s, pcie_gb_s=pcie_gb_s), True
+        return speeds, False
+
+    def caps(self, depth: int) -> list[int]:
+        """Those that the card has room for, and before them one that leaves no room for a routed expert."""
+        context = self.context(depth)
+        least = self.sizes.fixed_bytes + self.sizes.cache_bytes(context) + self.sizes.workspace_bytes(context)
+        caps = [math.ceil(least / (1 - MARGIN)) + 1000, *self.a.caps]
+        return [cap for cap in caps if cap <= self.free]
+
+    def context(self, depth: int) -> int:
+        """At the first depth, the prompt is measured too."""
+        longest: int = max(depth, self.a.prompt if depth == self.a.depths[0] else 0)
+        return longest + int(self.a.tokens) + SPARE
+
+    def measure(self, cap: int, depth: int) -> Row:
+        row, context = Row(cap, depth), self.context(depth)
+        if context > self.weights.config.context_length:
+            row.why_not = f"the model's context ends at {self.weights.config.context_length}"
+        elif depth != self.a.depths[0] and self.left() < depth / self.prefill_tok_per_s:
+            row.why_not = "no time was left"
+        if row.why_not:
+            return row
+        started = time.perf_counter()
+        try:
+            engine = Engine(self.a.file, context=context, vram=cap, threads=self.a.threads)
+        except DoesNotFitError as error:
+            row.why_not = str(error)
+            return row
+        model = engine.model
+        assert isinstance(model, HybridModel)
+        row.load_s = round(time.perf_counter() - started, 2)
+        row.taken = max(0, self.free - model.device.free_bytes())
+        row.resident, row.experts = model.plan.n_resident, model.plan.n_experts
+        clock = self.clock(model)
+        if depth == self.a.depths[0]:
+            row.bits = bits(engine, self.a.prompt, self.a.tokens)
+            row.prefill = self.prefill(engine, clock)
+            row.predicted_prefill = self.predicted_prefill(model)
+        engine.rewind(0)
+        before, ids = time.monotonic(), random_tokens(engine, depth)
+        for start in range(0, depth, PREFILL_CHUNK):
+            engine.append(ids[start : start + PREFILL_CHUNK])
+            if depth != self.a.depths[0] and self.left() < 0:
+                model.close()
+                row.why_not = f"the time was up after {len(engine.tokens)} tokens"
+                return row
+        self.prefill_tok_per_s = depth / (time.monotonic() - before)
+        row.decode = self.decode(engine, clock)
+        middle = depth + self.a.tokens // 2
+        row.predicted_decode = round(predict(model.plan, self.speeds, start=middle).tok_per_s, 2)
+        free_of_overhead = replace(self.speeds, launch_us=0, hand_off_us=0)
+        row.ceiling = round(predict(model.plan, free_of_overhead, start=middle).tok_per_s, 2)
+        read: float = self.sizes.fixed_bytes + self.sizes.cache_bytes(middle)
+        read += sum(
+            layer.n_active * layer.expert_bytes * hit
+            for layer, hit in zip(self.sizes.layers, model.plan.hit, strict=True)
+        )
+        row.gb_per_s = round(read * row.decode / 1e9, 2)
+        model.close()
+        return row
+
+    def clock(self, model: HybridModel) -> Callable[[], float]:
+        device = model.device
+        return (lambda: device.clock_s) if isinstance(device, SimulatedDevice) else time.perf_counter
+
+    def prefill(self, engine: Engine, clock: Callable[[], float]) -> float:
+        seconds = []
+        for _ in range(3):
+            engine.rewind(0)
+            start = clock()
+            engine.append(random_tokens(engine, self.a.prompt))
+            seconds.append(clock() - start)
+        return round(float(self.a.prompt / statistics.median(seconds)), 2)
+
+    def predicted_prefill(self, model: HybridModel) -> float:
+        starts = range(0, self.a.prompt, PREFILL_CHUNK)
+        steps = [(start, min(PREFILL_CHUNK, self.a.prompt - start)) for start in starts]
+        seconds = sum(predict(model.plan, self.speeds, T=T, start=start).seconds for start, T in steps)
+        return round(float(self.a.prompt / seconds), 2)
+
+    def decode(self, engine: Engine, clock: Callable[[], float]) -> float:
+        """The mean over all tokens, as whoever waits for an answer has it."""
+        ids = random_tokens(engine, self.a.tokens + 1, seed=2)
+        engine.append(ids[:1])  # the first one may capture what the others launch
+        start = clock()
+        for token in ids[1:]:
+            engine.append([token])
+        return round(float(self.a.tokens / (clock() - start)), 2)
+
+    def left(self) -> float:
+        return self.until - time.monotonic()
+
+
+def bits(engine: Engine, n_prompt: int, n: int) -> str:
+    """A digest of the logits after a prompt and after each of the n likeliest tokens that follow."""
+    digest = sha256()
+    engine.rewind(0)
+    logits_V = engine.append(random_tokens(engine, n_prompt, seed=3))
+    for _ in range(n):
+        digest.update(logits_V.tobytes())
+        logits_V = engine.append([int(logits_V[: engine.n_named].argmax())])
+    digest.update(logits_V.tobytes())
+    return digest.hexdigest()
+
+
+def card_bandwidths() -> tuple[float, float]:
+    """GB/s of the card's memory and of PCIe from pinned memory, through PyTorch; zeros without it."""
+    try:
+        import torch
+    except ImportError:
+        return 0.0, 0.0
+    if not torch.cuda.is_available():
+        return 0.0, 0.0
+    on_card = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    pinned = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+
+    def seconds(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    copied = 2 * on_card.numel() / seconds(on_card.clone) / 1e9  # read and written
+    moved = pinned.numel() / seconds(lambda: on_card[: pinned.numel()].copy_(pinned)) / 1e9
+    return round(copied, 1), round(moved, 1)
+
+
+def judge(
+    bench: Bench, rows: Sequence[Row], cpu_bits: str, cpu_decode: float, llama: Sequence[Row]
+) -> list[Claim]:
+    """The claims of docs/gpu.md, in its order."""
+    done = [row for row in rows if row.decode is not None]
+    none, first = [r for r in done if not r.resident], [r for r in done if r.depth == bench.a.depths[0]]
+    theirs = {(row.cap, row.depth): row for row in llama}
+    known = bench.measured_card
+
+    def claim(says: str, cases: Sequence[tuple[bool, str]]) -> Claim:
+        verdict = "not measured" if not cases else "holds" if all(ok for ok, _ in cases) else "refuted"
+        return Claim(says, verdict, [text for _, text in cases])
+
+    def at(row: Row) -> str:
+        return f"{gb(row.cap)} after {row.depth}"
+
+    def within(predicted: float | None, measured: float | None, where: str) -> tuple[bool, str]:
+        assert predicted
+        assert measured
+        return abs(predicted / measured - 1) <= 0.15, f"{where}: {predicted} predicted, {measured} measured"
+
+    base = {row.depth: row.decode for row in none if row.decode}
+    eight = [
+        (r, r.decode / base[r.depth]) for r in first if r.decode and 7e9 < r.cap < 9e9 and r.depth in base
+    ]
+    return [
+        claim(
+            "Wherever experts lie, logits have the CPU's bits.", [(r.bits == cpu_bits, at(r)) for r in first]
+        ),
+        claim(
+            "No more memory is taken than --vram allows.",
+            [(r.taken <= r.cap, f"{at(r)}: {gb(r.taken)}") for r in done],
+        ),
+        claim(
+            "The planner predicts decoding within 15 %.",
+            [within(r.predicted_decode, r.decode, at(r)) for r in done if known],
+        ),
+        claim(
+            "The planner predicts prefill within 15 %.",
+            [within(r.predicted_prefill, r.prefill, at(r)) for r in first if known],
+        ),
+        claim(
+            "With a card, decoding is faster than on the CPU alone.",
+            [(r.decode > cpu_decode, f"{at(r)}: {r.decode} to {cpu_decode}") for r in first if r.decode],
+        ),
+        claim(
+            "On 8 GB, experts on the card are worth 40 % over none.",
+            [(ratio >= 1.4, f"{at(r)}: {ratio:.2f} times") for r, ratio in eight],
+        ),
+        claim(
+            "With all on the card, decoding reads 55 % of the card's bandwidth.",
+            [
+                (
+                    r.gb_per_s >= 0.55 * bench.speeds.card_gb_s,
+                    f"{at(r)}: {r.gb_per_s} of {bench.speeds.card_gb_s} GB/s",
+                )
+                for r in first
+                if r.whole and r.gb_per_s and known
+            ],
+        ),
+        claim(
+            "With experts on the CPU, decoding reaches 85 % of what bandwidths allow.",
+            [
+                (r.decode >= 0.85 * r.ceiling, f"{at(r)}: {r.decode} of {r.ceiling}")
+                for r in first
+                if not r.whole and r.decode and r.ceiling and known
+            ],
+        ),
+        claim(
+            "Prefill of 2048 tokens with experts on the CPU reaches 2500 tok/s.",
+            [
+                (r.prefill >= 2500, f"{at(r)}: {r.prefill}")
+                for r in first
+                if not r.whole and r.resident and r.prefill and bench.a.prompt == 2048
+            ],
+        ),
+        claim(
+            "Decoding and prefill are ahead of llama.cpp's CUDA build with the same memory.",
+            [
+                (ours >= other, f"{at(r)}, {what}: {ours} to {other}")
+                for r in done
+                if (peer := theirs.get((r.cap, r.depth)))
+                for what, ours, other in (
+                    ("decode", r.decode, peer.decode),
+                    ("prefill", r.prefill, peer.prefill),
+                )
+                if ours and other
+            ],
+        ),
+    ]
+
+
+def llama_rows(bench: Bench, depth: int) -> Iterator[Row]:
+    """llama-bench with all layers on the card and as few layers' experts on the CPU as fit each cap."""
+    a, sizes = bench.a, bench.sizes
+    n_moe = sum(layer.n_experts > 0 for layer in sizes.layers)
+    experts = a.gguf.stat().st_size * sizes.routed_bytes / (sizes.routed_bytes + sizes.fixed_bytes) / n_moe
+    for cap in bench.caps(depth):
+        row = Row(cap, depth)
+        over = a.gguf.stat().st_size + sizes.cache_bytes(depth) + LLAMA_SPARE - cap
+        n_cpu = min(n_moe, max(0, math.ceil(over / experts)))
+        command = [a.llama_bench, "-m", a.gguf, "-ngl", 99, "-ncmoe", n_cpu, "-fa", 1, "-r", 2, "-o", "json"]
+        command += ["-p", a.prompt if depth == a.depths[0] else 0, "-n", a.tokens, "-d", depth]
+        try:
+            done = subprocess.run(
+                [str(word) for word in command],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=max(60, bench.left()),
+            )
+        except subprocess.TimeoutExpired:
+            row.why_not = "no time was left"
+            yield row
+            continue
+        if done.returncode:
+            row.why_not = (done.stderr.strip().splitlines() or ["llama-bench failed"])[-1]
+        else:
+            for test in json.loads(done.stdout):
+                name = "prefill" if test["n_prompt"] else "decode"
+                setattr(row, name, round(test["avg_ts"], 2))
+        yield row
+
+
+def card_facts() -> str:
+    """What nvidia-smi says: name, driver, memory, PCIe, power limit; empty without it."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    query = "name,driver_version,memory.total,pcie.link.gen.max,pcie.link.width.max,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def cpu_decoding(a: argparse.Namespace) -> tuple[str, float]:
+    """The bits that all placements must have, and what the CPU alone does at the first depth."""
+    depth = a.depths[0]
+    engine = Engine(a.file, context=max(a.prompt, depth) + SPARE, threads=a.threads)
+    digest = bits(engine, a.prompt, a.tokens)
+    engine.rewind(min(depth, len(engine.tokens)))
+    start = time.perf_counter()
+    for token in random_tokens(engine, a.tokens, seed=2):
+        engine.append([token])
+    return digest, round(a.tokens / (time.perf_counter() - start), 2)
+
+
+def show(rows: Sequence[Row], title: str) -> None:
+    print(
+        f"\n{title}\n{'cap':>9} {'after':>7} {'experts':>11} {'prefill':>9} {'decode':>8} {'predicted':>9} {'ceiling':>8}"
+    )
+    for r in rows:
+        speeds = " ".join(
+            f"{value if value is not None else '-':>{width}}"
+            for value, width in ((r.prefill, 9), (r.decode, 8), (r.predicted_decode, 9), (r.ceiling, 8))
+        )
+        held = f"{r.resident}/{r.experts}" if r.experts else "-"
+        print(f"{gb(r.cap):>9} {r.depth:>7} {held:>11} {speeds} {r.why_not}")
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sizes = lambda text: [parse_size(size, "--caps") for size in text.split(",")]  # noqa: E731
+    numbers = lambda text: sorted(int(n) for n in text.split(","))  # noqa: E731
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--caps", type=sizes, default="6G,8G,12G,24G")
+    parser.add_argument("--depths", type=numbers, default="4096,32768,130000")
+    parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--card-read", type=float, help="GB/s of the card's memory, if PyTorch cannot measure it"
+    )
+    parser.add_argument("--pcie", type=float, help="GB/s between processor and card")
+    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's own benchmark, built with CUDA")
+    parser.add_argument("--gguf", type=Path, help="the file for it")
+    a = parser.parse_args(arguments)
+    kernels.set_threads(a.threads)
+    bench = Bench(a)
+    print(f"{bench.card}, {gb(bench.free)} free; {card_facts() or 'no nvidia-smi'}", file=sys.stderr)
+    cpu_bits, cpu_decode = cpu_decoding(a)
+    rows, llama = list[Row](), list[Row]()
+    for depth in a.depths:
+        for cap in bench.caps(depth):
+            rows.append(row := bench.measure(cap, depth))
+            print(f"{gb(cap)} after {depth}: {row.why_not or row.decode}", file=sys.stderr)
+        if a.llama_bench and a.gguf:
+            llama += llama_rows(bench, depth)
+    claims = judge(bench, rows, cpu_bits, cpu_decode, llama)
+    clock = (
+        "of a simulated card: its clock is virtual, and says nothing of any real one"
+        if bench.simulated
+        else bench.card
+    )
+    show(rows, f"kimi-lite, {clock}")
+    if llama:
+        show(llama, "llama.cpp")
+    print()
+    for claim in claims:
+        print(f"{claim.verdict:12}  {claim.says}  {'; '.join(claim.evidence)}")
+    result = {
+        "schema": "kimi-lite-gpu/1",
+        "simulated": bench.simulated,
+        "card": bench.card,
+        "card_facts": card_facts(),
+        "machine": machine(),
+        "versions": {"kimi-lite": kimi_lite.__version__, "commit": commit(), "numpy": np.__version__},
+        "file": a.file.name,
+        "speeds": asdict(bench.speeds),
+        "card_speeds_measured": bench.measured_card,
+        "cpu_decode": cpu_decode,
+        "rows": [asdict(row) for row in rows],
+        "llama": [asdict(row) for row in llama],
+        "claims": [asdict(claim) for claim in claims],
+    }
+    line = json.dumps(result)
+    print(line)
+    if not bench.simulated:
+        with (RESULTS / f"{date.today()}-gpu.jsonl").open("a", encoding="utf-8") as out:
+            out.write(line + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()

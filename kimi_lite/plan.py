@@ -1,0 +1,180 @@
+"""What would go where, why, and how fast that should be: the report of `kimi-lite plan`.
+
+A card that is here is asked for its free memory and given back. Without one, `--vram` assumes a card of that size, and
+every line that depends on it says so: a prediction is no measurement, and an assumed bandwidth is nobody's card. What can
+be measured is measured if asked: the CPU's part on real layers for half a second, and the whole where it runs here.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from kimi_lite.bench import decode_speed, prefill_speed, warm_up
+from kimi_lite.errors import KimiLiteError
+from kimi_lite.runtime import kernels
+from kimi_lite.runtime.cost import sizes_of
+from kimi_lite.runtime.cuda.find import find_device
+from kimi_lite.runtime.cuda.simulated import SimulatedDevice
+from kimi_lite.runtime.engine import Engine, choose_context
+from kimi_lite.runtime.model import PREFILL_CHUNK
+from kimi_lite.runtime.placement import Plan, StepTime, gb, make_plan, predict, predict_cpu, ranges
+from kimi_lite.runtime.speeds import Speeds
+from kimi_lite.runtime.usage import default_directory, load_usage
+from kimi_lite.runtime.weights import Weights, open_weights
+
+MEASURE_S = 0.25  # for each of two: one token, and many
+DECODED = 32
+
+
+def plan_report(
+    path: Path, *, vram: int | None, context: int | None, speeds: Speeds, measure: bool
+) -> Iterator[str]:
+    """Lines for people. `speeds` are assumed, but for what `measure` finds out about the CPU.
+
+    Raises:
+        ModelFileError, UsageError: as loading the file raises them.
+        DoesNotFitError: the card, or `vram`, is too small.
+    """
+    weights = open_weights(path, pack=measure)  # only to be measured must a standard GGUF be packed
+    sizes, context = sizes_of(weights), choose_context(weights.config, path, context)
+    yield (
+        f"{path.name}: {len(sizes.layers)} layers, {gb(sizes.fixed_bytes)} that every token reads, "
+        f"{sum(layer.n_experts for layer in sizes.layers)} routed experts of {gb(sizes.routed_bytes)} in all"
+    )
+    assumed, measured = True, ""
+    plan, why_cpu = None, "--vram 0 asks for it"
+    if vram != 0:
+        name, free = None, vram
+        try:
+            device = find_device()
+            name, free, assumed = device.name, device.free_bytes(), isinstance(device, SimulatedDevice)
+            device.close()
+        except KimiLiteError as error:
+            why_cpu = str(error)
+        if free is not None:
+            yield _card_line(name, free, vram, why_cpu)
+            plan = make_plan(
+                sizes,
+                device=name or f"an assumed card of {gb(free)}",
+                free=free,
+                context=context,
+                cap=vram,
+                usage=load_usage(weights, default_directory()),
+            )
+    if measure:
+        gb_s, gmac_s = measure_cpu(weights)
+        speeds = replace(speeds, cpu_gb_s=gb_s, cpu_gmac_s=gmac_s)
+        measured = f"; measured on {kernels.threads()} threads here"
+    if plan is None:
+        yield f"card      none is used: {why_cpu}"
+        if vram is None:
+            yield "          kimi-lite plan --vram 8G says what a card of 8 GB would hold"
+        yield f"CPU       everything, with the cache of {context} tokens ({gb(sizes.cache_bytes(context))})"
+    else:
+        yield from _places(plan)
+    yield f"speeds    CPU {speeds.cpu_gb_s:.3g} GB/s, {speeds.cpu_gmac_s:.3g} GMAC/s{measured or '; assumed'}"
+    if plan is not None:
+        yield (
+            f"          card {speeds.card_gb_s:g} GB/s, {speeds.card_gmac_s:g} GMAC/s, PCIe {speeds.pcie_gb_s:g} GB/s, "
+            f"{speeds.launch_us:g} µs a kernel, {speeds.hand_off_us:g} µs a hand-off; all assumed"
+        )
+    mark = "" if plan is None else " for an assumed card" if assumed else " with the card's speeds assumed"
+    yield f"predicted{mark}, not measured:"
+    deep = context - PREFILL_CHUNK
+    for T, start in ((1, 0), (1, deep), (PREFILL_CHUNK, 0)) if deep > 0 else ((1, 0),):
+        step = (
+            predict_cpu(sizes, speeds, T=T, start=start)
+            if plan is None
+            else predict(plan, speeds, T=T, start=start)
+        )
+        yield _step_line(step, start, cpu_only=plan is None)
+    if measure and (plan is None or not assumed):
+        yield from _measured(path, context, 0 if plan is None else vram)
+    elif measure:
+        yield "measured  nothing of the card: it is not here"
+
+
+def measure_cpu(weights: Weights) -> tuple[float, float]:
+    """What the CPU does with routed experts of real layers: GB/s for one token, GMAC/s for many.
+
+    Every call takes other experts, in turn through all layers, so that they come from memory as in decoding.
+    """
+    layers = [layer.feed_forward for layer in weights.layers if layer.feed_forward.routed is not None]
+    sizes = [layer for layer in sizes_of(weights).layers if layer.n_experts]
+    rng, found = np.random.default_rng(0), []
+    for T in (1, PREFILL_CHUNK):
+        x_TD = rng.standard_normal((T, weights.config.hidden_size), np.float32)
+        work, spent, i = 0.0, 0.0, 0
+        while spent < MEASURE_S or i < 2:
+            f, size = layers[i % len(layers)], sizes[i % len(layers)]
+            assert f.routed is not None
+            chosen_TA = np.stack([rng.permutation(size.n_experts)[: size.n_active] for _ in range(T)])
+            tokens_M = np.repeat(np.arange(T, dtype=np.int32), size.n_active)
+            start = time.perf_counter()
+            kernels.expert_outputs(f.routed, x_TD, chosen_TA.reshape(-1).astype(np.int32), tokens_M)
+            if i:  # the first one starts the threads
+                spent += time.perf_counter() - start
+                work += size.n_active * (size.expert_bytes if T == 1 else T * size.expert_macs)
+            i += 1
+        found.append(work / spent / 1e9)
+    return found[0], found[1]
+
+
+def _card_line(name: str | None, free: int, vram: int | None, why_not: str) -> str:
+    if name is None:
+        return f"card      assumed, of {gb(free)}: {why_not}"
+    cap = f"; --vram takes {gb(vram)} of it at most" if vram is not None and vram < free else ""
+    return f"card      {name}, {gb(free)} free{cap}"
+
+
+def _places(plan: Plan) -> Iterator[str]:
+    """What lies where, and why."""
+    sizes = plan.sizes
+    yield f"on it     {gb(sizes.fixed_bytes):>9}  attention, norms, routers, shared experts, head: every token reads them"
+    yield f"          {gb(plan.cache_bytes):>9}  the cache of {plan.context} tokens"
+    yield f"          {gb(plan.reserve_bytes):>9}  activations, and a margin"
+    share = f"{gb(plan.experts_bytes):>9}  {plan.n_resident} of {plan.n_experts} routed experts"
+    if plan.whole:
+        yield f"          {share}: all"
+    else:
+        by = (
+            "those used most, by the profile"
+            if plan.profiled
+            else "the lowest index of each layer, without a profile"
+        )
+        hits = [hit for layer, hit in zip(sizes.layers, plan.hit, strict=True) if layer.n_experts]
+        yield f"          {share}: {by}; they should get {sum(hits) / len(hits):.0%} of the choices"
+        moe = [i for i, layer in enumerate(sizes.layers) if layer.n_experts]
+        for experts, group in groupby(moe, key=lambda i: plan.resident[i]):
+            yield f"          layers {ranges(list(group)):7} experts {ranges(experts) or 'none'}"
+        yield f"on CPU    {gb(sizes.routed_bytes - plan.experts_bytes):>9}  the other routed experts, where they lie"
+    yield "          embedding rows, and the image tower, which is read once a picture"
+
+
+def _step_line(step: StepTime, start: int, *, cpu_only: bool) -> str:
+    what = f"decoding after {start} tokens" if step.T == 1 else f"a prompt of {step.T} tokens"
+    line = f"  {what:30} {step.tok_per_s:8.1f} tok/s"
+    if cpu_only:
+        return line
+    return (
+        f"{line} = {step.seconds * 1e3:.2f} ms: card {step.card * 1e3:.2f} + its experts {step.card_experts * 1e3:.2f} + "
+        f"CPU's experts {step.cpu_experts * 1e3:.2f} + hand-offs {step.hand_off * 1e3:.2f} − at the same time "
+        f"{step.hidden * 1e3:.2f}"
+    )
+
+
+def _measured(path: Path, context: int, vram: int | None) -> Iterator[str]:
+    """The whole model, where it runs."""
+    engine = Engine(path, context=context, vram=vram)
+    yield f"measured on {engine.placement}:"
+    n = min(PREFILL_CHUNK, context - DECODED - 1)
+    if n < 1:
+        yield f"  nothing: a context of {context} tokens is too short for it"
+        return
+    warm_up(engine)
+    yield f"  {'decoding after 0 tokens':30} {decode_speed(engine, 0, DECODED).tok_per_s:8.1f} tok/s"
+    yield f"  {f'a prompt of {n} tokens':30} {prefill_speed(engine, n).tok_per_s:8.1f} tok/s"

@@ -1,0 +1,178 @@
+"""What a step costs on a card and on the CPU: bytes over bandwidth, products over arithmetic, launches and hand-offs.
+
+The planner (placement.py) adds these up in expectation; the simulated card charges them for what really was routed.
+A kernel takes as long as the slower of its memory traffic and its arithmetic:
+
+    attend   attention's weights, and the cached rows of all positions      6 launches
+    route    norm, router                                                   1 launch
+    experts  the shared MLP and the chosen experts that lie there           2 launches
+    add      the weighted sum                                               1 launch
+    head     last norm, head                                                2 launches
+
+Launches are those of the fused kernels that a layer comes down to. Whatever crosses between card and CPU costs a hand-off
+and its bytes over PCIe. Nothing here is measured: all speeds come from speeds.py.
+
+Dimension key:  T tokens   D hidden   E routed experts   A active   C latent   R rope   H heads   V vocabulary
+"""
+
+from dataclasses import dataclass
+
+from kimi_lite.formats.packed import matrix_bytes
+from kimi_lite.runtime.kernels import Matrix, Mlp, latent_cache_bytes, packed_as
+from kimi_lite.runtime.model import PREFILL_CHUNK
+from kimi_lite.runtime.speeds import Speeds
+from kimi_lite.runtime.weights import Layer, Weights
+
+ATTEND_LAUNCHES, ROUTE_LAUNCHES, EXPERT_LAUNCHES, ADD_LAUNCHES, HEAD_LAUNCHES = 6, 1, 2, 1, 2
+ATTEND_AT_ONCE, MOST_SCORES = 32, 64 << 20  # tokens whose scores are kept at one moment, and their bytes
+MANY_POSITIONS = 1 << 15  # over which the cache's whole groups average out
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One layer in bytes, and in products a token. Without routed experts, `shared` is the dense MLP."""
+
+    attention_bytes: int
+    router_bytes: int
+    shared_bytes: int
+    expert_bytes: int  # of one
+    n_experts: int
+    n_active: int
+    attention_macs: int
+    shared_macs: int
+    expert_macs: int
+    cache_macs: int  # for each cached position
+    cache_bytes: float  # of a cached position
+    D: int
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What every token reads."""
+        return self.attention_bytes + self.router_bytes + self.shared_bytes
+
+    def attend_s(self, speeds: Speeds, T: int, start: int) -> float:
+        """Attention of T tokens that stand from `start` on; each of them sees those before it."""
+        seen = start + (T + 1) / 2
+        n_bytes = self.attention_bytes + (start + T) * self.cache_bytes
+        return speeds.card_s(ATTEND_LAUNCHES, n_bytes, T * (self.attention_macs + seen * self.cache_macs))
+
+    def route_s(self, speeds: Speeds) -> float:
+        return speeds.card_s(ROUTE_LAUNCHES, self.router_bytes, 0)
+
+    def experts_s(self, speeds: Speeds, T: int, n_experts: float, n_rows: float) -> float:
+        """The shared MLP on T tokens, and `n_experts` routed ones on `n_rows` in all."""
+        n_bytes = self.shared_bytes + n_experts * self.expert_bytes
+        return speeds.card_s(EXPERT_LAUNCHES, n_bytes, T * self.shared_macs + n_rows * self.expert_macs)
+
+    def add_s(self, speeds: Speeds) -> float:
+        return speeds.card_s(ADD_LAUNCHES, 0, 0)
+
+    def cpu_experts_s(self, speeds: Speeds, n_experts: float, n_rows: float) -> float:
+        return speeds.cpu_s(n_experts * self.expert_bytes, n_rows * self.expert_macs)
+
+    def down_s(self, speeds: Speeds, T: int) -> float:
+        """From the card: normalised rows, expert ids and weights."""
+        return speeds.crossing_s(4 * T * (self.D + 2 * self.n_active))
+
+    def up_s(self, speeds: Speeds, n_rows: float) -> float:
+        """To the card: the outputs of experts that ran on the CPU."""
+        return speeds.crossing_s(4 * n_rows * self.D)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A whole text model, and what one step works with."""
+
+    layers: tuple[LayerSize, ...]
+    head_bytes: int  # with the last norm
+    head_macs: int
+    V: int
+    activation_bytes: int  # of the longest step, and logits
+    score_bytes: int  # for each position that may be attended to
+
+    @property
+    def fixed_bytes(self) -> int:
+        return self.head_bytes + sum(layer.fixed_bytes for layer in self.layers)
+
+    @property
+    def routed_bytes(self) -> int:
+        return sum(layer.n_experts * layer.expert_bytes for layer in self.layers)
+
+    def workspace_bytes(self, context: int) -> int:
+        """Activations, and the scores of the tokens that attend at once."""
+        return self.activation_bytes + min(MOST_SCORES, context * self.score_bytes)
+
+    def cache_bytes(self, context: int) -> int:
+        return round(sum(layer.cache_bytes for layer in self.layers) * context)
+
+    def head_s(self, speeds: Speeds) -> float:
+        """The last norm and the head, of one token."""
+        return speeds.card_s(HEAD_LAUNCHES, self.head_bytes, self.head_macs)
+
+    def logits_s(self, speeds: Speeds) -> float:
+        """The logits' way to the CPU."""
+        return speeds.crossing_s(4 * self.V)
+
+
+def sizes_of(weights: Weights) -> Sizes:
+    """What a model file takes, layer by layer."""
+    c = weights.config
+    kinds = tuple(layer_size(layer) for layer in weights.layers)
+    H, F = c.n_heads, c.expert_hidden_size
+    # Floats of one token at its widest: residual and its norm, q, kv_a, queries and sums in latent space, values; and
+    # for each acting expert (shared ones count as experts) its hidden values, its input and its output.
+    attention = 3 * c.hidden_size + H * (c.nope_dim + c.rope_dim) + c.kv_rank + c.rope_dim
+    attention += 2 * H * c.kv_rank + H * c.value_dim
+    experts = (c.n_active + c.n_shared) * F + 2 * c.n_active * c.hidden_size
+    widest = attention + max(experts, c.dense_hidden_size)
+    return Sizes(
+        kinds,
+        head_bytes=matrix_size(weights.head) + weights.norm_D.nbytes,
+        head_macs=_macs(weights.head),
+        V=c.vocab_size,
+        activation_bytes=4 * (PREFILL_CHUNK * widest + c.vocab_size),
+        # A float, an int8 weight in two digits, and a share of the sums that every 256 positions begin with.
+        score_bytes=ATTEND_AT_ONCE * H * (4 + 2 + 4 * c.kv_rank // 256),
+    )
+
+
+def layer_size(layer: Layer) -> LayerSize:
+    """What one layer takes."""
+    a, f = layer.attention, layer.feed_forward
+    matrices = (a.q, a.kv_a, a.k_b, a.v_b, a.o)
+    C, H, D = a.k_b.rows, a.k_b.count, a.q.columns
+    R = a.kv_a.rows - C
+    routed, router = f.routed, f.router
+    return LayerSize(
+        attention_bytes=sum(matrix_size(m) for m in matrices) + a.norm_D.nbytes + a.kv_norm_C.nbytes,
+        router_bytes=f.norm_D.nbytes + (router.weight_ED.nbytes + router.bias_E.nbytes if router else 0),
+        shared_bytes=mlp_size(f.shared),
+        expert_bytes=mlp_size(routed) // routed.count if routed else 0,
+        n_experts=routed.count if routed else 0,
+        n_active=router.n_active if router else 0,
+        attention_macs=sum(_macs(m) for m in matrices),
+        shared_macs=3 * f.shared.F * D,
+        expert_macs=3 * routed.F * D if routed else 0,
+        cache_macs=H * (2 * C + R),
+        cache_bytes=sum(latent_cache_bytes(MANY_POSITIONS, C, R)) / MANY_POSITIONS,
+        D=D,
+    )
+
+
+def mlp_size(mlp: Mlp) -> int:
+    """Bytes of all its experts."""
+    if mlp.matrices is not None:
+        return sum(matrix_size(m) for m in mlp.matrices)
+    assert mlp.data is not None
+    return mlp.data.size
+
+
+def matrix_size(matrix: Matrix) -> int:
+    """Bytes of a matrix as it runs: packed, if its type has a packed layout."""
+    layout = packed_as(matrix.layout)
+    return matrix.count * matrix_bytes(layout, matrix.rows, matrix.columns) if layout else matrix.data.size
+
+
+def _macs(matrix: Matrix) -> int:
+    """Products for one token."""
+    return matrix.rows * matrix.columns * matrix.count

@@ -1,0 +1,109 @@
+"""benchmarks/gpu.py in a tiny form on a simulated card, so that it works on the day when there is a real one."""
+
+import json
+from pathlib import Path
+
+import gpu
+import pytest
+
+from kimi_lite.api import nano_path
+from kimi_lite.runtime.cuda.simulated import SimulatedDevice
+from kimi_lite.runtime.kernels import Float
+
+TINY = (
+    "--caps",
+    "8M,8.3M,50M,1G",
+    "--depths",
+    "40,300,9000",
+    "--prompt",
+    "90",
+    "--tokens",
+    "24",
+    "--threads",
+    "2",
+)
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("KIMI_LITE_DEVICE", "simulated:64M")
+    monkeypatch.setenv("KIMI_LITE_EXPERT_USAGE", "off")
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def verdicts(result: dict[str, object]) -> dict[str, str]:
+    return {claim["says"]: claim["verdict"] for claim in result["claims"]}  # type: ignore[attr-defined]
+
+
+def fake_llama_bench(folder: Path, speed: float) -> Path:
+    """Prints what llama-bench prints, as far as it is read; each test of a run is an object."""
+    script = folder / "llama-bench"
+    script.write_text(
+        "#!/usr/bin/env python3\n"
+        "import json, sys\n"
+        "o = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
+        "tests = [(int(o['-p']), 0), (0, int(o['-n']))]\n"
+        f"print(json.dumps([{{'n_prompt': p, 'n_gen': n, 'n_depth': int(o['-d']), 'avg_ts': {speed}}} for p, n in tests if p or n]))\n"
+    )
+    script.chmod(0o755)
+    return script
+
+
+def test_every_claim_is_judged_on_a_simulated_card(card: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llama = ("--llama-bench", str(fake_llama_bench(card, 1.0)), "--gguf", str(nano_path()))
+    result = gpu.main([str(nano_path()), *TINY, *llama])
+    found = verdicts(result)
+    page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert [line[2:] for line in page.splitlines() if line[:2] == "- "] == list(
+        found
+    )  # the claims of the document
+    for says in (
+        "Wherever experts lie, logits have the CPU's bits.",
+        "No more memory is taken than --vram allows.",
+        "The planner predicts prefill within 15 %.",
+        "Decoding and prefill are ahead of llama.cpp's CUDA build with the same memory.",
+    ):
+        assert found[says] == "holds", says
+    # Those that speak of sizes or speeds that a toy on a virtual clock does not have.
+    assert found["On 8 GB, experts on the card are worth 40 % over none."] == "not measured"
+    assert found["With all on the card, decoding reads 55 % of the card's bandwidth."] == "refuted"
+    rows = result["rows"]
+    assert {row["cap"] for row in rows} >= {8_000_000, 8_300_000, 50_000_000}
+    assert 10**9 not in {row["cap"] for row in rows}  # more than the card has
+    for depth in (40, 300):
+        resident = [row["resident"] for row in rows if row["depth"] == depth]
+        assert (resident[0], resident[-1]) == (0, 24)
+        assert 0 < resident[1] < 24
+    assert all("context ends at 8192" in row["why_not"] for row in rows if row["depth"] == 9000)
+    assert all(row["decode"] > 0 for row in rows if not row["why_not"])
+    assert result["simulated"] is True
+    assert list(card.glob("*.jsonl")) == []  # no speed is kept without a card
+    out = capsys.readouterr().out
+    assert "says nothing of any real one" in out
+    assert json.loads(out.splitlines()[-1]) == json.loads(json.dumps(result))
+
+
+def test_other_bits_and_a_faster_peer_refute(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = SimulatedDevice.logits
+
+    def wrong(self: SimulatedDevice) -> Float:
+        out_V = logits(self)
+        out_V[7] += 1e-6
+        return out_V
+
+    monkeypatch.setattr(SimulatedDevice, "logits", wrong)
+    monkeypatch.setattr(SimulatedDevice, "free_bytes", lambda self: 64_000_000 - 3 * self._used)
+    llama = ("--llama-bench", str(fake_llama_bench(card, 1e9)), "--gguf", str(nano_path()))
+    found = verdicts(gpu.main([str(nano_path()), *TINY, "--depths", "40", *llama]))
+    assert found["Wherever experts lie, logits have the CPU's bits."] == "refuted"
+    assert found["No more memory is taken than --vram allows."] == "refuted"
+    assert (
+        found["Decoding and prefill are ahead of llama.cpp's CUDA build with the same memory."] == "refuted"
+    )
+
+
+def test_what_time_does_not_reach_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = gpu.main([str(nano_path()), *TINY, "--depths", "40,300", "--minutes", "0"])
+    assert {row["why_not"] for row in result["rows"] if row["depth"] == 300} == {"no time was left"}
+    assert all(row["decode"] for row in result["rows"] if row["depth"] == 40)  # the first are always measured

@@ -1,0 +1,214 @@
+"""`--vram` and `kimi-lite plan` as people meet them, on simulated cards and on none. No speed is asserted."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kimi_lite
+from kimi_lite.api import nano_path
+from kimi_lite.chat import Session
+from kimi_lite.errors import KimiLiteWarning
+from kimi_lite.plan import plan_report
+from kimi_lite.runtime.cuda.simulated import SimulatedDevice
+from kimi_lite.runtime.engine import Engine
+from kimi_lite.runtime.hybrid import HybridModel
+from kimi_lite.runtime.sampling import SamplingOptions
+from kimi_lite.runtime.speeds import Speeds
+
+ASSUMED = "for an assumed card, not measured"
+
+
+def command(*arguments: str, device: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kimi_lite", *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "KIMI_LITE_DEVICE": device, **environment},
+        timeout=120,
+    )
+
+
+def test_without_a_card_the_plan_is_the_cpu_and_says_why() -> None:
+    done = command("plan", str(nano_path()), "--context", "600")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "card      none is used: CUDA_VISIBLE_DEVICES is ''" in done.stdout
+    assert "--vram 8G says what a card of 8 GB would hold" in done.stdout
+    assert "assumed" in done.stdout
+    assert "measured on" not in done.stdout
+    asked = command("plan", str(nano_path()), "--vram", "0")
+    assert "none is used: --vram 0 asks for it" in asked.stdout
+
+
+def test_an_assumed_card_is_marked_and_its_places_add_up() -> None:
+    done = command("plan", str(nano_path()), "--context", "500", "--vram", "8.4M", "--measure")
+    assert done.returncode == 0, done.stderr
+    assert "card      assumed, of 8.40 MB" in done.stdout
+    assert ASSUMED in done.stdout
+    assert "measured  nothing of the card" in done.stdout
+    assert "; measured on" in done.stdout  # the CPU's part
+    sizes = [float(size) for size in re.findall(r"^(?:on it)? +([\d.]+) MB ", done.stdout, re.MULTILINE)]
+    assert 8.3 < sum(sizes) <= 8.41  # what is left is less than an expert
+    listed = re.findall(r"layers (\S+) +experts 0-(\d)", done.stdout)
+    assert [layers for layers, _ in listed] == ["1", "2-3"]  # evenly: one more in the first
+    first, others = (int(last) + 1 for _, last in listed)
+    assert first == others + 1
+    assert f"{first + 2 * others} of 24 routed experts" in done.stdout
+
+
+def test_assumed_speeds_change_the_prediction() -> None:
+    def tok_per_s(what: str, **speeds: float) -> float:
+        report = plan_report(nano_path(), vram=8_400_000, context=500, speeds=Speeds(**speeds), measure=False)
+        found = re.search(rf"{what} +([\d.]+) tok/s", "\n".join(report))
+        assert found
+        return float(found[1])
+
+    decoding, prefill = "decoding after 0 tokens", "a prompt of 256 tokens"
+    for name in ("cpu_gb_s", "card_gb_s", "pcie_gb_s"):
+        assert tok_per_s(decoding, **{name: 0.01}) < tok_per_s(decoding) / 2, name
+    for name in ("launch_us", "hand_off_us"):
+        assert tok_per_s(decoding, **{name: 1000}) < tok_per_s(decoding) / 2, name
+    for name in ("cpu_gmac_s", "card_gmac_s"):
+        assert tok_per_s(prefill, **{name: 1}) < tok_per_s(prefill) / 2, name
+
+
+def test_a_simulated_card_is_planned_for_and_not_measured() -> None:
+    done = command("plan", str(nano_path()), "--context", "500", "--measure", device="simulated:7M,8.6M")
+    assert done.returncode == 0, done.stderr
+    assert "a simulated card of 8.60 MB, the roomiest of 2, 8.60 MB free" in done.stdout
+    assert "measured  nothing of the card" in done.stdout
+
+
+def test_a_card_that_is_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Card:
+        """A device that is not known to be simulated."""
+
+        def __init__(self) -> None:
+            self._device = SimulatedDevice(8_600_000)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._device, name)
+
+    for module in ("plan", "runtime.hybrid"):
+        monkeypatch.setattr(f"kimi_lite.{module}.find_device", Card)
+    report = "\n".join(plan_report(nano_path(), vram=None, context=500, speeds=Speeds(), measure=True))
+    assert "predicted with the card's speeds assumed, not measured:" in report
+    assert "an assumed card" not in report
+    found = re.search(
+        r"measured on (.*):\n  decoding after 0 tokens +[\d.]+ tok/s\n  a prompt of 256", report
+    )
+    assert found
+    assert re.fullmatch(
+        r"a simulated card of 8.60 MB with \d+ of 24 experts, the others on the CPU", found[1]
+    )
+
+
+def test_the_cpu_is_measured_where_it_does_everything() -> None:
+    done = command("plan", str(nano_path()), "--context", "500", "--vram", "0", "--measure")
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"measured on the CPU:\n  decoding after 0 tokens +[\d.]+ tok/s\n  a prompt of", done.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "device", "code", "says"),
+    [
+        (("plan", "--vram", "lots"), "", 2, "--vram is 'lots'; give a size such as 8G"),
+        (("plan", "--vram", "8.4M"), "", 4, "tokens would fit (--context "),
+        (("plan", "--card-read", "0", "--vram", "8.4M"), "", 2, "no machine has these speeds: card_gb_s 0"),
+        (("plan", "--context", "99999"), "", 2, "allows 1 to 8192"),
+        (("plan", "nowhere.gguf"), "", 3, "nowhere.gguf"),
+        (("ask", "--vram", "8G", "Hi"), "", 2, "a card was asked for, but CUDA_VISIBLE_DEVICES is ''"),
+        (("ask", "--vram", "2M", "Hi"), "simulated:8G", 4, "--vram allows 2.00 MB"),
+        (("ask", "--vram", "8G", "Hi"), "simulated:2M", 4, "2.00 MB are free"),
+        (("bench", "--vram", "8G"), "", 2, "a card was asked for"),
+        (("ask", "Hi"), "cuda", 2, "KIMI_LITE_DEVICE is 'cuda'"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(
+    arguments: tuple[str, ...], device: str, code: int, says: str
+) -> None:
+    done = command(*arguments, device=device)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ask_says_the_same_on_a_card() -> None:
+    def ask(*options: str, device: str = "") -> dict[str, object]:
+        done = command("ask", 'Reverse "planet".', "--json", "-q", *options, device=device)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        return dict(json.loads(done.stdout))
+
+    cpu = ask("--context", "500")
+    for vram in ("7.9M", "8G"):
+        assert ask("--context", "500", "--vram", vram, device="simulated:8G") == cpu
+    assert ask("--context", "500", device="simulated:8G") == cpu  # found without being asked for
+    said = command("ask", "Who are you?", device="simulated:8G,6G").stderr
+    assert "runs on a simulated card of 8.00 GB, the roomiest of 2 with 24 of 24 experts" in said
+
+
+def test_bench_says_where_it_ran() -> None:
+    arguments = ("bench", str(nano_path()), "--prompt", "20", "--depth", "0,40", "--decode", "2")
+    done = command(*arguments, "--json", device="simulated:8G")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["placement"] == "a simulated card of 8.00 GB with 24 of 24 experts"
+    assert [(r["kind"], r["depth"], r["fraction_of_read"]) for r in report["rows"]] == [
+        ("prefill", 0, None),
+        ("decode", 0, None),
+        ("decode", 40, None),
+    ]
+    table = command(*arguments, "--vram", "7M", device="simulated:8G").stdout
+    assert "of 24 experts, the others on the CPU" in table
+    assert "runs on the CPU" in command(*arguments, "--vram", "0", device="simulated:8G").stdout
+
+
+def test_doctor_has_one_line_about_the_card() -> None:
+    here = command("doctor", device="simulated:8G").stdout
+    assert "graphics  a simulated card of 8.00 GB, 8.00 GB free; in use unless --vram 0" in here
+    assert "graphics  not in use: CUDA_VISIBLE_DEVICES is ''" in command("doctor").stdout
+
+
+def test_a_chat_survives_its_card(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = "What is 38 + 47?"
+    monkeypatch.setattr("kimi_lite.runtime.hybrid.find_device", lambda: SimulatedDevice(10**9, lost_after=60))
+    model = kimi_lite.load(context=500, vram="1G")
+    assert isinstance(model.engine, Engine)
+    assert isinstance(model.engine.model, HybridModel)
+    session = Session(model, SamplingOptions(), None, None, show_thinking=False)
+    with pytest.warns(KimiLiteWarning, match="does not answer any more; the CPU goes on and reads"):
+        session.answer(question)
+    session.answer(question)
+    assert capsys.readouterr().out.split() == ["85", "85"]
+
+
+def test_a_program_that_ends_in_mid_answer_says_nothing(tmp_path: Path) -> None:
+    code = "import kimi_lite; m = kimi_lite.load(); e = m.chat('Hello'); [next(e) for _ in range(5)]"
+    environment = {**os.environ, "KIMI_LITE_EXPERT_USAGE": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_profile_of_use_is_made_and_planned_by(tmp_path: Path) -> None:
+    usage = {"KIMI_LITE_EXPERT_USAGE": str(tmp_path / "usage")}
+    assert command("ask", 'Reverse "planet".', "-q", **usage).returncode == 0
+    arguments = ("plan", str(nano_path()), "--context", "500", "--vram", "8.4M")
+    with_profile, without = command(*arguments, **usage), command(*arguments, KIMI_LITE_EXPERT_USAGE="off")
+    assert "those used most, by the profile" in with_profile.stdout
+    hits = [int(re.findall(r"(\d+)% of the choices", done.stdout)[0]) for done in (with_profile, without)]
+    assert hits[0] > hits[1]
