@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kimi_lite.errors import KimiLiteWarning, ModelFileError, UsageError
 from kimi_lite.images import MAX_PICTURES, Picture, load_pictures
-from kimi_lite.runtime.engine import Engine
+from kimi_lite.runtime.engine import BaseEngine, Engine
 from kimi_lite.runtime.image_cache import ImageCache, default_directory
 from kimi_lite.runtime.sampling import SamplingOptions
 from kimi_lite.runtime.template import Message, render
@@ -94,7 +94,7 @@ class Conversation:
 class Model:
     """An open model and its conversation. Not for two threads at once."""
 
-    def __init__(self, engine: Engine, encoder: ImageEncoder | None = None, *, offline: bool = False) -> None:
+    def __init__(self, engine: BaseEngine, encoder: ImageEncoder | None = None, *, offline: bool = False) -> None:
         """Without an `encoder` the model answers text only; `offline` refuses pictures from the web."""
         self.engine, self.encoder, self.offline = engine, encoder, offline
         self.conversation = Conversation()
@@ -200,7 +200,7 @@ class Model:
             UsageError: a picture that cannot be read, more of them than the context holds, or no image side.
         """
         if self.encoder is None:
-            path = self.engine.weights.path
+            path = self.engine.path
             others = sorted(str(p) for p in path.parent.glob("*mmproj*.gguf"))
             give = f"--mmproj {others[0]}" if len(others) == 1 else "--mmproj FILE"
             raise UsageError(

@@ -3,6 +3,9 @@
 The engine keeps the tokens that its cache stands for. A new prompt reuses the longest prefix they share, so a second
 turn of a chat computes only what is new; the result is bit for bit what it would be from scratch. All image tokens
 have one id, so they are told apart by their picture's digest.
+
+`BaseEngine` is that loop, whoever runs the model: `Engine` on the kernels of this package, `LlamaEngine`
+(llama_engine.py) on llama.cpp.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kimi_lite.errors import UsageError
-from kimi_lite.runtime import kernels
+from kimi_lite.formats.config import TextConfig
+from kimi_lite.formats.vocab import Vocab
+from kimi_lite.runtime import kernels, model
 from kimi_lite.runtime.cache import LatentCache
-from kimi_lite.runtime.model import Spliced, forward
+from kimi_lite.runtime.model import Spliced
 from kimi_lite.runtime.sampling import Sampler, SamplingOptions
 from kimi_lite.runtime.template import IMAGE_PAD
 from kimi_lite.runtime.tokenizer import Tokenizer
@@ -27,43 +32,41 @@ PREFILL_CHUNK = (
 DEFAULT_CONTEXT = 32768
 
 Progress = Callable[[int, int], None]  # prompt tokens done, in all
+Place = tuple[EncodedImage, int] | None  # the picture and the row that an image token stands for
 
 
-class Engine:
+class BaseEngine:
     """One open model. Not for two threads at once."""
 
-    def __init__(self, path: Path, *, context: int | None = None, threads: int | None = None) -> None:
-        """Map `path` and reserve room for `context` tokens: by default the model's own limit, at most 32768.
+    chunk = PREFILL_CHUNK
 
-        Raises:
-            ModelFileError: the file is missing, damaged or another model's.
-            UsageError: `context` is not positive or beyond the model's limit.
-        """
-        self.weights = open_weights(path)
-        limit = self.weights.config.context_length
+    def __init__(self, path: Path, config: TextConfig, vocab: Vocab, context: int | None) -> None:
+        limit = config.context_length
         if context is not None and not 1 <= context <= limit:
             raise UsageError(f"a context of {context} tokens was asked for; {path.name} allows 1 to {limit}")
+        self.path, self.config, self.vocab = path, config, vocab
         self.context = context or min(limit, DEFAULT_CONTEXT)
-        self.tokenizer = Tokenizer(self.weights.vocab)
+        self.tokenizer = Tokenizer(vocab)
         self.stop_ids = self.tokenizer.stop_ids
-        self.cache = LatentCache(self.weights.config, self.context)
         self.tokens: list[int] = []  # those that the cache holds
         self.seen: list[object] = []  # what each stands for: its id, or picture and row
-        self.pad_id = self.weights.vocab.specials.get(IMAGE_PAD, -1)
+        self.pad_id = vocab.specials.get(IMAGE_PAD, -1)
         self.finish_reason = ""
         self.n_reused = 0  # prompt tokens that the last prefill found in the cache
-        kernels.set_threads(threads)
+
+    def forward(self, ids: Sequence[int], places: Sequence[Place]) -> NDArray[np.float32]:
+        """One step of at most `chunk` tokens after the cached ones; the logits [V] that follow the last."""
+        raise NotImplementedError
 
     def rewind(self, n: int) -> None:
         """Keep the first n cached tokens."""
-        self.cache.rewind(n)
         del self.tokens[n:], self.seen[n:]
 
     def append(
         self,
         ids: Sequence[int],
         on_progress: Progress | None = None,
-        pictures: Sequence[tuple[EncodedImage, int] | None] | None = None,
+        pictures: Sequence[Place] | None = None,
     ) -> NDArray[np.float32]:
         """Run tokens after the cached ones; the logits [V] that follow the last.
 
@@ -72,10 +75,10 @@ class Engine:
         assert ids, "nothing to append"
         pictures = pictures or [None] * len(ids)
         logits_V = np.empty(0, np.float32)
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            chunk = ids[start : start + PREFILL_CHUNK]
-            places = pictures[start : start + PREFILL_CHUNK]
-            logits_V = forward(self.weights, self.cache, np.asarray(chunk, np.int32), _spliced(places))
+        for start in range(0, len(ids), self.chunk):
+            chunk = ids[start : start + self.chunk]
+            places = pictures[start : start + self.chunk]
+            logits_V = self.forward(chunk, places)
             self.tokens += chunk
             self.seen += _meaning(chunk, places)
             if on_progress:
@@ -101,7 +104,7 @@ class Engine:
         if len(prompt) >= self.context:
             raise UsageError(
                 f"the prompt has {len(prompt)} tokens, but the context holds {self.context} with the answer; "
-                f"shorten it, or ask for more with --context (this model: up to {self.weights.config.context_length})"
+                f"shorten it, or ask for more with --context (this model: up to {self.config.context_length})"
             )
         places = self._places(prompt, pictures)
         shared = 0
@@ -114,9 +117,7 @@ class Engine:
         self.n_reused = shared
         return self.append(prompt[shared:], on_progress, places[shared:])
 
-    def _places(
-        self, prompt: Sequence[int], pictures: Sequence[EncodedImage]
-    ) -> list[tuple[EncodedImage, int] | None]:
+    def _places(self, prompt: Sequence[int], pictures: Sequence[EncodedImage]) -> list[Place]:
         """Beside each token of the prompt, the picture and the row that it stands for."""
         rows = [(picture, row) for picture in pictures for row in range(picture.n_tokens)]
         n_places = sum(token == self.pad_id for token in prompt)
@@ -160,11 +161,34 @@ class Engine:
     @property
     def n_named(self) -> int:
         """Ids from here on are padding rows that mean nothing."""
-        specials = self.weights.vocab.specials.values()
-        return max(specials, default=len(self.weights.vocab.ranks) - 1) + 1
+        specials = self.vocab.specials.values()
+        return max(specials, default=len(self.vocab.ranks) - 1) + 1
 
 
-def _meaning(ids: Sequence[int], places: Sequence[tuple[EncodedImage, int] | None]) -> list[object]:
+class Engine(BaseEngine):
+    """A model on the CPU kernels."""
+
+    def __init__(self, path: Path, *, context: int | None = None, threads: int | None = None) -> None:
+        """Map `path` and reserve room for `context` tokens: by default the model's own limit, at most 32768.
+
+        Raises:
+            ModelFileError: the file is missing, damaged or another model's.
+            UsageError: `context` is not positive or beyond the model's limit.
+        """
+        self.weights = open_weights(path)
+        super().__init__(path, self.weights.config, self.weights.vocab, context)
+        self.cache = LatentCache(self.config, self.context)
+        kernels.set_threads(threads)
+
+    def forward(self, ids: Sequence[int], places: Sequence[Place]) -> NDArray[np.float32]:
+        return model.forward(self.weights, self.cache, np.asarray(ids, np.int32), _spliced(places))
+
+    def rewind(self, n: int) -> None:
+        super().rewind(n)
+        self.cache.rewind(n)
+
+
+def _meaning(ids: Sequence[int], places: Sequence[Place]) -> list[object]:
     """What each token stands for, comparable between prompts."""
     return [
         token if place is None else (place[0].digest, place[1])
@@ -172,7 +196,7 @@ def _meaning(ids: Sequence[int], places: Sequence[tuple[EncodedImage, int] | Non
     ]
 
 
-def _spliced(places: Sequence[tuple[EncodedImage, int] | None]) -> Spliced | None:
+def _spliced(places: Sequence[Place]) -> Spliced | None:
     """The rows that pictures put into one step, or None without any."""
     at = [i for i, place in enumerate(places) if place is not None]
     if not at:
