@@ -94,7 +94,9 @@ class Conversation:
 class Model:
     """An open model and its conversation. Not for two threads at once."""
 
-    def __init__(self, engine: BaseEngine, encoder: ImageEncoder | None = None, *, offline: bool = False) -> None:
+    def __init__(
+        self, engine: BaseEngine, encoder: ImageEncoder | None = None, *, offline: bool = False
+    ) -> None:
         """Without an `encoder` the model answers text only; `offline` refuses pictures from the web."""
         self.engine, self.encoder, self.offline = engine, encoder, offline
         self.conversation = Conversation()
@@ -335,6 +337,8 @@ def load(
     threads: int | None = None,
     max_image_tokens: int | None = None,
     offline: bool = False,
+    engine: str = "kimi-lite",
+    gpu_layers: int | None = None,
 ) -> Model:
     """Open a packed int4 or GGUF file; without a path, the small model that ships with kimi-lite.
 
@@ -343,20 +347,37 @@ def load(
             puts it. Without one the model answers text only.
         max_image_tokens: a picture becomes at most so many tokens: less detail, less time.
         offline: refuse pictures from the web.
+        engine: "kimi-lite", or "llama.cpp" for standard GGUF files on any graphics card that llama.cpp drives.
+        gpu_layers: for llama.cpp, how many layers go to the graphics card; by default all.
 
     Raises:
         ModelFileError: a file is missing, damaged or another model's.
-        UsageError: a context, a thread count or a number of image tokens that cannot be.
+        UsageError: a context, a thread count or a number of image tokens that cannot be; an engine that is missing.
+        DoesNotFitError: what is loaded or reserved exceeds the memory that is free.
     """
     path = Path(path) if path is not None else nano_path()
-    engine = Engine(path, context=context, threads=threads)
+    runs = _open_engine(engine, path, context, threads, gpu_layers)
     beside = mmproj_beside(path)
     found = Path(mmproj) if mmproj is not None else beside if beside.exists() else None
     encoder = None
     if found is not None:
         cache = ImageCache(default_directory())
-        encoder = ImageEncoder(found, engine.weights.config.hidden_size, cache, max_image_tokens)
-    return Model(engine, encoder, offline=offline)
+        encoder = ImageEncoder(found, runs.config.hidden_size, cache, max_image_tokens)
+    return Model(runs, encoder, offline=offline)
+
+
+def _open_engine(
+    name: str, path: Path, context: int | None, threads: int | None, gpu_layers: int | None
+) -> BaseEngine:
+    if name == "llama.cpp":
+        from kimi_lite.runtime.llama_engine import LlamaEngine
+
+        return LlamaEngine(path, context=context, threads=threads, gpu_layers=gpu_layers)
+    if name != "kimi-lite":
+        raise UsageError(f"the engine is {name!r}; expected kimi-lite or llama.cpp")
+    if gpu_layers is not None:
+        raise UsageError("--gpu-layers is for --engine llama.cpp; give both, or neither")
+    return Engine(path, context=context, threads=threads)
 
 
 def mmproj_beside(path: Path) -> Path:

@@ -45,6 +45,12 @@ MaxImageTokens = Annotated[
     int | None, typer.Option(help="At most this many tokens a picture: less detail, less time.")
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Fetch no pictures from the web.")]
+EngineName = Annotated[
+    str, typer.Option(help="kimi-lite, or llama.cpp for standard GGUF files on any card that it drives.")
+]
+GpuLayers = Annotated[
+    int | None, typer.Option(help="With llama.cpp: layers on the graphics card; by default all.")
+]
 System = Annotated[str | None, typer.Option(help="Replaces the default system message.")]
 
 REAL_MODEL = (
@@ -91,6 +97,8 @@ def ask(
     seed: Seed = None,
     context: Context = None,
     threads: Threads = None,
+    engine: EngineName = "kimi-lite",
+    gpu_layers: GpuLayers = None,
     show_thinking: Annotated[
         bool | None,
         typer.Option(
@@ -126,6 +134,8 @@ def ask(
         threads=threads,
         max_image_tokens=max_image_tokens,
         offline=offline,
+        engine=engine,
+        gpu_layers=gpu_layers,
     )
     opened.conversation.system = system
     dim = show_thinking if show_thinking is not None else sys.stderr.isatty()
@@ -195,6 +205,8 @@ def chat(
     seed: Seed = None,
     context: Context = None,
     threads: Threads = None,
+    engine: EngineName = "kimi-lite",
+    gpu_layers: GpuLayers = None,
     hide_thinking: Annotated[
         bool, typer.Option("--hide-thinking", help="Do not print the thinking.")
     ] = False,
@@ -216,6 +228,8 @@ def chat(
         threads=threads,
         max_image_tokens=max_image_tokens,
         offline=offline,
+        engine=engine,
+        gpu_layers=gpu_layers,
     )
     opened.conversation.system = system
     Session(opened, options, max_tokens, thinking_budget, show_thinking=not hide_thinking).run()

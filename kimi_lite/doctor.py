@@ -16,6 +16,7 @@ from kimi_lite.formats.packed import LAYOUTS
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cache import LatentCache
 from kimi_lite.runtime.image_cache import default_directory
+from kimi_lite.runtime.llama_bindings import LLAMA, bindings
 from kimi_lite.runtime.weights import open_weights
 
 BEST_ISA = "avx512vnni"
@@ -41,7 +42,8 @@ def machine_report() -> Iterator[str]:
     for package, extra, what in (("pypdfium2", "pdf", "PDF pages"), ("av", "video", "video frames")):
         if find_spec(package) is None:
             yield f"          not in use: {what}, which need pip install 'kimi-lite[{extra}]'"
-    for package in ("numpy", "gguf", "tiktoken", "pillow", "pypdfium2", "av", "torch", "llama_cpp"):
+    yield from llama_report()
+    for package in ("numpy", "gguf", "tiktoken", "pillow", "pypdfium2", "av", "torch"):
         if find_spec({"pillow": "PIL"}.get(package, package)) is None:
             continue
         try:
@@ -52,6 +54,20 @@ def machine_report() -> Iterator[str]:
         yield f"nano      {nano_path()}"
     except kimi_lite.ModelFileError as error:
         yield f"nano      {error}"
+
+
+def llama_report() -> Iterator[str]:
+    """What --engine llama.cpp would run on."""
+    try:
+        llama = bindings(LLAMA)
+    except kimi_lite.UsageError as error:
+        yield f"llama.cpp not in use: {error}"
+        return
+    devices = ", ".join(llama.devices()) or "devices unknown"
+    yield f"llama.cpp {llama.name} {llama.version} for --engine llama.cpp: {devices}"
+    if not llama.offloads():
+        yield "          no graphics card: it was built without a backend for one, or found none"
+    yield "          pictures reach it from kimi-lite's own image tower, on the CPU"
 
 
 def file_report(path: Path) -> Iterator[str]:

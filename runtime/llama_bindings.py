@@ -6,19 +6,21 @@ CPUs, with nearly the same calls; where the two differ, `Bindings` hides it. Onl
 structures is used, and of the structures only fields that every version has.
 
 llama.cpp logs every step of a load. All of it is taken in here, for this process; errors are kept for the sentence that
-explains a failure.
+explains a failure. (The fork prints a few lines of its own past its log; no command uses it.)
 """
 
 import ctypes
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 from kimi_lite.errors import UsageError
 
 LLAMA, IK_LLAMA = "llama_cpp", "ik_llama_cpp"
+TESTED = {LLAMA: "0.3.36", IK_LLAMA: "0.1.5"}
 LOW_LEVEL = {LLAMA: "llama_cpp.llama_cpp", IK_LLAMA: "ik_llama_cpp._ctypes_api"}
 MINIMUM = {LLAMA: (0, 3, 16), IK_LLAMA: (0, 1, 5)}  # llama.cpp knows Kimi's vocabulary since August 2025
 INSTALL = {LLAMA: "pip install 'kimi-lite[llama]'", IK_LLAMA: "pip install ik-llama-cpp-python"}
@@ -26,6 +28,12 @@ ERROR, CONTINUED = 4, 5  # of ggml's log levels
 ALL_LAYERS = 999  # more than any model has: llama.cpp's way of saying "all"
 
 _LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+
+
+@cache
+def bindings(package: str) -> "Bindings":
+    """The one `Bindings` of a package: the library keeps a pointer into it as long as the process lives."""
+    return Bindings(package)
 
 
 class Bindings:
@@ -52,19 +60,23 @@ class Bindings:
                 f"--engine llama.cpp needs the package {self.name}, which is not installed: {INSTALL[package]} "
                 "(docs/llama-engine.md says how to build it for a graphics card)"
             ) from None
-        except AttributeError:
-            raise self._too_old() from None
+        except AttributeError as error:
+            raise UsageError(
+                f"{self.name} {self.version} lacks a function that --engine llama.cpp calls ({error}); versions up to "
+                f"{TESTED[package]} have it: pip install '{self.name}=={TESTED[package]}'"
+            ) from None
         except (OSError, RuntimeError) as error:
             raise self._broken(error) from None
         self.errors: deque[str] = deque(maxlen=20)
         self._callback = _LogCallback(self._log)
-        self._library.llama_log_set(self._callback, None)
+        self._library.llama_log_set(self._callback, None)  # first: finding the devices logs too
         self.api.llama_backend_init()
 
     def _declare(self) -> None:
         """Prototypes of the calls that one of the packages leaves out, or names otherwise."""
         declare(self._library.llama_log_set, None, _LogCallback, ctypes.c_void_p)
         declare(self._library.llama_supports_gpu_offload, ctypes.c_bool)
+        self._remove: Callable[[int, int], bool]
         if self.package == IK_LLAMA:
             self.free_model = self.api.llama_free_model
             seq_rm = self._library.llama_kv_cache_seq_rm

@@ -29,7 +29,10 @@ from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.formats.vocab import Vocab
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.engine import BaseEngine, Place
-from kimi_lite.runtime.llama_bindings import ALL_LAYERS, IK_LLAMA, LLAMA, Bindings
+from kimi_lite.runtime.llama_bindings import ALL_LAYERS, IK_LLAMA, LLAMA
+from kimi_lite.runtime.llama_bindings import bindings as open_bindings
+
+MOST = 512  # layers or experts that llama.cpp has room for
 
 
 class LlamaEngine(BaseEngine):
@@ -58,7 +61,7 @@ class LlamaEngine(BaseEngine):
             UsageError: the package is missing or too old; a context, thread or layer count that cannot be.
             DoesNotFitError: llama.cpp has no room for the context.
         """
-        self.llama = llama = Bindings(bindings)
+        self.llama = llama = open_bindings(bindings)
         config, vocab, kv_width = _read(path)
         super().__init__(path, config, vocab, context)
         kernels.set_threads(threads)  # of the image tower too
@@ -179,8 +182,24 @@ def _read(path: Path) -> tuple[TextConfig, Vocab, int]:
     if vocab.size != c.vocab_size:
         raise ModelFileError(f"{path}: {vocab.size} tokens are named, but the model has {c.vocab_size}")
     latent = "deepseek2.attention.key_length_mla" in file.metadata
-    expanded = c.n_heads * (c.nope_dim + c.rope_dim + c.value_dim)  # files of before April 2025
-    return c, vocab, c.kv_rank + c.rope_dim if latent else expanded
+    key, value = c.nope_dim + c.rope_dim, c.value_dim  # in files of before April 2025
+    if latent:
+        key, value = c.kv_rank + c.rope_dim, c.kv_rank
+    # llama.cpp ends the process on these instead of saying what is wrong with them.
+    if max(c.n_layers, c.n_experts) > MOST:
+        raise ModelFileError(
+            f"{path}: {c.n_layers} layers with {c.n_experts} experts; llama.cpp takes at most {MOST} of each"
+        )
+    for name, expected in (
+        ("attention.key_length", key),
+        ("attention.value_length", value),
+        ("attention.head_count_kv", 1 if latent else c.n_heads),
+    ):
+        if (found := file.metadata.get(f"deepseek2.{name}")) != expected:
+            raise ModelFileError(
+                f"{path}: deepseek2.{name} is {found}; llama.cpp needs {expected} here: quantize the model again"
+            )
+    return c, vocab, key if latent else c.n_heads * (key + value)
 
 
 def _check_ik_sizes(path: Path, c: TextConfig) -> None:

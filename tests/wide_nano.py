@@ -58,11 +58,11 @@ def widened(model: KimiVL, new: TextConfig) -> KimiVL:
         source = theirs[".".join(parts)]
         if parts[-3:-1] == ["attention", "q"]:
             ratio = ((new.nope_dim + new.rope_dim) / (old.nope_dim + old.rope_dim)) ** 0.5
-            q_HND, q_HRD = by_head(source * ratio, old.n_heads).split([old.nope_dim, old.rope_dim], 1)
+            q_HKD = by_head(source * ratio, old.n_heads)  # K = N + R
             value.zero_()
             target_HKD = by_head(value, new.n_heads)
-            target_HKD[: old.n_heads, : old.nope_dim] = q_HND
-            target_HKD[: old.n_heads, new.nope_dim :] = spread(q_HRD, new.rope_dim)
+            target_HKD[: old.n_heads, : old.nope_dim] = q_HKD[:, : old.nope_dim]
+            target_HKD[: old.n_heads, new.nope_dim :] = spread(q_HKD[:, old.nope_dim :], new.rope_dim)
         elif parts[-3:-1] == ["attention", "kv_a"]:
             value.zero_()
             value[: old.kv_rank] = source[: old.kv_rank]
@@ -72,10 +72,10 @@ def widened(model: KimiVL, new: TextConfig) -> KimiVL:
             value[: old.kv_rank] = source * (old.kv_rank / new.kv_rank) ** 0.5
         elif parts[-3:-1] == ["attention", "kv_b"]:
             value.zero_()
-            target_HXC, source_HXC = by_head(value, new.n_heads), by_head(source, old.n_heads)
-            k_HNC, v_HVC = source_HXC.split([old.nope_dim, old.value_dim], 1)
-            target_HXC[: old.n_heads, : old.nope_dim, : old.kv_rank] = k_HNC
-            target_HXC[: old.n_heads, new.nope_dim :][:, : old.value_dim, : old.kv_rank] = v_HVC
+            target_HXC, source_HXC = by_head(value, new.n_heads), by_head(source, old.n_heads)  # X = N + V
+            target_HXC[: old.n_heads, : old.nope_dim, : old.kv_rank] = source_HXC[:, : old.nope_dim]
+            values_HVC = target_HXC[: old.n_heads, new.nope_dim :]
+            values_HVC[:, : old.value_dim, : old.kv_rank] = source_HXC[:, old.nope_dim :]
         elif parts[-3:-1] == ["attention", "o"]:
             value.zero_()
             target_DHV = value.view(len(value), new.n_heads, new.value_dim)
