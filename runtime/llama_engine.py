@@ -101,8 +101,6 @@ class LlamaEngine(BaseEngine):
         self._rows = _Batch(api, self.chunk, config.hidden_size, resources)
 
     def forward(self, ids: Sequence[int], places: Sequence[Place]) -> NDArray[np.float32]:
-        # A step that was interrupted may have left positions that `tokens` does not know.
-        self.llama.forget(self._context, len(self.tokens))
         # A batch of llama.cpp holds tokens or embeddings, so pictures and text take turns.
         for is_text, run in groupby(range(len(ids)), lambda i: places[i] is None):
             at = list(run)
@@ -117,7 +115,7 @@ class LlamaEngine(BaseEngine):
 
     def rewind(self, n: int) -> None:
         super().rewind(n)
-        self.llama.forget(self._context, n)
+        self.llama.forget(self._context, n)  # and what a step left that was interrupted before it was noted
 
     def _decode(self, batch: Any) -> None:
         self.llama.errors.clear()
