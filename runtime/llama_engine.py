@@ -99,6 +99,10 @@ class LlamaEngine(BaseEngine):
         resources.callback(api.llama_free, self._context)
         self._text = _Batch(api, self.chunk, 0, resources)
         self._rows = _Batch(api, self.chunk, config.hidden_size, resources)
+        if bindings == IK_LLAMA:
+            # The fork looks whether a first step of one token is its warm-up, also where there is an embedding instead.
+            self.append([0])
+            self.rewind(0)
 
     def forward(self, ids: Sequence[int], places: Sequence[Place]) -> NDArray[np.float32]:
         # A batch of llama.cpp holds tokens or embeddings, so pictures and text take turns.
