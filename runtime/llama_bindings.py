@@ -37,7 +37,7 @@ def bindings(package: str) -> "Bindings":
 
 
 class Bindings:
-    """One opened library. `api` has llama.cpp's functions and structures by their C names."""
+    """One opened library, made by `bindings`. `api` has llama.cpp's functions and structures by their C names."""
 
     def __init__(self, package: str = LLAMA) -> None:
         """Open the library behind `llama_cpp` or `ik_llama_cpp`.

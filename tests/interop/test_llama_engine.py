@@ -28,7 +28,7 @@ from kimi_lite.errors import DoesNotFitError, KimiLiteError, ModelFileError, Usa
 from kimi_lite.quantize.convert import quantize
 from kimi_lite.runtime.engine import BaseEngine, Engine
 from kimi_lite.runtime.image_cache import ImageCache
-from kimi_lite.runtime.llama_bindings import IK_LLAMA, LLAMA, Bindings
+from kimi_lite.runtime.llama_bindings import IK_LLAMA, LLAMA, Bindings, bindings
 from kimi_lite.runtime.llama_engine import LlamaEngine
 from kimi_lite.runtime.reference.evaluate import held_out
 from kimi_lite.runtime.reference.model import KimiVL, load
@@ -59,7 +59,9 @@ class Served:
     files: dict[str, Path]
 
     def engine(self, to: str = "q8_0", **options: Any) -> LlamaEngine:
-        return LlamaEngine(self.files[to], **{"context": 1024, "threads": 1, "bindings": self.package, **options})
+        return LlamaEngine(
+            self.files[to], **{"context": 1024, "threads": 1, "bindings": self.package, **options}
+        )
 
     def model(self, to: str = "q8_0") -> Model:
         return Model(self.engine(to), self.encoder())
@@ -130,14 +132,16 @@ def test_the_checkpoint_computes_what_nano_does(reference: KimiVL, talker: Model
 def test_bf16_logits_are_the_references(served: Served, reference: KimiVL) -> None:
     # Inside an answer, one token less moves the logits further than rounding may.
     engine = served.engine("bf16")
-    for question in questions(8):
+    for question in questions(4):
         ids = prompt(engine, question)
         ids += engine.generate(ids, GREEDY, max_tokens=12)
         theirs, exact = engine.prefill(ids), reference_logits(reference, ids)
-        assert 0 < rms(theirs - exact) < BOUND * rms(exact) < rms(reference_logits(reference, ids[:-1]) - exact)
+        assert (
+            0 < rms(theirs - exact) < BOUND * rms(exact) < rms(reference_logits(reference, ids[:-1]) - exact)
+        )
 
 
-@pytest.mark.parametrize(("to", "n"), [("q8_0", 16), ("bf16", 4)])
+@pytest.mark.parametrize(("to", "n"), [("q8_0", 8), ("bf16", 2)])
 def test_greedy_tokens_are_those_of_our_own_engine(
     served: Served, reference: KimiVL, to: str, n: int
 ) -> None:
@@ -157,7 +161,7 @@ def test_greedy_tokens_are_those_of_our_own_engine(
         scores = [exact[tokens[at]] if at < len(tokens) else stop for tokens in (a, b)]
         cost = rms(ours.prefill(ids + b[:at]) - exact)
         assert abs(scores[0] - scores[1]) < 4 * cost, f"{question}: {a[at:][:1]} and {b[at:][:1]}"
-    assert n_equal >= 0.9 * n
+    assert n_equal >= n - 1
 
 
 def test_a_conversation_reuses_its_prefix_and_answers_as_from_scratch(served: Served, talker: Model) -> None:
@@ -219,11 +223,12 @@ def test_a_full_context_is_said(served: Served) -> None:
 
 def test_nano_sees_colours_and_shapes(served: Served, talker: Model) -> None:
     tasks = held_out(11, 10)
-    samples = [*tasks["colour"][:10], *tasks["shape"][:10]]
+    samples = [*tasks["colour"][:6], *tasks["shape"][:6]]
     right = [
-        talker.ask(s.turns[-1].question, images=s.pictures).text.strip() == s.turns[-1].answer for s in samples
+        talker.ask(s.turns[-1].question, images=s.pictures).text.strip() == s.turns[-1].answer
+        for s in samples
     ]
-    assert sum(right) >= 18  # the reference answers 99 %
+    assert sum(right) >= 11  # the reference answers 99 %
 
 
 def test_pictures_stand_where_they_were_put(served: Served, reference: KimiVL, talker: Model) -> None:
@@ -260,7 +265,9 @@ def test_a_later_turn_keeps_the_picture(talker: Model) -> None:
 def test_the_command_prints_the_answer_alone(
     served: Served, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(LlamaEngine.__init__.__kwdefaults__, "bindings", served.package)
+    defaults = LlamaEngine.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "bindings", served.package)  # the commands know llama-cpp-python alone
     disc("red", 0).save(tmp_path / "red.png")
     model = ["--engine", "llama.cpp", "-m", str(served.files["q8_0"]), "--context", "512"]
     for arguments, answer in (([LONG], "tenalp"), (["--image", str(tmp_path / "red.png"), COLOUR], "red")):
@@ -284,8 +291,9 @@ def test_what_llama_cpp_refuses_is_one_sentence_with_its_reason(served: Served, 
 
 def test_a_step_that_fails_is_one_sentence(served: Served) -> None:
     engine = served.engine(context=64)
-    with pytest.raises(KimiLiteError, match=r"llama\.cpp stopped at token 0 with code -?\d"):
-        engine.forward([engine.config.vocab_size + 7], [None])  # a token that the model does not have
+    with pytest.raises(KimiLiteError, match=r"llama\.cpp stopped at token \d+ with code -?\d"):
+        for _ in range(20):  # `prefill` would not let it come to this; llama.cpp rounds its cache up to 256 tokens
+            engine.append([5] * 50)
     assert engine.prefill(prompt(engine, "Hi")).shape == (engine.config.vocab_size,)
 
 
@@ -298,8 +306,8 @@ def test_a_context_that_memory_cannot_hold_is_refused_with_numbers(
 
 
 def test_layers_for_a_card_need_a_build_with_a_backend(served: Served) -> None:
-    assert not Bindings(served.package).offloads()  # these tests run on processors
-    with pytest.raises(UsageError, match="3 layers .* without a graphics backend"):
+    assert not bindings(served.package).offloads()  # these tests run on processors
+    with pytest.raises(UsageError, match=r"3 layers .* without a graphics backend"):
         served.engine(gpu_layers=3)
     with pytest.raises(UsageError, match="-1 layers"):
         served.engine(gpu_layers=-1)
@@ -356,12 +364,12 @@ def test_files_that_llama_cpp_would_die_of_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ModelFileError, match=says):
             LlamaEngine(tmp_path / "bad.gguf", bindings=package)
     if IK_LLAMA in PACKAGES:
-        with pytest.raises(ModelFileError, match="ik_llama.cpp runs this architecture with 27 layers"):
+        with pytest.raises(ModelFileError, match=r"ik_llama\.cpp runs this architecture with 27 layers"):
             LlamaEngine(good, bindings=IK_LLAMA)
 
 
 def test_engines_by_name() -> None:
-    with pytest.raises(UsageError, match="the engine is 'llama'; expected kimi-lite or llama.cpp"):
+    with pytest.raises(UsageError, match=r"the engine is 'llama'; expected kimi-lite or llama\.cpp"):
         kimi_lite.load(engine="llama")
-    with pytest.raises(UsageError, match="--gpu-layers is for --engine llama.cpp"):
+    with pytest.raises(UsageError, match=r"--gpu-layers is for --engine llama\.cpp"):
         kimi_lite.load(gpu_layers=3)
