@@ -78,18 +78,20 @@ class LlamaEngine(BaseEngine):
         if not on_card:
             self._check_room(2 * kv_width * config.n_layers * self.context)
         resources = ExitStack()
-        self.close = weakref.finalize(self, resources.close)
+        self._release = weakref.finalize(self, resources.close)
         api = llama.api
-
         llama.errors.clear()
         model_params = api.llama_model_default_params()
         model_params.n_gpu_layers = (ALL_LAYERS if gpu_layers is None else gpu_layers) if on_card else 0
         model = api.llama_model_load_from_file(str(path).encode(), model_params)
         if not model:
-            fewer = "; give the graphics card fewer layers with --gpu-layers" if on_card else ""
-            raise ModelFileError(f"{path}: llama.cpp cannot load it ({llama.reason()}){fewer}")
+            if on_card and "alloc" in llama.reason():
+                raise DoesNotFitError(
+                    f"{path}: llama.cpp has no room for it ({llama.reason()}); it has {config.n_layers + 1} layers with "
+                    "the output, give the graphics card fewer with --gpu-layers"
+                )
+            raise ModelFileError(f"{path}: llama.cpp cannot load it ({llama.reason()})")
         resources.callback(llama.free_model, model)
-
         params = api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = self.context, self.chunk, self.chunk
         params.n_threads = params.n_threads_batch = kernels.threads()

@@ -22,6 +22,7 @@ from tolerance import U_BF16
 from wide_nano import write_wide_nano
 
 import kimi_lite
+from kimi_lite import doctor
 from kimi_lite.__main__ import main
 from kimi_lite.api import Model, mmproj_beside
 from kimi_lite.errors import DoesNotFitError, KimiLiteError, ModelFileError, UsageError
@@ -292,7 +293,9 @@ def test_what_llama_cpp_refuses_is_one_sentence_with_its_reason(served: Served, 
 def test_a_step_that_fails_is_one_sentence(served: Served) -> None:
     engine = served.engine(context=64)
     with pytest.raises(KimiLiteError, match=r"llama\.cpp stopped at token \d+ with code -?\d"):
-        for _ in range(20):  # `prefill` would not let it come to this; llama.cpp rounds its cache up to 256 tokens
+        for _ in range(
+            20
+        ):  # `prefill` would not let it come to this; llama.cpp rounds its cache up to 256 tokens
             engine.append([5] * 50)
     assert engine.prefill(prompt(engine, "Hi")).shape == (engine.config.vocab_size,)
 
@@ -312,6 +315,47 @@ def test_layers_for_a_card_need_a_build_with_a_backend(served: Served) -> None:
     with pytest.raises(UsageError, match="-1 layers"):
         served.engine(gpu_layers=-1)
     assert served.engine(gpu_layers=0).prefill([1, 2, 3]).shape == (1062,)
+
+
+def test_a_card_takes_all_layers_or_as_many_as_are_asked_for(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A card that has no room for anything, as a build for one would report it.
+    llama, asked = bindings(served.package), []
+
+    def load(path: bytes, params: Any) -> None:
+        asked.append(params.n_gpu_layers)
+        llama.errors.append(
+            "alloc_buffer: allocating 9216.00 MiB on device 0: cudaMalloc failed: out of memory\n"
+        )
+
+    monkeypatch.setattr(llama, "offloads", lambda: True)
+    monkeypatch.setattr(llama.api, "llama_model_load_from_file", load)
+    layers = 28 if served.package == IK_LLAMA else 5  # the output is one
+    says = rf"no room for it \(allocating 9216.*it has {layers} layers .* fewer with --gpu-layers"
+    for gpu_layers in (None, 5):
+        with pytest.raises(DoesNotFitError, match=says):
+            served.engine(gpu_layers=gpu_layers)
+    with pytest.raises(ModelFileError, match="cannot load it"):
+        served.engine(gpu_layers=0)
+    assert asked[0] >= layers
+    assert asked[1:] == [5, 0]
+
+
+def test_doctor_names_the_bindings_or_how_to_get_them(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "LLAMA", served.package)
+    lines = list(doctor.llama_report())
+    assert bindings(served.package).version in lines[0]
+    assert "no graphics card" in lines[1]
+    assert "own image tower" in lines[2]
+
+    def missing(package: str) -> Bindings:
+        raise UsageError("it needs a package: pip install it")
+
+    monkeypatch.setattr(doctor, "bindings", missing)
+    assert list(doctor.llama_report()) == ["llama.cpp not in use: it needs a package: pip install it"]
 
 
 @pytest.mark.parametrize(
