@@ -292,11 +292,9 @@ def test_what_llama_cpp_refuses_is_one_sentence_with_its_reason(served: Served, 
 
 def test_a_step_that_fails_is_one_sentence(served: Served) -> None:
     engine = served.engine(context=64)
+    engine.chunk = 50
     with pytest.raises(KimiLiteError, match=r"llama\.cpp stopped at token \d+ with code -?\d"):
-        for _ in range(
-            20
-        ):  # `prefill` would not let it come to this; llama.cpp rounds its cache up to 256 tokens
-            engine.append([5] * 50)
+        engine.append([5] * 1000)  # `prefill` would refuse it; llama.cpp rounds its cache up to 256 tokens
     assert engine.prefill(prompt(engine, "Hi")).shape == (engine.config.vocab_size,)
 
 
