@@ -355,6 +355,8 @@ def load(
         UsageError: a context, a thread count or a number of image tokens that cannot be; an engine that is missing.
         DoesNotFitError: what is loaded or reserved exceeds the memory that is free.
     """
+    if path is None and engine == "llama.cpp":
+        raise UsageError("--engine llama.cpp needs a standard GGUF file; name one: the small model is packed")
     path = Path(path) if path is not None else nano_path()
     runs = _open_engine(engine, path, context, threads, gpu_layers)
     beside = mmproj_beside(path)

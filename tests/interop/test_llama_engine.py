@@ -410,8 +410,17 @@ def test_files_that_llama_cpp_would_die_of_are_refused(tmp_path: Path) -> None:
             LlamaEngine(good, bindings=IK_LLAMA)
 
 
-def test_engines_by_name() -> None:
+def test_engines_by_name(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match=r"the engine is 'llama'; expected kimi-lite or llama\.cpp"):
         kimi_lite.load(engine="llama")
     with pytest.raises(UsageError, match=r"--gpu-layers is for --engine llama\.cpp"):
         kimi_lite.load(gpu_layers=3)
+    for arguments, says in (
+        (["--engine", "llama"], "kimi-lite: the engine is 'llama'; expected kimi-lite or llama.cpp\n"),
+        (["--engine", "llama.cpp"], "kimi-lite: --engine llama.cpp needs a standard GGUF file; name one: "),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["ask", "-q", *arguments, "x"])
+        out, err = capfd.readouterr()
+        assert (end.value.code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(says)
