@@ -22,9 +22,9 @@ from kimi_lite.errors import UsageError
 LLAMA, IK_LLAMA = "llama_cpp", "ik_llama_cpp"
 TESTED = {LLAMA: "0.3.36", IK_LLAMA: "0.1.5"}
 LOW_LEVEL = {LLAMA: "llama_cpp.llama_cpp", IK_LLAMA: "ik_llama_cpp._ctypes_api"}
-MINIMUM = {LLAMA: (0, 3, 16), IK_LLAMA: (0, 1, 5)}  # llama.cpp knows Kimi's vocabulary since August 2025
+MINIMUM = {LLAMA: (0, 3, 16), IK_LLAMA: (0, 1, 5)}  # the first with Kimi's vocabulary that was looked at
 INSTALL = {LLAMA: "pip install 'kimi-lite[llama]'", IK_LLAMA: "pip install ik-llama-cpp-python"}
-ERROR, CONTINUED = 4, 5  # of ggml's log levels
+ERROR = 4  # of ggml's log levels
 ALL_LAYERS = 999  # more than any model has: llama.cpp's way of saying "all"
 
 _LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)

@@ -59,38 +59,20 @@ class LlamaEngine(BaseEngine):
         Raises:
             ModelFileError: the file is missing, damaged, packed, another model's, or llama.cpp refuses it.
             UsageError: the package is missing or too old; a context, thread or layer count that cannot be.
-            DoesNotFitError: llama.cpp has no room for the context.
+            DoesNotFitError: llama.cpp has no room for the model or for the context.
         """
         self.llama = llama = open_bindings(bindings)
         config, vocab, kv_width = _read(path)
         super().__init__(path, config, vocab, context)
         kernels.set_threads(threads)  # of the image tower too
-        if gpu_layers is not None and gpu_layers < 0:
-            raise UsageError(f"{gpu_layers} layers for the graphics card were asked for; give 0 or more")
-        if gpu_layers and not llama.offloads():
-            raise UsageError(
-                f"{gpu_layers} layers for the graphics card were asked for, but this {llama.name} was built without a "
-                "graphics backend; docs/llama-engine.md says how to build it with one"
-            )
+        n_layers = self._layers_on_card(gpu_layers)
         if bindings == IK_LLAMA:
             _check_ik_sizes(path, config)
-        on_card = llama.offloads() and gpu_layers != 0
-        if not on_card:
+        if not n_layers:
             self._check_room(2 * kv_width * config.n_layers * self.context)
-        resources = ExitStack()
+        resources, api = ExitStack(), llama.api
         self._release = weakref.finalize(self, resources.close)
-        api = llama.api
-        llama.errors.clear()
-        model_params = api.llama_model_default_params()
-        model_params.n_gpu_layers = (ALL_LAYERS if gpu_layers is None else gpu_layers) if on_card else 0
-        model = api.llama_model_load_from_file(str(path).encode(), model_params)
-        if not model:
-            if on_card and "alloc" in llama.reason():
-                raise DoesNotFitError(
-                    f"{path}: llama.cpp has no room for it ({llama.reason()}); it has {config.n_layers + 1} layers with "
-                    "the output, give the graphics card fewer with --gpu-layers"
-                )
-            raise ModelFileError(f"{path}: llama.cpp cannot load it ({llama.reason()})")
+        model = self._load(n_layers)
         resources.callback(llama.free_model, model)
         params = api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = self.context, self.chunk, self.chunk
@@ -122,6 +104,34 @@ class LlamaEngine(BaseEngine):
     def rewind(self, n: int) -> None:
         super().rewind(n)
         self.llama.forget(self._context, n)  # and what a step left that was interrupted before it was noted
+
+    def _layers_on_card(self, asked: int | None) -> int:
+        if asked is not None and asked < 0:
+            raise UsageError(f"{asked} layers for the graphics card were asked for; give 0 or more")
+        if asked and not self.llama.offloads():
+            raise UsageError(
+                f"{asked} layers for the graphics card were asked for, but this {self.llama.name} was built without a "
+                "graphics backend, or finds no card for it; docs/llama-engine.md says how to build it with one"
+            )
+        if asked is not None:
+            return asked
+        return ALL_LAYERS if self.llama.offloads() else 0
+
+    def _load(self, n_layers: int) -> int:
+        """llama.cpp's model, with n layers on the graphics card."""
+        llama = self.llama
+        llama.errors.clear()
+        params = llama.api.llama_model_default_params()
+        params.n_gpu_layers = n_layers
+        model: int | None = llama.api.llama_model_load_from_file(str(self.path).encode(), params)
+        if model:
+            return model
+        if n_layers and "alloc" in llama.reason():
+            raise DoesNotFitError(
+                f"{self.path}: llama.cpp has no room for it ({llama.reason()}); it has {self.config.n_layers + 1} layers "
+                "with the output, give the graphics card fewer with --gpu-layers"
+            )
+        raise ModelFileError(f"{self.path}: llama.cpp cannot load it ({llama.reason()})")
 
     def _decode(self, batch: Any) -> None:
         self.llama.errors.clear()

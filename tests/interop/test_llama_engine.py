@@ -271,8 +271,8 @@ def test_the_command_prints_the_answer_alone(
     monkeypatch.setitem(defaults, "bindings", served.package)  # the commands know llama-cpp-python alone
     disc("red", 0).save(tmp_path / "red.png")
     model = ["--engine", "llama.cpp", "-m", str(served.files["q8_0"]), "--context", "512"]
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     for arguments, answer in (([LONG], "tenalp"), (["--image", str(tmp_path / "red.png"), COLOUR], "red")):
-        monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
         with pytest.raises(SystemExit) as end:
             main(["ask", "-q", *model, *arguments])
         out, err = capfd.readouterr()
@@ -410,7 +410,8 @@ def test_files_that_llama_cpp_would_die_of_are_refused(tmp_path: Path) -> None:
             LlamaEngine(good, bindings=IK_LLAMA)
 
 
-def test_engines_by_name(capfd: pytest.CaptureFixture[str]) -> None:
+def test_engines_by_name(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     with pytest.raises(UsageError, match=r"the engine is 'llama'; expected kimi-lite or llama\.cpp"):
         kimi_lite.load(engine="llama")
     with pytest.raises(UsageError, match=r"--gpu-layers is for --engine llama\.cpp"):
