@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kimi_lite.errors import KimiLiteWarning, ModelFileError, UsageError
+from kimi_lite.formats.gguf_file import mmproj_beside
 from kimi_lite.images import MAX_PICTURES, Picture, load_pictures
 from kimi_lite.runtime.engine import BaseEngine, Engine
 from kimi_lite.runtime.image_cache import ImageCache, default_directory
@@ -206,8 +207,8 @@ class Model:
             others = sorted(str(p) for p in path.parent.glob("*mmproj*.gguf"))
             give = f"--mmproj {others[0]}" if len(others) == 1 else "--mmproj FILE"
             raise UsageError(
-                f"{path.name} has no image side: {mmproj_beside(path)} is not there; name another file with {give}, or "
-                "quantize a Kimi-VL checkpoint, which writes both"
+                f"{path.name} has no image side inside, and {mmproj_beside(path)} is not there; name another file with "
+                f"{give}, or quantize a Kimi-VL checkpoint, whose file holds both"
             )
         if isinstance(images, (str, bytes)):
             raise UsageError("images is a single text; give a list: images=[…]")
@@ -343,8 +344,8 @@ def load(
     """Open a packed int4 or GGUF file; without a path, the small model that ships with kimi-lite.
 
     Args:
-        mmproj: the file with the image side; by default `model-mmproj.gguf` beside `model.gguf`, where `quantize`
-            puts it. Without one the model answers text only.
+        mmproj: the file with the image side; by default `model-mmproj.gguf` beside `model.gguf`, or else what the
+            packed file itself holds. Without any the model answers text only.
         max_image_tokens: a picture becomes at most so many tokens: less detail, less time.
         offline: refuse pictures from the web.
         engine: "kimi-lite", or "llama.cpp" for standard GGUF files on any graphics card that llama.cpp drives.
@@ -360,7 +361,7 @@ def load(
     path = Path(path) if path is not None else nano_path()
     runs = _open_engine(engine, path, context, threads, gpu_layers)
     beside = mmproj_beside(path)
-    found = Path(mmproj) if mmproj is not None else beside if beside.exists() else None
+    found = Path(mmproj) if mmproj is not None else beside if beside.exists() else runs.image_side
     encoder = None
     if found is not None:
         cache = ImageCache(default_directory())
@@ -380,11 +381,6 @@ def _open_engine(
     if gpu_layers is not None:
         raise UsageError("--gpu-layers is for --engine llama.cpp; give both, or neither")
     return Engine(path, context=context, threads=threads)
-
-
-def mmproj_beside(path: Path) -> Path:
-    """Where the image side of a model file is looked for."""
-    return path.with_name(f"{path.stem}-mmproj.gguf")
 
 
 def nano_path() -> Path:

@@ -24,7 +24,7 @@ from kimi_lite.runtime.sampling import SamplingOptions
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 PROGRESS_FROM = 512  # prompt tokens: shorter prompts are done before a line could be read
-SEEN = "png jpg jpeg webp gif bmp tif tiff ppm avif pdf mp4 mov m4v mkv webm avi".split()
+SEEN = "png jpg jpeg webp gif bmp tif tiff ppm avif heic heif pdf mp4 mov m4v mkv webm avi".split()
 HELP = """/help              this list
 /image SOURCE      a picture for the next question: a path, a URL, FILE.pdf#pages=2, FILE.mp4#frames=8
 /system TEXT       set the system message and start anew

@@ -39,7 +39,9 @@ MaxTokens = Annotated[int | None, typer.Option(help="Stop after this many tokens
 Budget = Annotated[int | None, typer.Option(help="Close the thinking after this many tokens and answer.")]
 Mmproj = Annotated[
     Path | None,
-    typer.Option(help="The file with the image side; by default MODEL-mmproj.gguf beside MODEL.gguf."),
+    typer.Option(
+        help="The file with the image side; by default MODEL-mmproj.gguf beside MODEL.gguf, or else MODEL.gguf itself."
+    ),
 ]
 MaxImageTokens = Annotated[
     int | None, typer.Option(help="At most this many tokens a picture: less detail, less time.")
@@ -239,7 +241,10 @@ def chat(
 def quantize(
     checkpoint: Annotated[Path, typer.Argument(help="The directory of a downloaded checkpoint.")],
     out: Annotated[
-        Path, typer.Argument(help="The file to write; pictures' weights go beside it as …-mmproj.gguf.")
+        Path,
+        typer.Argument(
+            help="The file to write; GGUF has the weights for pictures beside it, as …-mmproj.gguf."
+        ),
     ],
     to: Annotated[str, typer.Option(help="int4 (packed), or GGUF as q8_0, q4_0, bf16 or f16.")] = "int4",
     format: Annotated[str | None, typer.Option(help="int4 or gguf; follows from --to.")] = None,
@@ -267,14 +272,21 @@ def quantize(
 
 @app.command()
 def pack(
-    model: Annotated[Path, typer.Argument(help="A standard GGUF file of this model.")],
+    model: Annotated[
+        Path,
+        typer.Argument(help="A standard GGUF file of this model, or a packed one without an image side."),
+    ],
     out: Annotated[Path, typer.Argument(help="The packed file to write.")],
+    mmproj: Annotated[
+        Path | None,
+        typer.Option(help="The image side to put inside; by default MODEL-mmproj.gguf beside MODEL.gguf."),
+    ] = None,
 ) -> None:
-    """Pack a standard GGUF once for all: the same weights, ready to be mapped."""
+    """Pack a standard GGUF and its image side once for all: the same weights in one file, ready to be mapped."""
     from kimi_lite.pack import pack as write_packed
 
     with _progress("reading the file") as progress:
-        n_bytes = write_packed(model, out, progress)
+        n_bytes = write_packed(model, out, progress, mmproj=mmproj)
     print(out)
     print(f"{n_bytes / 1e9:.2f} GB", file=sys.stderr)
 

@@ -15,9 +15,10 @@ from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.formats.packed import LAYOUTS
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cache import LatentCache
-from kimi_lite.runtime.image_cache import default_directory
+from kimi_lite.runtime.image_cache import ImageCache, default_directory
 from kimi_lite.runtime.llama_bindings import LLAMA, bindings
-from kimi_lite.runtime.weights import open_weights
+from kimi_lite.runtime.vision import ImageEncoder, open_vision
+from kimi_lite.runtime.weights import Weights, open_weights
 
 BEST_ISA = "avx512vnni"
 
@@ -36,14 +37,16 @@ def machine_report() -> Iterator[str]:
         yield f"          this processor has no {BEST_ISA}, for which the fastest kernels are written"
     yield "graphics  not in use: this version runs on the CPU"
     directory = default_directory()
-    if kernels.isa() == "neon":
-        yield "          the image tower's attention runs in plain C++: it has no NEON kernels yet"
     yield f"pictures  on the same kernels; encoded ones are kept in {directory or 'memory only'}"
-    for package, extra, what in (("pypdfium2", "pdf", "PDF pages"), ("av", "video", "video frames")):
+    for package, extra, what in (
+        ("pypdfium2", "pdf", "PDF pages"),
+        ("av", "video", "video frames"),
+        ("pillow_heif", "heic", "HEIC photographs"),
+    ):
         if find_spec(package) is None:
             yield f"          not in use: {what}, which need pip install 'kimi-lite[{extra}]'"
     yield from llama_report()
-    for package in ("numpy", "gguf", "tiktoken", "pillow", "pypdfium2", "av", "torch"):
+    for package in ("numpy", "gguf", "tiktoken", "pillow", "pypdfium2", "av", "pillow_heif", "torch"):
         if find_spec({"pillow": "PIL"}.get(package, package)) is None:
             continue
         try:
@@ -88,8 +91,7 @@ def file_report(path: Path) -> Iterator[str]:
         f"heads     {c.n_heads} of {c.nope_dim} + {c.rope_dim}, values {c.value_dim}, latent {c.kv_rank}, "
         f"rope theta {c.rope_theta:g}"
     )
-    beside = mmproj_beside(path)
-    yield f"pictures  {beside.name}" if beside.exists() else f"pictures  none: {beside.name} is not beside it"
+    yield f"pictures  {_image_side(weights)}"
     per_token = LatentCache.bytes_per_token(c)
     yield f"context   {c.context_length} tokens, {per_token / 1e3:.1f} kB of cache each"
     yield f"decoding  reads {weights.token_bytes / 1e9:.3f} GB a token"
@@ -102,3 +104,16 @@ def file_report(path: Path) -> Iterator[str]:
         form = LAYOUTS.get(kind)
         bits = f", {form.bits_per_weight:g} bits a weight" if form else ""
         yield f"  {kind:8} {counts[kind]:5} tensors {size / 1e9:9.3f} GB{bits}"
+
+
+def _image_side(weights: Weights) -> str:
+    """Whether pictures work, and from where; what would stop the first one is raised here."""
+    beside = mmproj_beside(weights.path)
+    side = beside if beside.exists() else weights.image_side
+    if side is None:
+        return f"none: the file holds no image side, and {beside.name} is not beside it"
+    encoder = ImageEncoder(side, weights.config.hidden_size, ImageCache(None))
+    if side is weights.image_side:
+        open_vision(side)  # an mmproj file would be packed for that, which takes seconds
+    where = "this file" if side is weights.image_side else f"{beside.name} beside it"
+    return f"in {where}, up to {encoder.image.token_limit // 4} tokens each before padding"

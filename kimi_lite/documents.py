@@ -1,4 +1,5 @@
-"""Pages of a PDF and frames of a video, as pictures. Both need an extra: kimi-lite[pdf], kimi-lite[video].
+"""Pages of a PDF, frames of a video and photographs in HEIC, as pictures. Each needs an extra: kimi-lite[pdf],
+kimi-lite[video], kimi-lite[heic].
 
     report.pdf                  all pages, if there are at most MAX_PAGES
     report.pdf#pages=1,3-5      these pages, counted from 1
@@ -7,16 +8,18 @@
     clip.mp4#times=0.5,12       the frames shown at these seconds
 
 The model has no notion of time: frames are pictures in order, as its makers recommend. How many, and where, is our own
-choice.
+choice. What is here runs in a process of its own (kimi_lite/isolated.py); `on_next` is told the name of each picture
+before it is decoded.
 """
 
 import io
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from kimi_lite.errors import UsageError
-from kimi_lite.images import MAX_PICTURES, Picture
+from kimi_lite.images import MAX_PICTURES, MAX_PIXELS, Picture, to_rgb
 
 MAX_PAGES = 16
 FRAMES = 8
@@ -24,18 +27,19 @@ SCALE = 2.0  # pixels a point: 144 a inch, at which small print is legible
 PAGE_PIXELS = 8_000_000  # of a rendered page; a larger sheet gets fewer pixels an inch
 SEARCH = 900  # frames decoded between the nearest key frame and the one that is asked for
 FRAME_PIXELS = 100_000_000
+OnNext = Callable[[str], None]
 
 
-def pdf_pages(data: bytes, name: str, selection: tuple[str, str] | None) -> list[Picture]:
-    """Rendered pages. Raises UsageError: a password, damage, a page that does not exist, the extra missing."""
+def pdf_pages(
+    data: bytes, name: str, selection: tuple[str, str] | None, on_next: OnNext
+) -> Iterator[Picture]:
+    """Rendered pages. Raises UsageError: a password, damage, a page that does not exist."""
+    import pypdfium2
+
     if selection and selection[0] != "pages":
         raise UsageError(
             f"{name}: #{selection[0]}= selects frames of a video, but this is a PDF; use #pages="
         )
-    try:
-        import pypdfium2
-    except ImportError:
-        raise UsageError(f"{name}: reading a PDF needs pypdfium2; pip install 'kimi-lite[pdf]'") from None
     try:
         document = pypdfium2.PdfDocument(data)
         n = len(document)
@@ -54,7 +58,9 @@ def pdf_pages(data: bytes, name: str, selection: tuple[str, str] | None) -> list
             )
         else:
             raise UsageError(f"{name}: a PDF without pages")
-        return [Picture(f"{name} page {i}", _page(document, i, name)) for i in numbers]
+        for number in numbers:
+            on_next(page := f"{name} page {number}")
+            yield Picture(page, _page(document, number, name))
     finally:
         document.close()
 
@@ -91,14 +97,14 @@ def _numbers(text: str, n: int, name: str) -> list[int]:
     return out
 
 
-def video_frames(source: Path | io.BytesIO, name: str, selection: tuple[str, str] | None) -> list[Picture]:
-    """Frames of a video. Raises UsageError: no pictures inside, damage, times beyond its end, the extra missing."""
+def video_frames(
+    source: Path | io.BytesIO, name: str, selection: tuple[str, str] | None, on_next: OnNext
+) -> Iterator[Picture]:
+    """Frames of a video. Raises UsageError: no pictures inside, damage, times beyond its end."""
+    import av
+
     if selection and selection[0] == "pages":
         raise UsageError(f"{name}: #pages= selects in a PDF, but this is a video; use #frames= or #times=")
-    try:
-        import av
-    except ImportError:
-        raise UsageError(f"{name}: reading a video needs PyAV; pip install 'kimi-lite[video]'") from None
     try:
         with av.open(str(source) if isinstance(source, Path) else source) as container:
             if not container.streams.video:
@@ -107,8 +113,9 @@ def video_frames(source: Path | io.BytesIO, name: str, selection: tuple[str, str
             if stream.codec_context.width * stream.codec_context.height > FRAME_PIXELS:
                 raise UsageError(f"{name}: its frames are too large; shrink it first")
             duration = _duration(container, stream)
-            times = _times(selection, duration, name)
-            return [Picture(f"{name} at {t:.1f} s", _frame(container, stream, t, name)) for t in times]
+            for t in _times(selection, duration, name):
+                on_next(moment := f"{name} at {t:.1f} s")
+                yield Picture(moment, _frame(container, stream, t, name))
     except (av.FFmpegError, MemoryError) as error:
         raise UsageError(f"{name}: a damaged video ({error}); save or download it again") from None
 
@@ -162,3 +169,22 @@ def _frame(container: Any, stream: Any, seconds: float, name: str) -> Any:
     if shown is None:
         raise UsageError(f"{name}: no frame at {seconds:.1f} s; the video is damaged or cut short")
     return shown.to_image().convert("RGB")
+
+
+def heic_picture(data: bytes, name: str) -> Iterator[Picture]:
+    """The main picture of a HEIC file, turned and mirrored as the file says. Raises UsageError for damage."""
+    import pillow_heif
+
+    try:
+        file = pillow_heif.open_heif(io.BytesIO(data))  # the header alone; wider channels are cut to 8 bits
+        width, height = file.size
+        if width * height > MAX_PIXELS:
+            raise UsageError(
+                f"{name}: {width}×{height} pixels, more than {MAX_PIXELS // 1_000_000} million; shrink it first"
+            )
+        yield Picture(name, to_rgb(file.to_pillow(), name))
+    except (ValueError, OSError, EOFError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"{name}: a damaged HEIC picture ({reason}); save it again, or as JPEG or PNG"
+        ) from None

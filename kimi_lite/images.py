@@ -5,7 +5,7 @@
     "data:image/png;base64,…", bytes, "-" (standard input)
     a PIL picture
     "report.pdf#pages=2-4"  pages of a PDF, and "clip.mp4#frames=6" or "clip.mp4#times=1.5,20" frames of a video
-                            (kimi_lite/documents.py); one source may give several pictures
+                            (kimi_lite/documents.py, which reads HEIC too); one source may give several pictures
 
 A picture comes out upright (EXIF rotation is applied), in 8-bit RGB; what is transparent lies on white; of an animation
 the first frame counts. Sizes are read from the header before anything is decoded.
@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote, unquote_to_bytes
 
 from kimi_lite.errors import UsageError
@@ -32,7 +32,10 @@ MAX_BYTES = 100 << 20  # of a file, and of what comes through a pipe
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; larger than the sensors of nearly all cameras
 MAX_PICTURES = 32  # of one question, PDF pages and video frames included
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-KINDS = "PNG, JPEG, WebP, GIF, BMP, TIFF, PPM or AVIF"
+KINDS = "PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, AVIF or HEIC"
+AVIF = {b"avif", b"avis"}  # brands of the container that MP4 shares with pictures
+HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+Kind = Literal["pdf", "video", "heic"]
 SELECTION = re.compile(r"(?P<path>.+)#(?P<what>pages|frames|times)=(?P<which>[^#]+)", re.DOTALL)
 
 
@@ -106,10 +109,10 @@ def _from_path(path: Path, selection: tuple[str, str] | None, name: str) -> list
             raise UsageError(f"{name}: not a regular file; give a picture file")
         with path.open("rb") as file:
             head = file.read(4096)
-            if _is_video(head):  # may be large: it is read where it lies
-                from kimi_lite.documents import video_frames
+            if _kind(head) == "video":  # may be large: it is read where it lies
+                from kimi_lite.isolated import decoded
 
-                return video_frames(path, name, selection)
+                return decoded("video", path, name, selection)
             data = head + file.read(MAX_BYTES + 1 - len(head))
     except FileNotFoundError:
         raise UsageError(f"{name}: not found; give the path of a picture") from None
@@ -122,24 +125,33 @@ def from_bytes(data: bytes, name: str, selection: tuple[str, str] | None = None)
     """The picture, pages or frames that a file's content holds. Raises UsageError."""
     if len(data) > MAX_BYTES:
         raise UsageError(f"{name}: more than {MAX_BYTES >> 20} MB; make it smaller")
-    if b"%PDF-" in data[:1024]:
-        from kimi_lite.documents import pdf_pages
-
-        return pdf_pages(data, name, selection)
-    if _is_video(data[:4096]):
-        from kimi_lite.documents import video_frames
-
-        return video_frames(io.BytesIO(data), name, selection)
-    if selection:
+    kind = _kind(data[:4096])
+    if selection and kind not in ("pdf", "video"):
         raise UsageError(f"{name}: #{selection[0]}= selects in PDFs and videos, but this is neither")
+    if kind:
+        from kimi_lite.isolated import decoded
+
+        return decoded(kind, data, name, selection)
     return [Picture(name, _decode(data, name))]
 
 
-def _is_video(head: bytes) -> bool:
-    """MP4 and QuickTime, but not the pictures that share their container; Matroska and WebM; AVI."""
-    if head[4:8] == b"ftyp":
-        return head[8:12] not in (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1", b"heim", b"heis")
-    return head[:4] == b"\x1a\x45\xdf\xa3" or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
+def _kind(head: bytes) -> Kind | None:
+    """What kimi_lite/isolated.py decodes: PDF; MP4, QuickTime, Matroska, WebM and AVI; HEIC. Else None."""
+    if b"%PDF-" in head[:1024]:
+        return "pdf"
+    if brands := _brands(head):
+        return None if brands & AVIF else "heic" if brands & HEIC else "video"
+    if head[:4] == b"\x1a\x45\xdf\xa3" or (head[:4] == b"RIFF" and head[8:12] == b"AVI "):
+        return "video"
+    return None
+
+
+def _brands(head: bytes) -> set[bytes]:
+    """What an MP4-like container says it is, its main brand and those that it also keeps to."""
+    if head[4:8] != b"ftyp":
+        return set()
+    end = min(int.from_bytes(head[:4]), len(head))
+    return {head[8:12], *(head[at : at + 4] for at in range(16, end, 4))}
 
 
 def _decode(data: bytes, name: str) -> "Image.Image":
@@ -152,13 +164,15 @@ def _decode(data: bytes, name: str) -> "Image.Image":
         start.startswith((b"<?xml", b"<!doctype svg")) and b"<svg" in data[:65536].lower()
     ):
         raise UsageError(f"{name}: an SVG drawing, which has no pixels; convert it to PNG first")
-    if data[4:8] == b"ftyp" and data[8:11] == b"hei":
-        raise UsageError(f"{name}: a HEIC picture, which is not read here; convert it to JPEG or PNG first")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # size is checked here; odd metadata does not matter
         try:
             Image.init()
             readable = [f for f in FORMATS if f in Image.OPEN]  # AVIF depends on how Pillow was built
+            if "AVIF" not in readable and _brands(data[:4096]) & AVIF:
+                raise UsageError(
+                    f"{name}: an AVIF picture, which this Pillow does not read; pip install -U 'pillow>=11.3'"
+                )
             picture = Image.open(io.BytesIO(data), formats=readable)
         except UnidentifiedImageError:
             raise UsageError(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kimi_lite.errors import UsageError
-from kimi_lite.formats.gguf_file import GgufWriter
+from kimi_lite.formats.gguf_file import GgufWriter, mmproj_beside, warn_of_mmproj_beside
 from kimi_lite.formats.packed import PAGE, join_mlp
 from kimi_lite.quantize.encode import encode
 from kimi_lite.quantize.plan import (
@@ -52,7 +52,8 @@ def quantize(
     format: str | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Write a checkpoint as one text file and, if it has an image side, an mmproj file beside it.
+    """Write a checkpoint as one packed file, or as standard GGUF: a text file and, if it has an image side, an mmproj
+    file beside it.
 
     Args:
         to: "int4" for the packed file; "q8_0", "q4_0", "bf16" or "f16" for standard GGUF.
@@ -77,11 +78,16 @@ def quantize(
     text = text_outputs(checkpoint, to)
     vision = vision_outputs(checkpoint, to) if checkpoint.config.vision else []
     checkpoint.finish()  # says what is missing before a byte is written
-    files: list[tuple[Path, dict[str, Any], list[Output], int]] = [
-        (out, text_metadata(checkpoint, to, text), text, PAGE if to == "int4" else 32)
-    ]
-    if vision:
-        files.append((mmproj_path(out), vision_metadata(checkpoint, to), vision, 32))
+    files: list[tuple[Path, dict[str, Any], list[Output], int]]
+    if to == "int4":
+        outputs = text + vision
+        files = [(out, text_metadata(checkpoint, to, outputs), outputs, PAGE)]
+        if vision:
+            warn_of_mmproj_beside(out)
+    else:
+        files = [(out, text_metadata(checkpoint, to, text), text, 32)]
+        if vision:
+            files.append((mmproj_beside(out), vision_metadata(checkpoint, to), vision, 32))
     total = sum(output.spec().n_bytes for _, _, outputs, _ in files for output in outputs)
     done = 0
     for path, metadata, outputs, alignment in files:
@@ -96,11 +102,6 @@ def quantize(
     bits = 8 * sum(o.spec().n_bytes for o in weights) / n_weights
     paths = tuple(path for path, *_ in files)
     return Result(paths, sum(p.stat().st_size for p in paths), time.monotonic() - start, bits)
-
-
-def mmproj_path(out: Path) -> Path:
-    """Where the image side goes: model.gguf has model-mmproj.gguf beside it."""
-    return out.with_name(f"{out.stem}-mmproj.gguf")
 
 
 def _encoded(outputs: list[Output]) -> Iterator[tuple[str, NDArray[np.uint8]]]:

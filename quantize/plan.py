@@ -1,7 +1,8 @@
 """What the output holds: every tensor's name, type and shape, where its rows come from, and the file's metadata.
 
-Three outputs share one walk over the published names: the text model as standard GGUF, the text model packed, and the
-image side as an `mmproj` GGUF. Types per tensor are tables here, so that a change of recipe is a change of data.
+Two walks over the published names give all outputs: the text model, standard or packed, and the image side, as an
+`mmproj` GGUF of its own or packed behind the text model. Types per tensor are tables here, so that a change of recipe is
+a change of data.
 
 Dimension key:  D hidden   H heads   N/R/V/C no-rope, rope, value, latent   E experts   F expert width
 """
@@ -247,9 +248,13 @@ def _type(name: str, base: str, columns: int) -> str:
 
 
 def vision_outputs(checkpoint: Checkpoint, target: Target) -> list[Output]:
-    """The image side's tensors under llama.cpp's mmproj names. An int4 model keeps its image side in bf16."""
-    base = {"int4": "BF16", "q4_0": "Q8_0"}.get(target, target.upper())
-    return list(_vision(checkpoint, base))
+    """The image side's tensors under llama.cpp's mmproj names, in file order."""
+    return list(_vision(checkpoint, _vision_base(target)))
+
+
+def _vision_base(target: Target) -> str:
+    """An int4 model has its image side in 8 bits: it is 2.7 % of the weights, and its kernels read that."""
+    return {"int4": "q8g32", "q4_0": "Q8_0"}.get(target, target.upper())
 
 
 def _vision(checkpoint: Checkpoint, base: str) -> Iterator[Output]:
@@ -267,6 +272,16 @@ def _vision(checkpoint: Checkpoint, base: str) -> Iterator[Output]:
     def norm(ours: str, theirs: str) -> Iterator[Output]:
         for end in ("weight", "bias"):
             yield Output(f"{ours}.{end}", "F32", (W,), (checkpoint.vector(f"{theirs}.{end}", W),), "float")
+
+    def thirds(at: str, theirs: str) -> Iterator[Output]:
+        wqkv, bias = (
+            checkpoint.tensor(f"{theirs}.weight", 3 * W, W),
+            checkpoint.tensor(f"{theirs}.bias", 3 * W),
+        )
+        kind = "F16" if base == "Q8_0" and W % 32 else base
+        for i, part in enumerate(("attn_q", "attn_k", "attn_v")):
+            yield Output(f"{at}{part}.weight", kind, (W, W), (_third(wqkv, i, W),))
+            yield Output(f"{at}{part}.bias", "F32", (W,), (_third_bias(bias, i, W),), "float")
 
     def flat(name: str, shape: tuple[int, ...]) -> Source:
         stored = checkpoint.tensor(name, *shape)
@@ -288,18 +303,10 @@ def _vision(checkpoint: Checkpoint, base: str) -> Iterator[Output]:
     for block in range(v.n_layers):
         theirs, at = f"vision_tower.encoder.blocks.{block}.", f"v.blk.{block}."
         yield from norm(f"{at}ln1", f"{theirs}norm0")
-        wqkv, bias = (
-            checkpoint.tensor(f"{theirs}wqkv.weight", 3 * W, W),
-            checkpoint.tensor(f"{theirs}wqkv.bias", 3 * W),
-        )
-        for i, part in enumerate(("attn_q", "attn_k", "attn_v")):
-            yield Output(
-                f"{at}{part}.weight",
-                base if W % 32 == 0 or base != "Q8_0" else "F16",
-                (W, W),
-                (_third(wqkv, i, W),),
-            )
-            yield Output(f"{at}{part}.bias", "F32", (W,), (_third_bias(bias, i, W),), "float")
+        if base == "q8g32":  # one matrix, as it is published and as the kernels take it
+            yield from pair(f"{at}attn_qkv", f"{theirs}wqkv", 3 * W, W)
+        else:
+            yield from thirds(at, f"{theirs}wqkv")
         yield from pair(f"{at}attn_out", f"{theirs}wo", W, W)
         yield from norm(f"{at}ln2", f"{theirs}norm1")
         yield from pair(f"{at}ffn_up", f"{theirs}mlp.fc0", v.ffn_size, W)
@@ -320,7 +327,8 @@ def _third_bias(bias: StoredTensor | None, part: int, W: int) -> Source:
 
 
 def text_metadata(checkpoint: Checkpoint, target: Target, outputs: list[Output]) -> dict[str, Any]:
-    """The text file's keys: general, deepseek2, tokenizer, and the table of packed tensors if there are any."""
+    """The model file's keys: general, deepseek2, tokenizer, and for a packed file the table of its tensors, with the
+    image side's keys if it is among `outputs`."""
     c, directory = checkpoint.config.text, checkpoint.directory
     metadata: dict[str, Any] = {
         "general.architecture": "deepseek2",
@@ -355,20 +363,28 @@ def text_metadata(checkpoint: Checkpoint, target: Target, outputs: list[Output])
     }
     for i, key in enumerate(("count", "rows", "columns")):
         metadata[f"kimi_lite.packed.{key}"] = [o.packed_shape()[i] for o in packed]
-    return metadata
+    sees = any(o.name == "v.patch_embd.weight" for o in outputs)
+    return metadata | (_image_metadata(checkpoint) if sees else {})
 
 
 def vision_metadata(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
-    """The mmproj file's keys, and our own for the patch budget, which llama.cpp does not store."""
-    v, image = checkpoint.config.vision, checkpoint.config.image
-    assert v is not None
-    assert image is not None
-    base = {"int4": "BF16", "q4_0": "Q8_0"}.get(target, target.upper())
+    """The keys of an mmproj file."""
     return {
         "general.architecture": "clip",
         "general.type": "mmproj",
         "general.name": checkpoint.config.name.replace("-", " ").replace("_", " ").strip(),
-        "general.file_type": FILE_TYPES[base],
+        "general.file_type": FILE_TYPES[_vision_base(target)],
+        **_image_metadata(checkpoint),
+        "general.quantization_version": 2,
+    }
+
+
+def _image_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The image side's keys, and our own for the patch budget, which llama.cpp does not store."""
+    v, image = checkpoint.config.vision, checkpoint.config.image
+    assert v is not None
+    assert image is not None
+    return {
         "clip.has_vision_encoder": True,
         "clip.vision.projection_dim": checkpoint.config.text.hidden_size,
         "clip.vision.image_size": v.grid_height * v.patch_size,
@@ -383,6 +399,5 @@ def vision_metadata(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
         "clip.use_gelu": True,
         "clip.vision.projector.scale_factor": v.merge,
         "clip.vision.attention.layer_norm_epsilon": 1e-5,
-        "general.quantization_version": 2,
         "kimi_lite.in_token_limit": image.token_limit,
     }

@@ -8,14 +8,17 @@ from numpy.typing import NDArray
 
 from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.formats.packed import matrix_bytes, mlp_bytes, split_mlp, unpack
-from kimi_lite.quantize.plan import Checkpoint, Output, text_outputs
+from kimi_lite.quantize.plan import Checkpoint, Output, Target, text_outputs, vision_outputs
 
 
 def tensor_errors(checkpoint_dir: Path, path: Path) -> Iterator[tuple[str, float]]:
-    """(name, rms of the difference over rms of the weights) for each tensor of the text model, in file order."""
-    file = GgufFile(path)
-    target = "int4" if "kimi_lite.packed.version" in file.metadata else "bf16"
-    for output in text_outputs(Checkpoint(checkpoint_dir), target):  # type: ignore[arg-type]
+    """(name, rms of the difference over rms of the weights) for each tensor of the file, in its order."""
+    file, checkpoint = GgufFile(path), Checkpoint(checkpoint_dir)
+    target: Target = "int4" if "kimi_lite.packed.version" in file.metadata else "bf16"
+    outputs = text_outputs(checkpoint, target)
+    if checkpoint.config.vision and target == "int4":  # else it is a file of its own
+        outputs += vision_outputs(checkpoint, target)
+    for output in outputs:
         square = difference = 0.0
         for source, stored in zip(output.sources, _stored(file, output), strict=True):
             weight = source.read(0, source.rows).astype(np.float64)

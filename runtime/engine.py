@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from kimi_lite.errors import UsageError
 from kimi_lite.formats.config import TextConfig
+from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.formats.vocab import Vocab
 from kimi_lite.runtime import kernels, model
 from kimi_lite.runtime.cache import LatentCache
@@ -26,12 +27,11 @@ from kimi_lite.runtime.tokenizer import Tokenizer
 from kimi_lite.runtime.vision import EncodedImage
 from kimi_lite.runtime.weights import open_weights
 
-PREFILL_CHUNK = (
-    256  # tokens a call: enough to read each expert once for many, and progress several times a second
-)
+PREFILL_CHUNK = 512  # tokens a pass: at full size each expert is read once for about 48 of them
 DEFAULT_CONTEXT = 32768
 
 Progress = Callable[[int, int], None]  # prompt tokens done, in all
+OnLayer = Callable[[int], None]  # layers of a pass done
 Place = tuple[EncodedImage, int] | None  # the picture and the row that an image token stands for
 
 
@@ -39,6 +39,7 @@ class BaseEngine:
     """One open model. Not for two threads at once."""
 
     chunk = PREFILL_CHUNK
+    image_side: GgufFile | None = None  # the model's file, if it holds the image side too
 
     def __init__(self, path: Path, config: TextConfig, vocab: Vocab, context: int | None) -> None:
         limit = config.context_length
@@ -54,8 +55,11 @@ class BaseEngine:
         self.finish_reason = ""
         self.n_reused = 0  # prompt tokens that the last prefill found in the cache
 
-    def forward(self, ids: Sequence[int], places: Sequence[Place]) -> NDArray[np.float32]:
-        """One step of at most `chunk` tokens after the cached ones; the logits [V] that follow the last."""
+    def forward(self, ids: Sequence[int], places: Sequence[Place], on_layer: OnLayer) -> NDArray[np.float32]:
+        """One step of at most `chunk` tokens after the cached ones; the logits [V] that follow the last.
+
+        `on_layer` is told how many layers are done.
+        """
         raise NotImplementedError
 
     def rewind(self, n: int) -> None:
@@ -78,11 +82,14 @@ class BaseEngine:
         for start in range(0, len(ids), self.chunk):
             chunk = ids[start : start + self.chunk]
             places = pictures[start : start + self.chunk]
-            logits_V = self.forward(chunk, places)
+
+            def on_layer(n: int, start: int = start, n_tokens: int = len(chunk)) -> None:
+                if on_progress:  # a pass takes seconds, so its layers count
+                    on_progress(start + n * n_tokens // self.config.n_layers, len(ids))
+
+            logits_V = self.forward(chunk, places, on_layer)
             self.tokens += chunk
             self.seen += _meaning(chunk, places)
-            if on_progress:
-                on_progress(start + len(chunk), len(ids))
         return logits_V
 
     def prefill(
@@ -177,11 +184,12 @@ class Engine(BaseEngine):
         """
         self.weights = open_weights(path)
         super().__init__(path, self.weights.config, self.weights.vocab, context)
+        self.image_side = self.weights.image_side
         self.cache = LatentCache(self.config, self.context)
         kernels.set_threads(threads)
 
-    def forward(self, ids: Sequence[int], places: Sequence[Place]) -> NDArray[np.float32]:
-        return model.forward(self.weights, self.cache, np.asarray(ids, np.int32), _spliced(places))
+    def forward(self, ids: Sequence[int], places: Sequence[Place], on_layer: OnLayer) -> NDArray[np.float32]:
+        return model.forward(self.weights, self.cache, np.asarray(ids, np.int32), _spliced(places), on_layer)
 
     def rewind(self, n: int) -> None:
         super().rewind(n)

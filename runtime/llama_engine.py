@@ -28,7 +28,7 @@ from kimi_lite.formats.config import TextConfig
 from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.formats.vocab import Vocab
 from kimi_lite.runtime import kernels
-from kimi_lite.runtime.engine import BaseEngine, Place
+from kimi_lite.runtime.engine import BaseEngine, OnLayer, Place
 from kimi_lite.runtime.llama_bindings import ALL_LAYERS, IK_LLAMA, LLAMA
 from kimi_lite.runtime.llama_bindings import bindings as open_bindings
 
@@ -37,8 +37,6 @@ MOST = 512  # layers or experts that llama.cpp has room for
 
 class LlamaEngine(BaseEngine):
     """A standard GGUF file on llama.cpp. Not for two threads at once."""
-
-    chunk = 512  # llama.cpp's own number of tokens in one physical step
 
     def __init__(
         self,
@@ -88,7 +86,7 @@ class LlamaEngine(BaseEngine):
             self.append([0])
             self.rewind(0)
 
-    def forward(self, ids: Sequence[int], places: Sequence[Place]) -> NDArray[np.float32]:
+    def forward(self, ids: Sequence[int], places: Sequence[Place], on_layer: OnLayer) -> NDArray[np.float32]:
         # A batch of llama.cpp holds tokens or embeddings, so pictures and text take turns.
         for is_text, run in groupby(range(len(ids)), lambda i: places[i] is None):
             at = list(run)
@@ -98,6 +96,7 @@ class LlamaEngine(BaseEngine):
             else:
                 batch.rows_TD[: len(at)] = [place[0].rows_MD[place[1]] for i in at if (place := places[i])]
             self._decode(batch.filled(len(self.tokens) + at[0], len(at), logits=at[-1] == len(ids) - 1))
+        on_layer(self.config.n_layers)
         logits = self.llama.api.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(logits, (self.config.vocab_size,)).copy()
 

@@ -8,6 +8,8 @@ With sums in one fixed order (docs/kernels.md), a prompt gives the same bits how
 Dimension key:  T tokens   D hidden   R rope   V vocabulary   M image tokens
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,11 +23,16 @@ Spliced = tuple[NDArray[np.int64], NDArray[np.float16]]
 
 
 def forward(
-    weights: Weights, cache: LatentCache, ids_T: NDArray[np.int32], pictures: Spliced | None = None
+    weights: Weights,
+    cache: LatentCache,
+    ids_T: NDArray[np.int32],
+    pictures: Spliced | None = None,
+    on_layer: Callable[[int], None] | None = None,
 ) -> Float:
     """Append T tokens to the cache; returns the last one's logits, float32 [V].
 
     `pictures` gives embedding rows to the positions of image tokens: (positions [M] in this step, rows [M, D]).
+    `on_layer` hears after each layer how many are done.
     """
     c, T = weights.config, len(ids_T)
     assert cache.n + T <= cache.context, f"{T} tokens after {cache.n} exceed {cache.context}"
@@ -36,6 +43,8 @@ def forward(
     for index, layer in enumerate(weights.layers):
         kernels.attend(layer.attention, x_TD, cos_TR, sin_TR, cache.layers[index], cache.n)
         kernels.feed_forward(layer.feed_forward, x_TD)
+        if on_layer:
+            on_layer(index + 1)
     cache.n += T
     last_1D = kernels.rms_norm(x_TD[-1:], weights.norm_D, c.rms_eps)
     return kernels.linear(weights.head, last_1D).reshape(-1)

@@ -1,9 +1,10 @@
-"""The image side at run time: MoonViT, the 2×2 merge and the projector, straight down, from an mmproj GGUF.
+"""The image side at run time: MoonViT, the 2×2 merge and the projector, straight down.
 
-Weights are packed to int8 in groups of 32 (q8g32) when the file is opened: one copy, 0.48 GB at full size, and every
-product then runs on the integer kernels of the text model. The patch projection stays in float32, since a pixel is
-worth its eight bits. Rows are worked on in pieces of 512, so that memory beside the weights grows with the picture
-only by the residual stream and by 16-bit queries, keys and values.
+Weights are int8 in groups of 32 (q8g32), 0.48 GB at full size, so that every product runs on the integer kernels of the
+text model. A packed file holds them so, behind the text model, and they are read where they lie; an mmproj file's are
+packed when it is opened, to the same bits. The patch projection stays in float32, since a pixel is worth its eight
+bits. Rows are worked on in pieces of 512, so that memory beside the weights grows with the picture only by the residual
+stream and by 16-bit queries, keys and values.
 
 Pictures of different sizes share the products and never see each other: each has keys and values of its own. A
 picture gives the same bits alone or in company, on every instruction set and thread count; the finished rows are
@@ -16,6 +17,7 @@ Dimension key:  P patches   W tower width   H heads   K = W / H   F MLP width   
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +32,15 @@ from kimi_lite.runtime import _kernels, image
 from kimi_lite.runtime.image_cache import ImageCache
 from kimi_lite.runtime.kernels import Float, Matrix, linear
 from kimi_lite.runtime.template import ImagePart
+from kimi_lite.runtime.tensors import Tensors, of_image_side
 
 LN_EPS = 1e-5
 ROPE_THETA = 10000.0
+LAYOUT = "q8g32"  # of all matrices but the patch projection
+POSITIONS = "v.position_embd.weight"
+QKV = ("attn_q", "attn_k", "attn_v")
+# A block's parts as a packed file names them, in Block's order.
+BLOCK = ("ln1", "attn_qkv", "attn_out", "ln2", "ffn_up", "ffn_down")
 ROWS = 512  # worked on at once: whole blocks of keys, and few enough to stay in the processor's cache
 BATCH_ROWS = 4096  # of pictures that are encoded together
 PACK_ROWS = 256  # rows of a matrix that are floats at one moment while it is packed
@@ -51,10 +59,11 @@ class EncodedImage(ImagePart):
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix whose columns are padded to whole groups, and its bias."""
+    """A matrix and its bias."""
 
-    matrix: Matrix
+    matrix: Matrix  # its columns padded to whole groups
     bias: Float
+    columns: int  # without the padding
 
     def __call__(self, x_TX: Float) -> Float:
         return linear(self.matrix, x_TX)
@@ -90,7 +99,6 @@ class VisionWeights:
     config: VisionConfig
     image: ImageConfig
     text_width: int
-    identity: str  # changes when the file's weights do
     patch: Linear
     positions_hwW: Float
     blocks: tuple[Block, ...]
@@ -100,135 +108,135 @@ class VisionWeights:
     linear_2: Linear
 
 
-def open_vision(path: Path, *, packed: bool = True) -> VisionWeights:
-    """Read an mmproj file. `packed=False` keeps float32 weights, four times as large, as tests need them.
+def open_vision(side: Path | GgufFile, *, packed: bool = True) -> VisionWeights:
+    """Read the image side of an mmproj file or of a packed file.
+
+    Args:
+        packed: an mmproj file's matrices are packed; without, they become float32, four times as large, as tests need
+            them. A packed file's stay where they lie.
 
     Raises:
         ModelFileError: damage, another model's image side, a missing or misshapen tensor.
     """
-    file = GgufFile(path)
+    file = _opened(side)
     read = _Reader(file, packed)
-    table = read.get("v.position_embd.weight")
-    c = VisionConfig.from_gguf(file.metadata, table.shape[0], str(path))
-    W, F, X = c.hidden_size, c.ffn_size, 3 * c.patch_size**2
-    D = file.metadata.get("clip.vision.projection_dim")
-    if not isinstance(D, int) or D < 1:
-        raise ModelFileError(f"{path}: clip.vision.projection_dim is {D!r}; expected a whole number")
-    positions = read.mapped("v.position_embd.weight", c.grid_height * c.grid_width, W)
-    weights = VisionWeights(
-        path,
+    c, processor, D = read.facts()
+    W, F, patch = c.hidden_size, c.ffn_size, c.patch_size
+    return VisionWeights(
+        file.path,
         c,
-        ImageConfig.from_gguf(file.metadata, path),
+        processor,
         D,
-        _identity(file),
-        read.linear("v.patch_embd", W, X, packed=False),
-        positions.reshape(c.grid_height, c.grid_width, W),
+        _in_floats(
+            read.floats("v.patch_embd.weight", W, 3, patch, patch).reshape(W, -1),
+            read.floats("v.patch_embd.bias", W),
+        ),
+        read.floats(POSITIONS, c.grid_height * c.grid_width, W).reshape(c.grid_height, c.grid_width, W),
         tuple(_block(read, f"v.blk.{i}.", W, F) for i in range(c.n_layers)),
         read.norm("v.post_ln", W),
         read.norm("mm.input_norm", W),
-        read.linear("mm.1", 4 * W, 4 * W),
-        read.linear("mm.2", D, 4 * W),
+        read.linear(("mm.1",), 4 * W, 4 * W),
+        read.linear(("mm.2",), D, 4 * W),
     )
-    for tensor in file.tensors.values():
-        file.forget(tensor)
-    return weights
+
+
+def _opened(side: Path | GgufFile) -> GgufFile:
+    return side if isinstance(side, GgufFile) else GgufFile(side)
 
 
 def _block(read: "_Reader", at: str, W: int, F: int) -> Block:
+    # A packed file has q, k and v as one matrix, since one product gives them.
+    qkv = (f"{at}attn_qkv",) if f"{at}attn_qkv.weight" in read.packed else tuple(f"{at}{n}" for n in QKV)
     return Block(
         norm0=read.norm(f"{at}ln1", W),
-        qkv=read.linear((f"{at}attn_q", f"{at}attn_k", f"{at}attn_v"), W, W),
-        out=read.linear(f"{at}attn_out", W, W),
+        qkv=read.linear(qkv, 3 * W, W),
+        out=read.linear((f"{at}attn_out",), W, W),
         norm1=read.norm(f"{at}ln2", W),
-        fc0=read.linear(f"{at}ffn_up", F, W),
-        fc1=read.linear(f"{at}ffn_down", W, F),
+        fc0=read.linear((f"{at}ffn_up",), F, W),
+        fc1=read.linear((f"{at}ffn_down",), W, F),
     )
 
 
-class _Reader:
-    """Tensors of an mmproj file by name and shape."""
+class _Reader(Tensors):
+    """The image side's tensors."""
 
-    def __init__(self, file: GgufFile, packed: bool) -> None:
-        self.file, self.packed = file, packed
+    def __init__(self, file: GgufFile, pack: bool = True) -> None:
+        super().__init__(file)
+        self.pack = pack
 
-    def get(self, name: str):  # type: ignore[no-untyped-def]
-        try:
-            return self.file.tensors[name]
-        except KeyError:
-            raise ModelFileError(
-                f"{self.file.path}: the tensor {name!r} is missing; the file is incomplete"
-            ) from None
-
-    def floats(self, name: str, *shape: int) -> Float:
-        return np.ascontiguousarray(self._shaped(name, *shape).float32()).reshape(shape)
-
-    def mapped(self, name: str, *shape: int) -> Float:
-        """The same, where it lies in the file if it is stored so; for a table that is read in places."""
-        tensor = self._shaped(name, *shape)
-        return (
-            tensor.data.view(np.float32).reshape(shape) if tensor.type == "F32" else self.floats(name, *shape)
-        )
+    def facts(self) -> tuple[VisionConfig, ImageConfig, int]:
+        """Sizes of the tower, what its processor needs, and the width of the rows that it gives; the header alone."""
+        file, path = self.file, self.file.path
+        table = file.tensors.get(POSITIONS)
+        config = VisionConfig.from_gguf(file.metadata, table.shape[0] if table else 0, str(path))
+        self.get(POSITIONS)
+        D = file.metadata.get("clip.vision.projection_dim")
+        if not isinstance(D, int) or D < 1:
+            raise ModelFileError(f"{path}: clip.vision.projection_dim is {D!r}; expected a whole number")
+        return config, ImageConfig.from_gguf(file.metadata, path), D
 
     def norm(self, name: str, W: int) -> Norm:
         return Norm(self.floats(f"{name}.weight", W), self.floats(f"{name}.bias", W))
 
-    def linear(
-        self, names: str | tuple[str, ...], rows: int, columns: int, packed: bool | None = None
-    ) -> Linear:
-        """One matrix, or several of equal shape stacked."""
-        names = (names,) if isinstance(names, str) else names
-        bias = np.concatenate([self.floats(f"{name}.bias", rows) for name in names])
-        total, padded = rows * len(names), _padded(columns)
-        if self.packed if packed is None else packed:
-            pieces, data = (
-                self._pieces(names, rows, columns),
-                np.empty(matrix_bytes("q8g32", total, columns), np.uint8),
+    def linear(self, names: tuple[str, ...], rows: int, columns: int) -> Linear:
+        """A matrix of so many rows and columns, or several of equal height stacked."""
+        each = rows // len(names)
+        bias = np.concatenate([self.floats(f"{name}.bias", each) for name in names])
+        if f"{names[0]}.weight" in self.packed:
+            layout, data = self.stored(
+                f"{names[0]}.weight", "matrix", 1, rows, columns, lambda s: matrix_bytes(s, rows, columns)
             )
-            at = 0
-            for piece in pieces:
-                size = matrix_bytes("q8g32", len(piece), columns)
-                _kernels.pack_q8(piece, data[at : at + size])
-                at += size
-            return Linear(Matrix("q8g32", data, total, padded), bias)
-        whole = np.zeros((total, padded), np.float32)
-        whole[:, :columns] = np.concatenate(list(self._pieces(names, rows, columns)))
-        return Linear(Matrix("F32", whole.view(np.uint8).reshape(-1), total, padded), bias)
+            return Linear(Matrix(layout, data, rows, _padded(columns)), bias, columns)
+        pieces = self.pieces([f"{name}.weight" for name in names], each, columns)
+        if not self.pack:
+            return _in_floats(np.concatenate(list(pieces)), bias)
+        data = np.empty(matrix_bytes(LAYOUT, rows, columns), np.uint8)
+        at = 0
+        for piece in pieces:
+            size = matrix_bytes(LAYOUT, *piece.shape)
+            _kernels.pack_q8(piece, data[at : at + size])
+            at += size
+        return Linear(Matrix(LAYOUT, data, rows, _padded(columns)), bias, columns)
 
-    def _pieces(self, names: tuple[str, ...], rows: int, columns: int) -> Iterator[Float]:
-        """The matrices' rows in order, float32, in pieces of whole row blocks."""
+    def pieces(self, names: Sequence[str], rows: int, columns: int) -> Iterator[Float]:
+        """The rows of equal matrices one after the other, float32, in pieces of whole row blocks."""
         waiting = np.empty((0, columns), np.float32)
         for name in names:
-            tensor = self._shaped(f"{name}.weight", rows, columns)
-            row = tensor.shape[-1]
+            tensor = self.get(name, rows, columns)
             for start in range(0, rows, PACK_ROWS):
-                n = min(PACK_ROWS, rows - start)
-                # The patch projection is stored in four dimensions, whose rows are shorter.
-                part = tensor.dequantize(start * columns // row, n * columns // row).reshape(n, columns)
+                part = self.rows(tensor, start, min(PACK_ROWS, rows - start))
                 waiting = np.concatenate([waiting, part]) if len(waiting) else part
                 whole = len(waiting) // 16 * 16
                 if whole:
                     yield np.ascontiguousarray(waiting[:whole])
                     waiting = waiting[whole:]
+            self.file.forget(tensor)
         if len(waiting):
             yield np.ascontiguousarray(waiting)
 
-    def _shaped(self, name: str, *shape: int):  # type: ignore[no-untyped-def]
-        tensor = self.get(name)
-        found = (tensor.shape[0], int(np.prod(tensor.shape[1:]))) if len(shape) == 2 else tensor.shape
-        if found != shape:
-            raise ModelFileError(
-                f"{self.file.path}: the tensor {name!r} has shape {list(tensor.shape)}, expected {list(shape)}"
-            )
-        return tensor
+
+def _in_floats(weight_OI: Float, bias: Float) -> Linear:
+    whole = np.zeros((len(weight_OI), _padded(weight_OI.shape[1])), np.float32)
+    whole[:, : weight_OI.shape[1]] = weight_OI
+    return Linear(Matrix("F32", whole.view(np.uint8).reshape(-1), *whole.shape), bias, weight_OI.shape[1])
 
 
-def _identity(file: GgufFile) -> str:
-    """A digest of every tensor's name, place and first 4096 bytes: the file's, without reading all of it."""
-    digest = hashlib.sha256()
-    for name, tensor in file.tensors.items():
-        digest.update(f"{name} {tensor.type} {tensor.shape}".encode())
-        digest.update(tensor.data[:4096].tobytes())
-    return digest.hexdigest()
+def packed_form(weights: VisionWeights) -> Iterator[tuple[str, Float | Linear]]:
+    """The image side's tensors as a packed file holds them: names, and float32 values or a matrix, without its bias."""
+    c = weights.config
+    padded_WX = weights.patch.matrix.data.view(np.float32).reshape(c.hidden_size, -1)
+    patch_WX = padded_WX[:, : weights.patch.columns]
+    yield "v.patch_embd.weight", patch_WX.reshape(-1, 3, c.patch_size, c.patch_size)
+    yield "v.patch_embd.bias", weights.patch.bias
+    yield POSITIONS, weights.positions_hwW.reshape(-1, c.hidden_size)
+    parts: list[tuple[str, Norm | Linear]] = []
+    for i, block in enumerate(weights.blocks):
+        parts += zip((f"v.blk.{i}.{name}" for name in BLOCK), vars(block).values(), strict=True)
+    parts += [("v.post_ln", weights.final_norm), ("mm.input_norm", weights.pre_norm)]
+    parts += [("mm.1", weights.linear_1), ("mm.2", weights.linear_2)]
+    for name, part in parts:
+        yield f"{name}.weight", part if isinstance(part, Linear) else part.weight
+        yield f"{name}.bias", part.bias
 
 
 def _padded(width: int) -> int:
@@ -386,28 +394,37 @@ def patch_angles(grid: tuple[int, int], K: int) -> tuple[Float, Float]:
 class ImageEncoder:
     """Pictures to embedding rows, through the cache; the weights are read when the first picture is new."""
 
-    def __init__(self, path: Path, text_width: int, cache: ImageCache, max_tokens: int | None = None) -> None:
-        """`path` is an mmproj file. `max_tokens` caps the tokens of one picture below the published limit.
+    def __init__(
+        self, side: Path | GgufFile, text_width: int, cache: ImageCache, max_tokens: int | None = None
+    ) -> None:
+        """`side` is an mmproj file or holds one; of its tensors nothing is read. `max_tokens` caps the tokens of one
+        picture below the published limit.
 
         Raises:
             ModelFileError: the file is missing, damaged, or belongs to another model.
         """
-        file = GgufFile(path)
-        table = _Reader(file, True).get("v.position_embd.weight")
-        VisionConfig.from_gguf(file.metadata, table.shape[0], str(path))
-        self.image = ImageConfig.from_gguf(file.metadata, path)
-        found = file.metadata.get("clip.vision.projection_dim")
+        self.file = _opened(side)
+        _, self.image, found = _Reader(self.file).facts()
         if found != text_width:
             raise ModelFileError(
-                f"{path}: gives rows of {found} values, but the text model takes {text_width}; "
+                f"{self.file.path}: gives rows of {found} values, but the text model takes {text_width}; "
                 "it belongs to another model"
             )
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"{max_tokens} image tokens were asked for; give at least 1")
-        self.path, self.cache, self.max_tokens = path, cache, max_tokens
-        self.text_width, self.identity = text_width, _identity(file)
+        self.cache, self.max_tokens, self.text_width = cache, max_tokens, text_width
         self.n_encoded = 0  # pictures that no cache knew
         self._weights: VisionWeights | None = None
+
+    @cached_property
+    def identity(self) -> str:
+        """Changes when the weights do: a digest of each tensor's name, shape and first 4096 bytes, not of all of it."""
+        digest = hashlib.sha256()
+        for name, tensor in self.file.tensors.items():
+            if of_image_side(name):
+                digest.update(f"{name} {tensor.type} {tensor.shape}".encode())
+                digest.update(tensor.data[:4096].tobytes())
+        return digest.hexdigest()
 
     def n_tokens(self, size: tuple[int, int], *, capped: bool = True) -> int:
         """Tokens of a picture (width, height). Raises UsageError for a shape that the model cannot take."""
@@ -434,7 +451,7 @@ class ImageEncoder:
         if new and on_progress:
             on_progress(0.0)  # reading the weights takes seconds
         for batch in _batches(new):
-            self._weights = self._weights or open_vision(self.path)
+            self._weights = self._weights or open_vision(self.file)
             share = sum(new[key].size for key in batch) / total
             report = _part(on_progress, done / total, share)
             for key, rows_MD in zip(

@@ -1,17 +1,17 @@
 """A model file as the runtime needs it: configuration, vocabulary, and every tensor as a view of the memory map.
 
 Reads packed int4 files and standard GGUF files of Kimi-VL and Moonlight alike, in llama.cpp's latent form or in the
-older one that keeps the key and value expansion as one matrix. Of a packed file nothing is copied but norms, routers
-and biases. A standard GGUF's matrices are packed at load, losslessly, one after the other into memory of their own,
-and the pages that they came from are let go; `kimi-lite pack` does that once for all. In the older form the expansion
-is dequantized to float32 (8 MB a layer at full size).
+older one that keeps the key and value expansion as one matrix. An image side in the same file is left to
+runtime/vision. Of a packed file nothing is copied but norms, routers and biases. A standard GGUF's matrices are packed
+at load, losslessly, one after the other into memory of their own, and the pages that they came from are let go;
+`kimi-lite pack` does that once for all. In the older form the expansion is dequantized to float32 (8 MB a layer at full
+size).
 
 Dimension key:  D hidden   V vocabulary or value width   H heads   N/R/C no-rope, rope, latent   E experts   F width
 """
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +21,12 @@ import psutil
 from kimi_lite.errors import DoesNotFitError, KimiLiteWarning, ModelFileError
 from kimi_lite.formats.config import TextConfig
 from kimi_lite.formats.gguf_file import GgufFile
-from kimi_lite.formats.packed import LAYOUTS, matrix_bytes, mlp_bytes
+from kimi_lite.formats.packed import matrix_bytes, mlp_bytes
 from kimi_lite.formats.vocab import Vocab
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.kernels import AttentionLayer, FeedForwardLayer, Float, Matrix, Mlp, Router
+from kimi_lite.runtime.tensors import Tensors, holds_image_side, of_image_side
 
-PACKED_VERSION = 1
 # Types that the kernels multiply; a file may hold others only where they are turned into floats at load.
 MATRIX_TYPES = frozenset("F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 IQ4_NL IQ4_XS Q4_K Q5_K Q6_K".split())
 
@@ -53,6 +53,7 @@ class Weights:
     n_bytes: int  # of the file
     token_bytes: int  # of weights, read for one decoded token
     packed_bytes: int  # held in memory of their own, because they were packed at load
+    image_side: GgufFile | None = None  # the file itself, if it holds the image side too
 
 
 def open_weights(path: Path, *, pack: bool = True) -> Weights:
@@ -72,6 +73,9 @@ def open_weights(path: Path, *, pack: bool = True) -> Weights:
     if vocab.size != config.vocab_size:
         raise ModelFileError(f"{path}: {vocab.size} tokens are named, but the model has {config.vocab_size}")
     read = _Tensors(file, pack)
+    image_side = holds_image_side(file)
+    if image_side:  # read by runtime/vision, when the first picture comes
+        read.skip(*(name for name in file.tensors if of_image_side(name)))
     c = config
     D = c.hidden_size
     wrong = [
@@ -99,6 +103,8 @@ def open_weights(path: Path, *, pack: bool = True) -> Weights:
     routed = sum(read.bytes[n] for n in read.bytes if "_exps" in n)
     fixed = sum(read.bytes.values()) - routed - read.bytes["token_embd.weight"]
     token_bytes = fixed + routed * c.n_active // c.n_experts
+    for key in [k for k in file.metadata if k.startswith("tokenizer.")]:
+        del file.metadata[key]  # some 20 MB that `vocab` now holds in its own form
     return Weights(
         path,
         config,
@@ -110,6 +116,7 @@ def open_weights(path: Path, *, pack: bool = True) -> Weights:
         path.stat().st_size,
         token_bytes,
         sum(read.packed_bytes.values()),
+        file if image_side else None,
     )
 
 
@@ -159,33 +166,31 @@ def _expansion(read: "_Tensors", c: TextConfig, at: str) -> tuple[Matrix, Matrix
     )
 
 
-class _Tensors:
-    """Hands out a file's tensors by name and shape, and accounts for all of them."""
+class _Tensors(Tensors):
+    """The text model's tensors: counts their bytes, packs what must be packed, and accounts for all names."""
 
     def __init__(self, file: GgufFile, pack: bool) -> None:
+        super().__init__(file)
         self._pack = pack
-        self.file, self.bytes, self._seen = file, dict[str, int](), set[str]()
+        self.bytes = dict[str, int]()
         self.packed_bytes = dict[str, int]()  # what was packed at load takes, in memory of its own
-        self._packed = _packed_table(file)
 
     def floats(self, name: str, *shape: int) -> Float:
-        tensor = self._get(name)
-        if tensor.shape != shape:
-            raise self._misshapen(name, tensor.shape, shape)
-        self.bytes[name] = tensor.data.size
-        return np.ascontiguousarray(tensor.float32())
+        values = super().floats(name, *shape)
+        self.bytes[name] = self.file.tensors[name].data.size
+        return values
 
     def matrix(self, name: str, rows: int, columns: int, count: int = 1, *, in_place: bool = False) -> Matrix:
         """`in_place` leaves a ggml type as it lies, for a matrix of which single rows are looked up."""
-        tensor, shape = self._get(name), (rows, columns) if count == 1 else (count, rows, columns)
-        self.bytes[name] = tensor.data.size
-        if name in self._packed:
-            layout = self._entry(
+        shape = (rows, columns) if count == 1 else (count, rows, columns)
+        if name in self.packed:
+            layout, data = self.stored(
                 name, "matrix", count, rows, columns, lambda s: count * matrix_bytes(s, rows, columns)
             )
-            return Matrix(layout, tensor.data, rows, columns, count)
-        if tensor.shape != shape:
-            raise self._misshapen(name, tensor.shape, shape)
+            self.bytes[name] = data.size
+            return Matrix(layout, data, rows, columns, count)
+        tensor = self.get(name, *shape)
+        self.bytes[name] = tensor.data.size
         if tensor.type not in MATRIX_TYPES:
             raise ModelFileError(
                 f"{self.file.path}: {name} has the type {tensor.type}, which no kernel reads; quantize the model again"
@@ -201,10 +206,9 @@ class _Tensors:
     def mlp(self, stem: str, kind: str, F: int, D: int, count: int = 1) -> Mlp:
         name = f"{stem}{kind}.packed"
         if name in self.file.tensors:
-            tensor = self._get(name)
-            self.bytes[name] = tensor.data.size
-            layout = self._entry(name, "mlp", count, F, D, lambda s: count * mlp_bytes(s, F, D))
-            return Mlp(F, D, count, layout, tensor.data)
+            layout, data = self.stored(name, "mlp", count, F, D, lambda s: count * mlp_bytes(s, F, D))
+            self.bytes[name] = data.size
+            return Mlp(F, D, count, layout, data)
         gate, up = (self.matrix(f"{stem}_{part}{kind}.weight", F, D, count) for part in ("gate", "up"))
         down = self.matrix(f"{stem}_down{kind}.weight", D, F, count)
         return Mlp(F, D, count, matrices=(gate, up, down))
@@ -226,62 +230,13 @@ class _Tensors:
             )
 
     def skip(self, *names: str) -> None:
-        self._seen.update(names)
+        self.asked.update(names)
 
     def finish(self) -> None:
-        unknown = sorted(set(self.file.tensors) - self._seen)
+        unknown = sorted(set(self.file.tensors) - self.asked)
         if unknown:
             warnings.warn(
                 f"{self.file.path}: ignoring {len(unknown)} unknown tensors, such as {', '.join(unknown[:10])}",
                 KimiLiteWarning,
                 stacklevel=3,
             )
-
-    def _get(self, name: str):  # type: ignore[no-untyped-def]
-        self._seen.add(name)
-        try:
-            return self.file.tensors[name]
-        except KeyError:
-            raise ModelFileError(
-                f"{self.file.path}: the tensor {name!r} is missing; the file is incomplete"
-            ) from None
-
-    def _entry(
-        self, name: str, kind: str, count: int, rows: int, columns: int, n_bytes: Callable[[str], int]
-    ) -> str:
-        """The layout of a packed tensor, once its description agrees with the configuration and with its bytes."""
-        layout, *found = self._packed.get(name, ("none",))
-        if tuple(found) != (kind, count, rows, columns):
-            raise self._misshapen(name, tuple(found), (kind, count, rows, columns))
-        if n_bytes(layout) != self.file.tensors[name].data.size:
-            raise self._misshapen(name, (self.file.tensors[name].data.size,), (n_bytes(layout),))
-        return layout
-
-    def _misshapen(
-        self, name: str, found: tuple[object, ...], expected: tuple[object, ...]
-    ) -> ModelFileError:
-        return ModelFileError(
-            f"{self.file.path}: the tensor {name!r} has shape {list(found)}, expected {list(expected)} by the configuration"
-        )
-
-
-def _packed_table(file: GgufFile) -> dict[str, tuple[str, str, int, int, int]]:
-    """name: (layout, kind, count, rows, columns) of a packed file's tensors; empty for a standard GGUF."""
-    version = file.metadata.get("kimi_lite.packed.version")
-    if version is None:
-        return {}
-    if version != PACKED_VERSION:
-        raise ModelFileError(
-            f"{file.path}: packed layout version {version}; this program reads {PACKED_VERSION}: update kimi-lite, or quantize again"
-        )
-    columns = [
-        file.metadata.get(f"kimi_lite.packed.{key}")
-        for key in ("name", "layout", "kind", "count", "rows", "columns")
-    ]
-    if not all(isinstance(column, list) for column in columns) or len({len(c) for c in columns if c}) != 1:
-        raise ModelFileError(f"{file.path}: the table of packed tensors is damaged; quantize the model again")
-    table = {name: rest for name, *rest in zip(*columns, strict=True)}
-    strange = sorted({str(entry[0]) for entry in table.values()} - set(LAYOUTS))
-    if strange:
-        raise ModelFileError(f"{file.path}: unknown packed layouts {', '.join(strange)}; update kimi-lite")
-    return {name: tuple(entry) for name, entry in table.items()}

@@ -340,12 +340,13 @@ class VisionConfig:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], n_positions: int, where: str) -> "VisionConfig":
-        """Read the `clip.*` keys of an mmproj file whose position table has `n_positions` rows.
+        """Read the `clip.*` keys of an mmproj file, or of a packed file with an image side, whose position table has
+        `n_positions` rows.
 
         llama.cpp stores one side of the table only; the published one is square.
         """
         architecture, projector = metadata.get("general.architecture"), metadata.get("clip.projector_type")
-        if architecture != "clip" or projector != "kimivl":
+        if projector != "kimivl" or (architecture != "clip" and "kimi_lite.packed.version" not in metadata):
             raise ModelFileError(
                 f"{where}: the file holds {architecture!r} with projector {projector!r}; "
                 "expected an image side of Kimi-VL: 'clip' with 'kimivl'"
@@ -408,7 +409,7 @@ class ImageConfig:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], path: Path) -> "ImageConfig":
-        """Read an mmproj file's keys. Files by llama.cpp lack the patch limit: then a `preprocessor_config.json` beside
+        """Read the image side's keys. Files by llama.cpp lack the patch limit: then a `preprocessor_config.json` beside
         the file decides, or else the release, which its name tells (2506 has 16384 patches, the older ones 4096)."""
         read = KeyReader(metadata, str(path))
         mean, std = (tuple(map(float, read.get(f"clip.vision.image_{key}"))) for key in ("mean", "std"))

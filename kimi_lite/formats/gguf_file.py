@@ -18,6 +18,7 @@ import os
 import shutil
 import struct
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from kimi_lite.errors import DoesNotFitError, ModelFileError
+from kimi_lite.errors import DoesNotFitError, KimiLiteWarning, ModelFileError
 
 MAGIC, VERSION = b"GGUF", 3
 MAX_COUNT = 1 << 20  # tensors or metadata entries; the real file has 430 and 45
@@ -236,6 +237,18 @@ class GgufFile:
         for size in sizes[1:]:
             n_bytes *= size  # Python's integers do not overflow
         return name, type_.name, tuple(reversed(sizes)), offset, n_bytes
+
+
+def mmproj_beside(path: Path) -> Path:
+    """Where the image side lies that is a file of its own: model.gguf has model-mmproj.gguf beside it."""
+    return path.with_name(f"{path.stem}-mmproj.gguf")
+
+
+def warn_of_mmproj_beside(path: Path) -> None:
+    """Say that a file with an image side inside is about to get another one beside it, which would be used."""
+    if mmproj_beside(path).exists():
+        text = f"{mmproj_beside(path)} lies beside {path.name} and is used in place of the image side inside; delete it"
+        warnings.warn(text, KimiLiteWarning, stacklevel=3)
 
 
 @dataclass(frozen=True, slots=True)

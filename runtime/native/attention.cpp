@@ -30,45 +30,45 @@ namespace {
 // Attention of one token. Two products of the same kernel: queries times cached rows, then weights times cached columns.
 // The columns' last group, in which the token itself stands, is made from the rows for each token anew; so the bits
 // depend on the positions alone, not on when they were computed.
+//
+// Each step can be dealt out: ask() by heads, compare() by row blocks, weigh() by heads, sum() by pairs of channel blocks.
 struct OneToken {
-  Buffer<float> query_, score_;
-  Buffer<uint8_t> queries_, weights_, own_;
+  Buffer<float> score_;
+  Buffer<uint8_t> queries_, weights_;
 
   const LatentCache* cache;
   int H, n, groups, own;          // positions seen: `groups` whole groups of 32, then `own` more
   size_t stride;                  // floats from head to head of `score`
   float *score, *inverse;         // [H][stride], [H]
-  uint8_t *queries, *weights, *rest, *last, *last_rest, *turned;
+  uint8_t *queries, *weights, *rest, *last, *last_rest;
 
   // Tiles of H heads: the queries; the weights of the whole groups, of the own group, and what quantizing the first and
   // the own group lost. Sinks and neighbours dwarf the rest of their group, so those two are kept to two int8 digits.
-  void begin(const LatentCache& c, const float* q, const float* qr, int heads, int position) {
+  void begin(const LatentCache& c, int heads, int position) {
     cache = &c;
     H = heads;
     n = position + 1;
     groups = n / kGroup;
     own = n % kGroup;
     stride = static_cast<size_t>(groups + 1) * kGroup;
-    const int C = c.C, R = c.R, row_groups = c.row_groups(), width = row_groups * kGroup;
     score = score_.get(stride * H + H);
     inverse = score + stride * H;
-    queries = queries_.get(H * token_bytes(width));
+    queries = queries_.get(H * token_bytes(c.row_groups() * kGroup));
     weights = weights_.get(static_cast<size_t>(H) * kTokenGroup * (groups + 3));
     rest = weights + static_cast<size_t>(H) * kTokenGroup * groups;
     last = rest + H * kTokenGroup;
     last_rest = last + H * kTokenGroup;
-    float* row = query_.get(width);
-    std::fill(row, row + width, 0.0f);
-    for (int h = 0, first, W; h < H; ++h) {
-      place(h, &first, &W);
-      std::memcpy(row, q + static_cast<size_t>(h) * C, sizeof(float) * C);
-      std::memcpy(row + C, qr + static_cast<size_t>(h) * R, sizeof(float) * R);
-      kernels().quantize(row, row_groups, queries + first * token_bytes(width), W, h - first);
-    }
-    if (own) {
-      turned = own_.get(static_cast<size_t>(C / kRows) * kQ8Run);
-      kernels().turn_rows(c.rows, c.rows_stride(), groups * kGroup, own, C, turned, kQ8Run);
-    }
+  }
+  void ask(int h, const float* q, const float* qr) const {  // q [H][C], qr [H][R]
+    const int C = cache->C, R = cache->R, row_groups = cache->row_groups(), width = row_groups * kGroup;
+    static thread_local Buffer<float> buffer;
+    float* row = buffer.get(width);
+    std::memcpy(row, q + static_cast<size_t>(h) * C, sizeof(float) * C);
+    std::memcpy(row + C, qr + static_cast<size_t>(h) * R, sizeof(float) * R);
+    std::fill(row + C + R, row + width, 0.0f);
+    int first, W;
+    place(h, &first, &W);
+    kernels().quantize(row, row_groups, queries + first * token_bytes(width), W, h - first);
   }
   // The tile that holds head h.
   void place(int h, int* first, int* W) const {
@@ -108,7 +108,14 @@ struct OneToken {
       kernels().quantize(lost, 1, last_rest + first * kTokenGroup, W, lane);
     }
   }
-  void sum(int b, float* u) const {  // 16 channels; u [H][C]
+  void sum(int pair, float* u) const {  // 32 channels; u [H][C]
+    uint8_t turned[2 * kQ8Run];
+    if (own)
+      kernels().turn_rows(cache->rows + static_cast<size_t>(pair) * kQ8Run, cache->rows_stride(), groups * kGroup, own, kGroup,
+                          turned, kQ8Run);
+    for (int half = 0; half < 2; ++half) sum_block(2 * pair + half, turned + half * kQ8Run, u);
+  }
+  void sum_block(int b, const uint8_t* turned, float* u) const {
     const BlockKernel kernel = kernels().block[static_cast<int>(Form::q8g32)];
     const uint8_t* columns = cache->columns + b * cache->columns_stride();
     tiles([&](int first, int W) {
@@ -118,8 +125,8 @@ struct OneToken {
         kernel(columns, rest + first * kTokenGroup, 1, W, parts[1], kRows);
       }
       if (own) {
-        kernel(turned + b * kQ8Run, last + first * kTokenGroup, 1, W, parts[2], kRows);
-        kernel(turned + b * kQ8Run, last_rest + first * kTokenGroup, 1, W, parts[3], kRows);
+        kernel(turned, last + first * kTokenGroup, 1, W, parts[2], kRows);
+        kernel(turned, last_rest + first * kTokenGroup, 1, W, parts[3], kRows);
       }
       for (int i = 0; i < W; ++i)
         for (int r = 0; r < kRows; ++r) {
@@ -137,20 +144,22 @@ void attention(const LatentCache& cache, const float* q, const float* qr, int st
   if (T == 1) {  // all threads on one token
     static OneToken token;
     constexpr int step = 4;
-    token.begin(cache, q, qr, H, start);
+    token.begin(cache, H, start);
+    pool().run(H, [&](int h, int) { token.ask(h, q, qr); });
     pool().run((token.row_blocks() + step - 1) / step,
                [&](int i, int) { token.compare(i * step, std::min((i + 1) * step, token.row_blocks())); });
     pool().run(H, [&](int h, int) { token.weigh(h, scale); });
-    pool().run(C / kRows, [&](int b, int) { token.sum(b, u); });
+    pool().run(C / kGroup, [&](int pair, int) { token.sum(pair, u); });
     return;
   }
   pool().run(T, [&](int t, int) {
     static thread_local OneToken token;
     const size_t at = static_cast<size_t>(t) * H;
-    token.begin(cache, q + at * C, qr + at * R, H, start + t);
+    token.begin(cache, H, start + t);
+    for (int h = 0; h < H; ++h) token.ask(h, q + at * C, qr + at * R);
     token.compare(0, token.row_blocks());
     for (int h = 0; h < H; ++h) token.weigh(h, scale);
-    for (int b = 0; b < C / kRows; ++b) token.sum(b, u + at * C);
+    for (int pair = 0; pair < C / kGroup; ++pair) token.sum(pair, u + at * C);
   });
 }
 

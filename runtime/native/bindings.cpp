@@ -90,6 +90,14 @@ NB_MODULE(_kernels, m) {
     Computing computing;
     set_threads(n);
   }, "n"_a);
+  m.def("pool_times", [] {
+    const Pool::Times times = pool().times();
+    return nb::make_tuple(times.calls, times.ns);
+  }, "Calls of the thread pool since its threads were set, and nanoseconds inside them.");
+  m.def("empty_calls", [](int repeats) {
+    Computing computing;
+    for (int i = 0; i < repeats; ++i) pool().run(pool().n_threads(), [](int, int) {});
+  }, "repeats"_a, "Calls that do nothing: what starting and joining the threads costs.");
   m.def("linear", [](const Weights& w, const Floats& x, const Out& y) {
     const int T = axis(x, 0, "x");
     same(axis(x, 1, "x"), w.columns, "x's width");

@@ -1,23 +1,7 @@
 // Every kernel, once, over the sixteen-float vector V, the sixteen-int vector I and the 64-byte weight line L.
 // Included inside an unnamed namespace after a vec_<isa>.h, so nothing here is shared between instruction sets.
 
-// e^x to about one unit in the last place on [-87, 88], clamped outside: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial
-// of degree 6 in r (Taylor, whose first dropped term r^7/5040 is below 2^-27), then 2^n. ln 2 is split in two so that
-// n ln 2 is subtracted exactly.
-static inline V vexp(V x) {
-  x = vmin(vmax(x, vset(-87.0f)), vset(88.0f));
-  const V n = vround(vmul(x, vset(1.44269504088896341f)));
-  V r = vfma(n, vset(-0.693359375f), x);
-  r = vfma(n, vset(2.12194440e-4f), r);
-  V p = vset(1.0f / 720);
-  p = vfma(p, r, vset(1.0f / 120));
-  p = vfma(p, r, vset(1.0f / 24));
-  p = vfma(p, r, vset(1.0f / 6));
-  p = vfma(p, r, vset(0.5f));
-  p = vfma(p, r, vset(1.0f));
-  p = vfma(p, r, vset(1.0f));
-  return vmul(p, vpow2(n));
-}
+#include "vec_exp.h"
 
 static inline V vsigmoid(V x) { return vdiv(vset(1.0f), vadd(vset(1.0f), vexp(vsub(vset(0.0f), x)))); }
 
@@ -149,8 +133,8 @@ struct Panel : Q8 {
 };
 
 // A single token is as fast as memory: its weights are asked for this many bytes ahead, across the ends of pages, where
-// the processor's own prefetching stops.
-constexpr int kAhead = 2048;
+// the processor's own prefetching stops. They are used once, so they should not push everything else out of the caches.
+constexpr int kAhead = 4096;
 
 // Two lines of one group times NT tokens. Sums: channels 0-15 in low and 16-31 in high where halves have scales of
 // their own; one token's even and odd lines, so that its products do not wait for each other; else all in low.
@@ -179,7 +163,7 @@ static inline void tile_product(const uint8_t* w, const uint8_t* tile, int first
     const float* scale = reinterpret_cast<const float*>(tile + W * kGroup) + first;
     const int32_t* sum = reinterpret_cast<const int32_t*>(tile + W * (kGroup + 4)) + first;
     if (NT == 1)
-      for (int line = 0; line < F::bytes; line += 64) __builtin_prefetch(run + kAhead + line);
+      for (int line = 0; line < F::bytes; line += 64) __builtin_prefetch(run + kAhead + line, 0, 0);
     I low[NT], high[NT];
     for (int t = 0; t < NT; ++t) {
       const int32_t whole = sum[t], part = sum[W + t];  // -8 times the sums

@@ -182,8 +182,7 @@ void head_products(const std::vector<Weights>& w, const float* x, size_t x_token
         kernels().quantize(x + (first + lane) * x_token + h * x_head, columns / kGroup, tiles + h * size + first * token_bytes(columns), W, lane);
     }
   };
-  if (tiles && T < 4) for (int h = 0; h < H; ++h) quantize(h, 0);
-  else if (tiles) pool().run(H, quantize);
+  if (tiles) pool().run(H, quantize);
   const int step = blocks_a_task(w[0]), steps = (B + step - 1) / step;
   pool().run(H * steps, [&](int i, int) {
     const int h = i / steps, from = i % steps * step;

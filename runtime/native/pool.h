@@ -7,6 +7,7 @@
 // Whoever waits spins for a moment and then sleeps, so that its core is free for a thread that was pushed off another.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -24,10 +25,14 @@ class Pool {
     for (auto& worker : workers_) worker.join();
   }
   int n_threads() const { return n_threads_; }
+  // How many calls there were, and how long the caller was inside them; what is left of a token's time is serial.
+  struct Times { uint64_t calls = 0, ns = 0; };
+  Times times() const { return times_; }
 
   // Calls task(i, thread) for every i in [0, n). Returns when all are done.
   template <typename Task>
   void run(int n, const Task& task) {
+    const Timer timer{times_};
     if (n_threads_ == 1 || n <= 1) {
       for (int i = 0; i < n; ++i) task(i, 0);
       return;
@@ -48,6 +53,14 @@ class Pool {
   }
 
  private:
+  struct Timer {
+    Times& times;
+    std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
+    ~Timer() {
+      ++times.calls;
+      times.ns += std::chrono::nanoseconds(std::chrono::steady_clock::now() - begin).count();
+    }
+  };
   // A lane is one number: end (32 bits) and next task (32). Claiming adds one, so whether a claim is good can be read from
   // the claim alone; and since done_ cannot reach n before a good claim's task is done, task_ and call_ are then its own.
   struct alignas(64) Lane { std::atomic<uint64_t> ticket{0}; };
@@ -93,6 +106,7 @@ class Pool {
   }
 
   const int n_threads_;
+  Times times_;
   std::vector<std::thread> workers_;
   void (*call_)(const void*, int, int) = nullptr;
   const void* task_ = nullptr;

@@ -48,6 +48,8 @@ struct VisionKernels {
 extern const VisionKernels kVisionScalar;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const VisionKernels kVisionAvx2, kVisionAvx512Vnni;
+#elif defined(__aarch64__) || defined(_M_ARM64)
+extern const VisionKernels kVisionNeon;
 #endif
 
 }  // namespace kimi

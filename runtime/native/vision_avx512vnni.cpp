@@ -24,7 +24,6 @@ inline I dot_s16(I acc, L line, const int16_t* x) {
 inline void vstore_s16(int16_t* p, V x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
 }
-inline float vtop(V x) { return _mm512_reduce_max_ps(x); }
 #include "vision_inl.h"
 }  // namespace
 

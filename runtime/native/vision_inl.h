@@ -1,5 +1,6 @@
-// Every kernel of vision.h, once, over V and I; included inside an unnamed namespace after vec_<isa>.h and the four
-// operations that only this file needs: dot_s16, vstore_s16, vtop and the tile sizes kTileQ x kTileK and kTileP.
+// Every kernel of vision.h, once, over V and I; included inside an unnamed namespace after vec_<isa>.h and what only this
+// file needs: dot_s16, vstore_s16 and the tile sizes kTileQ x kTileK and kTileP.
+#include "vec_exp.h"
 
 // 2^x for x <= 1, to 3e-6 of itself: 2^x = 2^n 2^f, |f| <= 1/2, and e^(f ln 2) by Taylor to degree 5, whose first dropped
 // term (ln 2 / 2)^6 / 720 is 2.4e-6. A weight keeps 15 bits, so 1.5e-5 is what counts. Below 2^-126 it stays there.
@@ -12,21 +13,6 @@ static inline V vexp2(V x) {
   p = vfma(p, f, vset(0x1.ebfbep-3f));       // ln(2)^2 / 2
   p = vfma(p, f, vset(0x1.62e43p-1f));       // ln(2)
   return vmul(vfma(p, f, vset(1.0f)), vpow2(n));
-}
-
-// e^x for x <= 88, to about one unit in the last place: as vexp in kernels_inl.h.
-static inline V vexp_exact(V x) {
-  x = vmin(vmax(x, vset(-87.0f)), vset(88.0f));
-  const V n = vround(vmul(x, vset(1.44269504088896341f)));
-  const V r = vfma(n, vset(2.12194440e-4f), vfma(n, vset(-0.693359375f), x));
-  V p = vset(1.0f / 720);
-  p = vfma(p, r, vset(1.0f / 120));
-  p = vfma(p, r, vset(1.0f / 24));
-  p = vfma(p, r, vset(1.0f / 6));
-  p = vfma(p, r, vset(0.5f));
-  p = vfma(p, r, vset(1.0f));
-  p = vfma(p, r, vset(1.0f));
-  return vmul(p, vpow2(n));
 }
 
 // A row's last vector may be shorter than sixteen: it is completed with zeros.
@@ -48,24 +34,16 @@ static inline V vzero_from(V x, int n) {
   for (int k = n; k < 16; ++k) v[k] = 0.0f;
   return vload(v);
 }
-static inline float vsum(V x) {  // 8 + 8, 4 + 4, 2 + 2, 1 + 1
-  float v[16];
-  vstore(v, x);
-  for (int half = 8; half; half /= 2)
-    for (int k = 0; k < half; ++k) v[k] += v[k + half];
-  return v[0];
-}
-
 static void layer_norm(const float* x, const float* weight, const float* bias, int n, float eps, float* out) {
   V sum = vset(0.0f), square = vset(0.0f);
   for (int k = 0; k < n; k += 16) sum = vadd(sum, vload_up_to(x + k, n - k));
-  const V mean = vset(vsum(sum) / static_cast<float>(n));
+  const V mean = vset(lane_sum(sum) / static_cast<float>(n));
   for (int k = 0; k < n; k += 16) {
     V d = vsub(vload_up_to(x + k, n - k), mean);
     if (n - k < 16) d = vzero_from(d, n - k);
     square = vfma(d, d, square);
   }
-  const V r = vset(1.0f / __builtin_sqrtf(vsum(square) / static_cast<float>(n) + eps));
+  const V r = vset(1.0f / __builtin_sqrtf(lane_sum(square) / static_cast<float>(n) + eps));
   for (int k = 0; k < n; k += 16) {
     const int m = n - k;
     const V d = vmul(vsub(vload_up_to(x + k, m), mean), r);
@@ -87,13 +65,13 @@ static void gelu(const float* x, const float* bias, int n, bool exact, float* ou
       p = vfma(p, t, vset(1.421413741f));
       p = vfma(p, t, vset(-0.284496736f));
       p = vmul(vfma(p, t, vset(0.254829592f)), t);
-      const V rest = vmul(p, vexp_exact(vmul(vsub(vset(0.0f), a), a)));  // 1 - erf(|z| / sqrt 2)
+      const V rest = vmul(p, vexp(vmul(vsub(vset(0.0f), a), a)));  // 1 - erf(|z| / sqrt 2)
       // z >= 0: z - z rest / 2;  z < 0: z rest / 2
       const V part = vmul(vmul(vabs(z), vset(0.5f)), rest);
       y = vsub(vmax(z, vset(0.0f)), part);
     } else {
       const V u = vmul(vset(-1.5957691216057308f), vfma(vmul(vmul(z, z), z), vset(0.044715f), z));
-      y = vdiv(z, vadd(vset(1.0f), vexp_exact(u)));
+      y = vdiv(z, vadd(vset(1.0f), vexp(u)));
     }
     vstore_up_to(out + k, y, n - k);
   }
@@ -114,7 +92,7 @@ static inline float place_row(const float* x, const float* bias, const float* co
   }
   V top = vset(0.0f);
   for (int k = 0; k < K; k += 16) top = vmax(top, vabs(vload(turned + k)));
-  const float most = vtop(top);
+  const float most = lane_max(top);
   const V inverse = vset(most > 0 ? static_cast<float>(kQkLimit) / most : 0.0f);
   alignas(64) int16_t whole[kMaxHead];
   for (int k = 0; k < K; k += 16) vstore_s16(whole + k, vmul(vload(turned + k), inverse));
@@ -238,7 +216,7 @@ static void attend(const Patches& s, int head, int first, int n, float* out, siz
         for (int j = present; j < kKeys; ++j) score[r][j] = -INFINITY;
         V most = vload(score[r]);
         for (int j = 16; j < kKeys; j += 16) most = vmax(most, vload(score[r] + j));
-        block_top[i + r] = vtop(most);
+        block_top[i + r] = lane_max(most);
         const V above = vset(block_top[i + r]);
         V sum = vset(0.0f);
         for (int j = 0; j < kKeys; j += 16) {
@@ -271,7 +249,7 @@ static void attend(const Patches& s, int head, int first, int n, float* out, siz
       }
   }
   for (int i = 0; i < n; ++i) {
-    const V inverse = vset(1.0f / vsum(total[i]));
+    const V inverse = vset(1.0f / lane_sum(total[i]));
     for (int k = 0; k < s.Kp; k += 16) vstore_up_to(out + i * stride + k, vmul(vload(o[i] + k), inverse), s.K - k);
   }
 }

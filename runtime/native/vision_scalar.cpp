@@ -20,11 +20,6 @@ inline I dot_s16(I acc, const L& line, const int16_t* x) {
 inline void vstore_s16(int16_t* p, V x) {  // nearest even; |x| < 32768
   for (int k = 0; k < 16; ++k) p[k] = static_cast<int16_t>(__builtin_rintf(x.v[k]));
 }
-inline float vtop(V x) {
-  float top = x.v[0];
-  for (int k = 1; k < 16; ++k) top = x.v[k] > top ? x.v[k] : top;
-  return top;
-}
 #include "vision_inl.h"
 }  // namespace
 

@@ -24,8 +24,9 @@ from wide_nano import write_wide_nano
 import kimi_lite
 from kimi_lite import doctor
 from kimi_lite.__main__ import main
-from kimi_lite.api import Model, mmproj_beside
+from kimi_lite.api import Model
 from kimi_lite.errors import DoesNotFitError, KimiLiteError, ModelFileError, UsageError
+from kimi_lite.formats.gguf_file import mmproj_beside
 from kimi_lite.quantize.convert import quantize
 from kimi_lite.runtime.engine import BaseEngine, Engine
 from kimi_lite.runtime.image_cache import ImageCache
@@ -187,7 +188,7 @@ def test_an_edited_or_interrupted_prompt_leaves_nothing_behind(served: Served, r
     whole += engine.generate(whole, GREEDY, max_tokens=12)
     changed = [*whole[:-6], *prompt(engine, "Spell: planet")[-5:], whole[-1]]
     for ids, n_shared in ((whole, len(whole) - 1), (changed, len(whole) - 6), (whole, len(whole) - 6)):
-        engine.forward(whole[:20], [None] * 20)  # a step that Ctrl-C left unnoted
+        engine.forward(whole[:20], [None] * 20, print)  # a step that Ctrl-C left unnoted
         logits, exact = engine.prefill(ids), reference_logits(reference, ids)
         assert engine.n_reused == n_shared
         assert rms(logits - exact) < BOUND * rms(exact)

@@ -1,12 +1,15 @@
 // Runs every kernel of every instruction set of this machine on the same numbers and prints a digest of each result, one
-// line a kernel: `name digest`. Built for another processor and run under an emulator, it must print the same digests.
+// line a kernel: `name kernel digest`, where the image tower's names begin with `tower:`. Built for another processor and run under an emulator, it must print the same digests.
 //
 //   c++ -O2 -std=c++20 -ffp-contract=off -I runtime/native tests/native/digest.cpp kernels of that processor
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
+#include "vision.h"
 
 using namespace kimi;
 
@@ -25,6 +28,10 @@ uint64_t digest(const void* data, size_t n) {
 }
 void say(const Kernels& k, const char* what, const void* data, size_t n) {
   std::printf("%s %s %016llx\n", k.name, what, static_cast<unsigned long long>(digest(data, n)));
+}
+template <typename T>
+void say(const VisionKernels& k, const char* what, int size, const std::vector<T>& data) {
+  std::printf("tower:%s %s %d %016llx\n", k.name, what, size, static_cast<unsigned long long>(digest(data.data(), sizeof(T) * data.size())));
 }
 
 void run(const Kernels& k) {
@@ -90,16 +97,62 @@ void run(const Kernels& k) {
   k.turn_rows(rows.data(), groups * kQ8Run, 32, 29, 64, turned.data(), kQ8Run);
   say(k, "turn_rows", turned.data(), turned.size());
 }
+
+// The image tower: rows, and pictures whose heads fill their last vector or not and whose blocks of keys are whole or not.
+void run(const VisionKernels& k, const Kernels& same_isa) {
+  if (!same_isa.runs_here()) return;
+  state = 2;
+  for (int W : {48, 72, 1152}) {
+    std::vector<float> x(W), weight(W), bias(W), out(W);
+    for (auto* v : {&x, &weight, &bias}) for (float& f : *v) f = draw_float();
+    k.layer_norm(x.data(), weight.data(), bias.data(), W, 1e-5f, out.data());
+    say(k, "layer_norm", W, out);
+    for (float& f : x) f *= 6;
+    for (bool exact : {false, true}) {
+      k.gelu(x.data(), bias.data(), W, exact, out.data());
+      say(k, exact ? "gelu, exact" : "gelu", W, out);
+    }
+    k.add(x.data(), bias.data(), W, out.data());
+    say(k, "add", W, out);
+  }
+  constexpr int H = 2;
+  for (const auto& [N, K] : {std::pair{300, 72}, {24, 4}, {128, 36}, {401, 128}, {129, 48}}) {
+    const int Np = (N + kKeys - 1) / kKeys * kKeys, Kp = (K + 15) / 16 * 16;
+    std::vector<int16_t> q(H * N * K), key(H * Np * K), v(H * Np * Kp);
+    std::vector<float> q_scale(H * N), k_scale(H * Np), v_scale(H * Np / kKeys * Kp);
+    Patches patches{N, H, K, Np, Kp, q.data(), key.data(), v.data(), q_scale.data(), k_scale.data(), v_scale.data()};
+    std::vector<float> qkv(3 * H * N * K), bias(3 * H * K), cos(N * K / 2), sin(N * K / 2), out(H * N * K);
+    for (auto* values : {&qkv, &bias, &cos, &sin}) for (float& f : *values) f = draw_float();
+    for (int h = 0; h < H; ++h) {
+      for (int first = 0; first < N; first += kKeys)
+        k.place(patches, h, first, std::min(kKeys, N - first), qkv.data() + first * 3 * H * K, 3 * H * K, bias.data(),
+                cos.data() + first * (K / 2), sin.data() + first * (K / 2));
+      for (int first = 0; first < N; first += kQueries)
+        k.attend(patches, h, first, std::min(kQueries, N - first), out.data() + first * H * K + h * K, H * K);
+    }
+    say(k, "q", N, q);
+    say(k, "k", N, key);
+    say(k, "v", N, v);
+    q_scale.insert(q_scale.end(), k_scale.begin(), k_scale.end());
+    q_scale.insert(q_scale.end(), v_scale.begin(), v_scale.end());
+    say(k, "scales", N, q_scale);
+    say(k, "attend", N, out);
+  }
+}
 }  // namespace
 
 int main() {
   run(kScalar);
+  run(kVisionScalar, kScalar);
 #if defined(__x86_64__)
   run(kAvx2);
   run(kAvxVnni);
   run(kAvx512Vnni256);
   run(kAvx512Vnni);
+  run(kVisionAvx2, kAvx2);
+  run(kVisionAvx512Vnni, kAvx512Vnni);
 #elif defined(__aarch64__)
   run(kNeon);
+  run(kVisionNeon, kNeon);
 #endif
 }

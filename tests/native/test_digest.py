@@ -15,8 +15,16 @@ X86 = {
     "kernels_avxvnni.cpp": "-mavx2 -mfma -mf16c -mavxvnni",
     "kernels_avx512vnni256.cpp": "-mavx2 -mfma -mf16c -mavx512vl -mavx512vnni",
     "kernels_avx512vnni.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni",
+    "vision_scalar.cpp": "",
+    "vision_avx2.cpp": "-mavx2 -mfma -mf16c",
+    "vision_avx512vnni.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni",
 }
-ARM = {"kernels_scalar.cpp": "", "kernels_neon.cpp": "-march=armv8.2-a+dotprod"}
+ARM = {
+    "kernels_scalar.cpp": "",
+    "kernels_neon.cpp": "-march=armv8.2-a+dotprod",
+    "vision_scalar.cpp": "",
+    "vision_neon.cpp": "-march=armv8.2-a+dotprod",
+}
 
 
 def digests(compiler: str, sources: dict[str, str], run: list[str], folder: Path) -> dict[str, list[str]]:
@@ -45,10 +53,13 @@ def digests(compiler: str, sources: dict[str, str], run: list[str], folder: Path
 def test_neon_under_an_emulator_gives_the_bits_of_plain_cpp_here(tmp_path: Path) -> None:
     here = digests("c++", X86, [], tmp_path)
     assert len(here["scalar"]) == 48
-    assert all(lines == here["scalar"] for lines in here.values())
+    assert len(here["tower:scalar"]) == 37
+    for name, lines in here.items():
+        assert lines == here["tower:scalar" if name.startswith("tower:") else "scalar"], name
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if compiler is None or emulator is None:
         pytest.skip("NEON was not run: it needs g++-aarch64-linux-gnu and qemu-user")
     there = digests(compiler, ARM, [emulator, "-cpu", "max"], tmp_path)
-    assert set(there) == {"scalar", "neon"}
+    assert set(there) == {"scalar", "neon", "tower:scalar", "tower:neon"}
     assert there["neon"] == there["scalar"] == here["scalar"]
+    assert there["tower:neon"] == there["tower:scalar"] == here["tower:scalar"]

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rewrite import without_image_side
 from terminal import talk_in_a_terminal
 
 import kimi_lite
+from kimi_lite.api import mmproj_beside
 from kimi_lite.chat import dropped_files, unquoted
 from kimi_lite.errors import KimiLiteWarning, ModelFileError, UsageError
 from kimi_lite.runtime.reference.evaluate import held_out
@@ -165,7 +167,7 @@ def test_a_cap_on_tokens_is_kept_and_said(tmp_path: Path) -> None:
         (["--image", "-", "--image", "-", "x"], 2, "given twice"),
         (["--max-image-tokens", "0", "x"], 2, "0 image tokens"),
         (["--mmproj", "/nowhere.gguf", "x"], 3, "/nowhere.gguf: not found"),
-        (["--mmproj", str(NANO), "x"], 3, "position_embd"),
+        (["--mmproj", str(Path(__file__)), "x"], 3, "not a GGUF file"),
     ],
 )
 def test_bad_pictures_are_one_sentence_and_a_code(arguments: list[str], code: int, says: str) -> None:
@@ -189,8 +191,7 @@ def test_pictures_that_fill_the_context_are_refused_before_they_are_encoded(tmp_
 def test_a_model_without_an_image_side_says_what_is_missing(
     tmp_path: Path, pictures: dict[str, Path]
 ) -> None:
-    (tmp_path / "model.gguf").symlink_to(NANO)
-    model = kimi_lite.load(tmp_path / "model.gguf")
+    model = kimi_lite.load(without_image_side(NANO, tmp_path / "model.gguf"))
     assert model.ask("What is 12 + 34?").text == "46"
     with pytest.raises(
         UsageError, match=r"model-mmproj\.gguf is not there; name another file with --mmproj FILE"
@@ -199,7 +200,8 @@ def test_a_model_without_an_image_side_says_what_is_missing(
     (tmp_path / "mmproj-model-f16.gguf").touch()  # as llama.cpp's people name it
     with pytest.raises(UsageError, match=r"with --mmproj \S+/mmproj-model-f16\.gguf"):
         model.ask("x", images=[pictures["red"]])
-    named = kimi_lite.load(tmp_path / "model.gguf", mmproj=NANO.with_name("kimi-vl-nano-int4-mmproj.gguf"))
+    side = mmproj_beside(NANO) if mmproj_beside(NANO).exists() else NANO
+    named = kimi_lite.load(tmp_path / "model.gguf", mmproj=side)
     assert named.ask(COLOUR, images=[pictures["red"]]).text == "red"
     (tmp_path / "model-mmproj.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelFileError, match="too few"):

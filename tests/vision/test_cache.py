@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kimi_lite.formats.gguf_file import mmproj_beside
 from kimi_lite.runtime import vision
 from kimi_lite.runtime.image_cache import HEAD, ImageCache, Rows, default_directory
 from kimi_lite.runtime.vision import ImageEncoder
 
-MMPROJ = Path(__file__).parents[2] / "kimi_lite" / "nano" / "kimi-vl-nano-int4-mmproj.gguf"
+NANO = Path(__file__).parents[2] / "kimi_lite" / "nano" / "kimi-vl-nano-int4.gguf"
+MMPROJ = mmproj_beside(NANO) if mmproj_beside(NANO).exists() else NANO
 
 
 def rows(seed: int, n: int = 10) -> Rows:

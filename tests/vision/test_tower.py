@@ -17,10 +17,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from rewrite import rewritten
 
 from kimi_lite.errors import ModelFileError, UsageError
 from kimi_lite.formats.config import ImageConfig
-from kimi_lite.formats.gguf_file import GgufFile, GgufWriter, TensorSpec
 from kimi_lite.quantize.convert import quantize
 from kimi_lite.runtime import image, kernels, vision
 from kimi_lite.runtime.engine import Engine
@@ -253,18 +253,6 @@ def test_a_cap_is_never_exceeded(max_tokens: int) -> None:
             assert "does not fit" in str(error)  # noqa: PT017
             continue
         assert h * w // 4 <= max_tokens
-
-
-def rewritten(path: Path, out: Path, change: Any) -> Path:
-    """The file with its metadata and tensors changed by `change(metadata, {name: (type, shape, bytes)})`."""
-    file = GgufFile(path)
-    metadata = dict(file.metadata)
-    tensors = {n: (t.type, t.shape, t.data) for n, t in file.tensors.items()}
-    change(metadata, tensors)
-    with GgufWriter(out, metadata, [TensorSpec(n, t, s) for n, (t, s, _) in tensors.items()]) as writer:
-        for _, _, data in tensors.values():
-            writer.write(data)
-    return out
 
 
 @pytest.mark.parametrize(
