@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from kimi_lite.errors import KimiLiteWarning, ModelFileError, UsageError
 from kimi_lite.formats.gguf_file import mmproj_beside
 from kimi_lite.images import MAX_PICTURES, Picture, load_pictures
-from kimi_lite.runtime.engine import Engine
+from kimi_lite.runtime.engine import BaseEngine, Engine
 from kimi_lite.runtime.image_cache import ImageCache, default_directory
 from kimi_lite.runtime.placement import parse_size
 from kimi_lite.runtime.sampling import SamplingOptions
@@ -96,7 +96,9 @@ class Conversation:
 class Model:
     """An open model and its conversation. Not for two threads at once."""
 
-    def __init__(self, engine: Engine, encoder: ImageEncoder | None = None, *, offline: bool = False) -> None:
+    def __init__(
+        self, engine: BaseEngine, encoder: ImageEncoder | None = None, *, offline: bool = False
+    ) -> None:
         """Without an `encoder` the model answers text only; `offline` refuses pictures from the web."""
         self.engine, self.encoder, self.offline = engine, encoder, offline
         self.conversation = Conversation()
@@ -202,7 +204,7 @@ class Model:
             UsageError: a picture that cannot be read, more of them than the context holds, or no image side.
         """
         if self.encoder is None:
-            path = self.engine.weights.path
+            path = self.engine.path
             others = sorted(str(p) for p in path.parent.glob("*mmproj*.gguf"))
             give = f"--mmproj {others[0]}" if len(others) == 1 else "--mmproj FILE"
             raise UsageError(
@@ -338,6 +340,8 @@ def load(
     vram: int | str | None = None,
     max_image_tokens: int | None = None,
     offline: bool = False,
+    engine: str = "kimi-lite",
+    gpu_layers: int | None = None,
 ) -> Model:
     """Open a packed int4 or GGUF file; without a path, the small model that ships with kimi-lite.
 
@@ -348,23 +352,48 @@ def load(
             a card is used if one works.
         max_image_tokens: a picture becomes at most so many tokens: less detail, less time.
         offline: refuse pictures from the web.
+        engine: "kimi-lite", or "llama.cpp" for standard GGUF files on any graphics card that llama.cpp drives.
+        gpu_layers: for llama.cpp, how many layers go to the graphics card; by default all.
 
     Raises:
         ModelFileError: a file is missing, damaged or another model's.
-        UsageError: a context, a thread count or a number of image tokens that cannot be, or no card for `vram`.
-        DoesNotFitError: the card or `vram` is too small for the model.
+        UsageError: a context, a thread count or a number of image tokens that cannot be; no card for `vram`; an engine
+            that is missing.
+        DoesNotFitError: what is loaded or reserved exceeds the memory that is free, on a card or beside it.
     """
+    if path is None and engine == "llama.cpp":
+        raise UsageError("--engine llama.cpp needs a standard GGUF file; name one: the small model is packed")
     path = Path(path) if path is not None else nano_path()
     vram = parse_size(vram) if isinstance(vram, str) else vram
-    engine = Engine(path, context=context, threads=threads, vram=vram)
+    runs = _open_engine(engine, path, context, threads, vram, gpu_layers)
     beside = mmproj_beside(path)
-    inside = engine.weights.image_side
-    found = Path(mmproj) if mmproj is not None else beside if beside.exists() else inside
+    found = Path(mmproj) if mmproj is not None else beside if beside.exists() else runs.image_side
     encoder = None
     if found is not None:
         cache = ImageCache(default_directory())
-        encoder = ImageEncoder(found, engine.weights.config.hidden_size, cache, max_image_tokens)
-    return Model(engine, encoder, offline=offline)
+        encoder = ImageEncoder(found, runs.config.hidden_size, cache, max_image_tokens)
+    return Model(runs, encoder, offline=offline)
+
+
+def _open_engine(
+    name: str,
+    path: Path,
+    context: int | None,
+    threads: int | None,
+    vram: int | None,
+    gpu_layers: int | None,
+) -> BaseEngine:
+    if name == "llama.cpp":
+        if vram is not None:
+            raise UsageError("--vram is for kimi-lite's own engine; llama.cpp takes --gpu-layers")
+        from kimi_lite.runtime.llama_engine import LlamaEngine
+
+        return LlamaEngine(path, context=context, threads=threads, gpu_layers=gpu_layers)
+    if name != "kimi-lite":
+        raise UsageError(f"the engine is {name!r}; expected kimi-lite or llama.cpp")
+    if gpu_layers is not None:
+        raise UsageError("--gpu-layers is for --engine llama.cpp; give both, or neither")
+    return Engine(path, context=context, threads=threads, vram=vram)
 
 
 def nano_path() -> Path:

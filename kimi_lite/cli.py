@@ -55,6 +55,12 @@ MaxImageTokens = Annotated[
     int | None, typer.Option(help="At most this many tokens a picture: less detail, less time.")
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Fetch no pictures from the web.")]
+EngineName = Annotated[
+    str, typer.Option(help="kimi-lite, or llama.cpp for standard GGUF files on any card that it drives.")
+]
+GpuLayers = Annotated[
+    int | None, typer.Option(help="With llama.cpp: layers on the graphics card; by default all.")
+]
 System = Annotated[str | None, typer.Option(help="Replaces the default system message.")]
 
 REAL_MODEL = (
@@ -102,6 +108,8 @@ def ask(
     context: Context = None,
     threads: Threads = None,
     vram: Vram = None,
+    engine: EngineName = "kimi-lite",
+    gpu_layers: GpuLayers = None,
     show_thinking: Annotated[
         bool | None,
         typer.Option(
@@ -138,6 +146,8 @@ def ask(
         vram=vram,
         max_image_tokens=max_image_tokens,
         offline=offline,
+        engine=engine,
+        gpu_layers=gpu_layers,
     )
     if not quiet:
         _say_placement(opened.engine.placement)
@@ -216,6 +226,8 @@ def chat(
     context: Context = None,
     threads: Threads = None,
     vram: Vram = None,
+    engine: EngineName = "kimi-lite",
+    gpu_layers: GpuLayers = None,
     hide_thinking: Annotated[
         bool, typer.Option("--hide-thinking", help="Do not print the thinking.")
     ] = False,
@@ -238,6 +250,8 @@ def chat(
         vram=vram,
         max_image_tokens=max_image_tokens,
         offline=offline,
+        engine=engine,
+        gpu_layers=gpu_layers,
     )
     _say_placement(opened.engine.placement)
     opened.conversation.system = system

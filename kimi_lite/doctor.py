@@ -17,6 +17,7 @@ from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cache import LatentCache
 from kimi_lite.runtime.cuda.find import find_device
 from kimi_lite.runtime.image_cache import ImageCache, default_directory
+from kimi_lite.runtime.llama_bindings import LLAMA, bindings
 from kimi_lite.runtime.placement import gb
 from kimi_lite.runtime.vision import ImageEncoder, open_vision
 from kimi_lite.runtime.weights import Weights, open_weights
@@ -46,17 +47,8 @@ def machine_report() -> Iterator[str]:
     ):
         if find_spec(package) is None:
             yield f"          not in use: {what}, which need pip install 'kimi-lite[{extra}]'"
-    for package in (
-        "numpy",
-        "gguf",
-        "tiktoken",
-        "pillow",
-        "pypdfium2",
-        "av",
-        "pillow_heif",
-        "torch",
-        "llama_cpp",
-    ):
+    yield from llama_report()
+    for package in ("numpy", "gguf", "tiktoken", "pillow", "pypdfium2", "av", "pillow_heif", "torch"):
         if find_spec({"pillow": "PIL"}.get(package, package)) is None:
             continue
         try:
@@ -77,6 +69,20 @@ def _graphics() -> str:
     except kimi_lite.KimiLiteError as error:
         return f"graphics  not in use: {error}"
     return f"graphics  {device.name}, {gb(free)} free; in use unless --vram 0"
+
+
+def llama_report() -> Iterator[str]:
+    """What --engine llama.cpp would run on."""
+    try:
+        llama = bindings(LLAMA)
+    except kimi_lite.UsageError as error:
+        yield f"llama.cpp not in use: {error}"
+        return
+    devices = ", ".join(llama.devices()) or "devices unknown"
+    yield f"llama.cpp {llama.name} {llama.version} for --engine llama.cpp: {devices}"
+    if not llama.offloads():
+        yield "          no graphics card: it was built without a backend for one, or found none"
+    yield "          pictures reach it from kimi-lite's own image tower, on the CPU"
 
 
 def file_report(path: Path) -> Iterator[str]:

@@ -4,7 +4,10 @@ The engine keeps the tokens that its cache stands for. A new prompt reuses the l
 turn of a chat computes only what is new; the result is bit for bit what it would be from scratch. All image tokens
 have one id, so they are told apart by their picture's digest.
 
-Where the model runs, on the CPU or over a card, changes no bit, so a card that fails in the middle of an answer costs time
+`BaseEngine` is that loop, whoever runs the model: `Engine` on the kernels of this package, `LlamaEngine`
+(llama_engine.py) on llama.cpp.
+
+Where `Engine` runs, on the CPU or over a card, changes no bit, so a card that fails in the middle of an answer costs time
 only: the cache is computed again on the CPU from the tokens that it stood for, and the answer goes on.
 """
 
@@ -17,6 +20,8 @@ from numpy.typing import NDArray
 
 from kimi_lite.errors import KimiLiteWarning, UsageError
 from kimi_lite.formats.config import TextConfig
+from kimi_lite.formats.gguf_file import GgufFile
+from kimi_lite.formats.vocab import Vocab
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError
 from kimi_lite.runtime.hybrid import HybridModel, place
@@ -30,55 +35,40 @@ from kimi_lite.runtime.weights import open_weights
 
 DEFAULT_CONTEXT = 32768
 
-Place = tuple[EncodedImage, int] | None  # the picture and the row that an image token stands for
 Progress = Callable[[int, int], None]  # prompt tokens done, in all
+Place = tuple[EncodedImage, int] | None  # the picture and the row that an image token stands for
 
 
-class Engine:
+class BaseEngine:
     """One open model. Not for two threads at once."""
 
-    def __init__(
-        self, path: Path, *, context: int | None = None, threads: int | None = None, vram: int | None = 0
-    ) -> None:
-        """Map `path` and reserve room for `context` tokens: by default the model's own limit, at most 32768.
+    chunk = PREFILL_CHUNK
+    placement = ""  # where the model runs, for people
+    image_side: GgufFile | None = None  # the model's file, if it holds the image side too
 
-        Args:
-            vram: bytes of a card's memory that may be taken; 0 for the CPU alone, None for a card if one works.
-
-        Raises:
-            ModelFileError: the file is missing, damaged or another model's.
-            UsageError: `context` is not positive or beyond the model's limit, or `vram` needs a card and there is none.
-            DoesNotFitError: the card's memory, or `vram`, is too small.
-        """
-        self.weights = open_weights(path)
-        self.context = choose_context(self.weights.config, path, context)
-        self.tokenizer = Tokenizer(self.weights.vocab)
+    def __init__(self, path: Path, config: TextConfig, vocab: Vocab, context: int | None) -> None:
+        self.path, self.config, self.vocab = path, config, vocab
+        self.context = choose_context(config, path, context)
+        self.tokenizer = Tokenizer(vocab)
         self.stop_ids = self.tokenizer.stop_ids
         self.tokens: list[int] = []  # those that the cache holds
         self.places: list[Place] = []  # beside each, what an image token stands for
-        self.pad_id = self.weights.vocab.specials.get(IMAGE_PAD, -1)
+        self.pad_id = vocab.specials.get(IMAGE_PAD, -1)
         self.finish_reason = ""
         self.n_reused = 0  # prompt tokens that the last prefill found in the cache
-        kernels.set_threads(threads)
-        self.model: CpuModel | HybridModel = place(self.weights, self.context, vram)
-
-    @property
-    def placement(self) -> str:
-        """Where the model runs, for people."""
-        return self.model.placement
 
     @property
     def seen(self) -> list[object]:
         """What each cached token stands for: its id, or picture and row."""
         return _meaning(self.tokens, self.places)
 
+    def forward(self, ids: Sequence[int], places: Sequence[Place], on_layer: OnLayer) -> NDArray[np.float32]:
+        """One step of at most `chunk` tokens after the cached ones; the logits [V] that follow the last."""
+        raise NotImplementedError
+
     def rewind(self, n: int) -> None:
         """Keep the first n cached tokens."""
         del self.tokens[n:], self.places[n:]
-        try:
-            self.model.rewind(n)
-        except (DeviceLostError, DeviceMemoryError) as error:
-            self._leave_card(error)
 
     def append(
         self,
@@ -93,39 +83,18 @@ class Engine:
         assert ids, "nothing to append"
         pictures = pictures or [None] * len(ids)
         logits_V = np.empty(0, np.float32)
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            chunk = ids[start : start + PREFILL_CHUNK]
-            places = pictures[start : start + PREFILL_CHUNK]
+        for start in range(0, len(ids), self.chunk):
+            chunk = ids[start : start + self.chunk]
+            places = pictures[start : start + self.chunk]
 
             def on_layer(n: int, start: int = start, n_tokens: int = len(chunk)) -> None:
                 if on_progress:  # a pass takes seconds, so its layers count
-                    on_progress(start + n * n_tokens // self.weights.config.n_layers, len(ids))
+                    on_progress(start + n * n_tokens // self.config.n_layers, len(ids))
 
-            logits_V = self._step(chunk, places, on_layer)
+            logits_V = self.forward(chunk, places, on_layer)
             self.tokens += chunk
             self.places += places
         return logits_V
-
-    def _step(self, ids: Sequence[int], places: Sequence[Place], on_layer: OnLayer) -> NDArray[np.float32]:
-        """One step of the model; on the CPU from here on, if the card fails."""
-        try:
-            return self.model.forward(np.asarray(ids, np.int32), _spliced(places), on_layer)
-        except (DeviceLostError, DeviceMemoryError) as error:
-            self._leave_card(error)
-        return self.model.forward(np.asarray(ids, np.int32), _spliced(places), on_layer)
-
-    def _leave_card(self, error: DeviceLostError | DeviceMemoryError) -> None:
-        """Compute the cache again on the CPU, and stay there."""
-        again = f" and reads {len(self.tokens)} tokens again" if self.tokens else ""
-        warnings.warn(f"{error}; the CPU goes on{again}", KimiLiteWarning, stacklevel=4)
-        cpu = CpuModel(self.weights, self.context)
-        for start in range(0, len(self.tokens), PREFILL_CHUNK):
-            ids = self.tokens[start : start + PREFILL_CHUNK]
-            places = self.places[start : start + PREFILL_CHUNK]
-            cpu.forward(np.asarray(ids, np.int32), _spliced(places))
-        assert isinstance(self.model, HybridModel)
-        self.model.close()
-        self.model = cpu  # only now, so that Ctrl-C meanwhile leaves no half-filled cache
 
     def prefill(
         self,
@@ -146,7 +115,7 @@ class Engine:
         if len(prompt) >= self.context:
             raise UsageError(
                 f"the prompt has {len(prompt)} tokens, but the context holds {self.context} with the answer; "
-                f"shorten it, or ask for more with --context (this model: up to {self.weights.config.context_length})"
+                f"shorten it, or ask for more with --context (this model: up to {self.config.context_length})"
             )
         places = self._places(prompt, pictures)
         shared = 0
@@ -182,19 +151,6 @@ class Engine:
         Afterwards `finish_reason` is "stop", "length" (max_tokens), "context" (no room left) or "cancelled".
         """
         self.finish_reason = "cancelled"
-        try:
-            yield from self._generate(prompt, options, max_tokens, on_progress, pictures)
-        finally:
-            save_usage(self.weights, default_directory())
-
-    def _generate(
-        self,
-        prompt: Sequence[int],
-        options: SamplingOptions,
-        max_tokens: int | None,
-        on_progress: Progress | None,
-        pictures: Sequence[EncodedImage],
-    ) -> Iterator[int]:
         sampler = Sampler(options, self.n_named)
         logits_V = self.prefill(prompt, on_progress, pictures)
         n = 0
@@ -216,8 +172,80 @@ class Engine:
     @property
     def n_named(self) -> int:
         """Ids from here on are padding rows that mean nothing."""
-        specials = self.weights.vocab.specials.values()
-        return max(specials, default=len(self.weights.vocab.ranks) - 1) + 1
+        specials = self.vocab.specials.values()
+        return max(specials, default=len(self.vocab.ranks) - 1) + 1
+
+
+class Engine(BaseEngine):
+    """A model on the kernels of this package: on the CPU, or over a card as far as it fits."""
+
+    def __init__(
+        self, path: Path, *, context: int | None = None, threads: int | None = None, vram: int | None = 0
+    ) -> None:
+        """Map `path` and reserve room for `context` tokens: by default the model's own limit, at most 32768.
+
+        Args:
+            vram: bytes of a card's memory that may be taken; 0 for the CPU alone, None for a card if one works.
+
+        Raises:
+            ModelFileError: the file is missing, damaged or another model's.
+            UsageError: `context` is not positive or beyond the model's limit, or `vram` needs a card and there is none.
+            DoesNotFitError: the card's memory, or `vram`, is too small.
+        """
+        self.weights = open_weights(path)
+        super().__init__(path, self.weights.config, self.weights.vocab, context)
+        self.image_side = self.weights.image_side
+        kernels.set_threads(threads)
+        self.model: CpuModel | HybridModel = place(self.weights, self.context, vram)
+
+    @property
+    def placement(self) -> str:  # type: ignore[override]
+        return self.model.placement
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        options: SamplingOptions,
+        *,
+        max_tokens: int | None = None,
+        on_progress: Progress | None = None,
+        pictures: Sequence[EncodedImage] = (),
+    ) -> Iterator[int]:
+        """As `BaseEngine.generate`; which experts the answer used is remembered for the next plan."""
+        try:
+            yield from super().generate(
+                prompt, options, max_tokens=max_tokens, on_progress=on_progress, pictures=pictures
+            )
+        finally:
+            save_usage(self.weights, default_directory())
+
+    def forward(self, ids: Sequence[int], places: Sequence[Place], on_layer: OnLayer) -> NDArray[np.float32]:
+        """One step; on the CPU from here on, if the card fails."""
+        try:
+            return self.model.forward(np.asarray(ids, np.int32), _spliced(places), on_layer)
+        except (DeviceLostError, DeviceMemoryError) as error:
+            self._leave_card(error)
+        return self.model.forward(np.asarray(ids, np.int32), _spliced(places), on_layer)
+
+    def rewind(self, n: int) -> None:
+        super().rewind(n)
+        try:
+            self.model.rewind(n)
+        except (DeviceLostError, DeviceMemoryError) as error:
+            self._leave_card(error)
+
+    def _leave_card(self, error: DeviceLostError | DeviceMemoryError) -> None:
+        """Compute the cache again on the CPU, and stay there."""
+        again = f" and reads {len(self.tokens)} tokens again" if self.tokens else ""
+        warnings.warn(f"{error}; the CPU goes on{again}", KimiLiteWarning, stacklevel=4)
+        cpu = CpuModel(self.weights, self.context)
+        for start in range(0, len(self.tokens), PREFILL_CHUNK):
+            ids = self.tokens[start : start + PREFILL_CHUNK]
+            places = self.places[start : start + PREFILL_CHUNK]
+            cpu.forward(np.asarray(ids, np.int32), _spliced(places))
+        assert isinstance(self.model, HybridModel)
+        self.model.close()
+        self.model = cpu  # only now, so that Ctrl-C meanwhile leaves no half-filled cache
 
 
 def choose_context(config: TextConfig, path: Path, context: int | None) -> int:
