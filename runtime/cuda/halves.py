@@ -1,0 +1,290 @@
+"""The halves of a layer as launches: which kernel, over which grid, between which buffers.
+
+A grid never depends on a token's position, only on the number of tokens and on the context: so the launches of one
+token can be captured once and repeated. For fewer than FEW tokens the products take one token at a time, which is what
+decode wants; from there on a block of threads takes eight, so that each weight is read once for eight.
+
+Dimension key:  T tokens   D hidden   H heads   N, R, C, V no-rope, rope, latent and value width   E experts   A active
+                F expert width   S cached positions   X C + R, padded to whole groups
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kimi_lite.runtime.cuda.driver import Card
+from kimi_lite.runtime.cuda.program import Cache, Matrix, Mlps, Rows
+from kimi_lite.runtime.kernels import Float
+
+MOST_TOKENS = 256  # of one step
+FEW = 8
+ROWS, GROUP, CHUNK = 16, 32, 256  # rows of a row block; channels of a group and of a chunk
+SLICE_BYTES = 64 << 20  # what the scores of the tokens that attend at once may take
+MOST_SLICE = 32  # tokens that attend at once
+MOST_BLOCKS = 512  # along an axis that strides over positions: more than a card runs at once
+STAGED = 4096  # kStaged of attention.cu
+ALIGNED = 256
+NO_MATRIX = Matrix(0, 0, 0, 0, 0)
+
+
+@dataclass
+class Place:
+    """A layer on the card: addresses of float32 vectors, packed matrices, experts, the cache."""
+
+    H: int
+    N: int
+    R: int
+    C: int
+    V: int
+    E: int  # 0 in a dense layer
+    norm: int
+    kv_norm: int
+    ffn_norm: int
+    router: int
+    bias: int
+    q: Matrix
+    kv_a: Matrix
+    k_b: Matrix
+    v_b: Matrix
+    o: Matrix
+    k_b_bytes: int  # from head to head
+    v_b_bytes: int
+    mlps: Mlps
+    eps: float
+    kv_eps: float
+    ffn_eps: float
+    scale: float  # of the softmax
+    routed_scale: float
+    cache: Cache = field(default_factory=Cache)
+
+
+class Workspace:
+    """The buffers of one step of up to 256 tokens, on the card and in pinned host memory; sized for the widest layer."""
+
+    def __init__(self, card: Card, layers: Sequence[Place], context: int, V: int) -> None:
+        """`V` is the vocabulary. Raises DeviceMemoryError."""
+        T, one = MOST_TOKENS, layers[0]
+        D, H, C, R, X = one.mlps.D, one.H, one.C, one.R, _whole(one.C + one.R, GROUP)
+        E, A = max(p.E for p in layers), max(p.mlps.A for p in layers)
+        F, shared_F = max(p.mlps.F for p in layers), max(p.mlps.shared_F for p in layers)
+        self.context, self.D, self.A, self.H = context, D, A, H
+        self.stride = _whole(context, GROUP)  # floats, or weights, from head to head
+        self.chunks = max(1, -(-context // CHUNK))
+        a_token = H * (self.stride * 6 + self.chunks * C * 4)
+        self.slice = max(1, min(MOST_SLICE, SLICE_BYTES // a_token))
+
+        sizes = dict[str, int]()  # of everything, in bytes
+        rows = {  # name: (rows, channels)
+            "normed": (T, D),
+            "nope": (T * H, one.N),
+            "query": (T * H, X),
+            "position_weights": (self.slice * H, self.stride),
+            "rest": (self.slice * H, 2 * GROUP),
+            "summed": (T * H, C),
+            "values": (T * H, one.V),
+            "hidden": (T * A, F),
+            "shared_hidden": (T, shared_F),
+        }
+        floats = {
+            "x": T * D,
+            "h": T * D,
+            "cos": T * R // 2,
+            "sin": T * R // 2,
+            "q": T * H * (one.N + R),
+            "kv": T * (C + R),
+            "s": self.slice * H * self.stride,
+            "partial": self.slice * H * self.chunks * C,
+            "inverse": self.slice * H,
+            "scores": T * E,
+            "weights": T * A,
+            "outputs": T * (A + 1) * D,
+            "missing": T * A * D,
+            "logits": V,
+        }
+        words = {"start": 1, "ids": T * A, "jobs": 3 * E, "slots": T * A, "place": T * A}
+        sizes |= {name: n * K + 8 * n * (K // GROUP) for name, (n, K) in rows.items()}
+        sizes |= {name: 4 * n for name, n in (floats | words).items()}
+        offsets, total = dict[str, int](), 0
+        for name, n_bytes in sizes.items():
+            offsets[name] = total
+            total += _whole(n_bytes, ALIGNED)
+        base = card.allocate(total, f"working memory for a context of {context} tokens")
+        self.at = {name: base + offset for name, offset in offsets.items()}
+        self.rows = {name: _rows_at(self.at[name], n, K) for name, (n, K) in rows.items()}
+
+        sizes = {
+            "start": 1,
+            "x": T * D,
+            "cos": T * R // 2,
+            "sin": T * R // 2,
+            "missing": T * A * D,
+            "place": T * A,
+        }
+        sizes |= {"h": T * D, "ids": T * A, "weights": T * A, "logits": V}
+        host = card.pinned(4 * sum(sizes.values()))
+        self.host = dict[str, NDArray[np.uint8]]()  # of 4-byte values
+        first = 0
+        for name, n in sizes.items():
+            self.host[name] = host[first : first + 4 * n]
+            first += 4 * n
+
+    def floats(self, name: str, n: int) -> Float:
+        """The first n values of a pinned buffer."""
+        return self.host[name][: 4 * n].view(np.float32)
+
+    def integers(self, name: str, n: int) -> NDArray[np.int32]:
+        return self.host[name][: 4 * n].view(np.int32)
+
+    def as_rows(self, name: str, n: int, K: int) -> Rows:
+        """A buffer that is large enough, seen as n rows of K channels."""
+        return _rows_at(self.at[name], n, K)
+
+
+def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
+    """x += attention(norm(x)); the tokens are cached."""
+    at, rows = w.at, w.rows
+    norm(card, w, at["x"], p.norm, p.eps, 0, T)
+    product(card, p.q, p.kv_a, rows["normed"], T, at["q"], at["kv"])
+    card.launch(
+        "latents", (T, p.H + 1), 256, 4 * (p.C + 1),
+        at["q"], at["kv"], p.kv_norm, p.kv_eps, at["cos"], at["sin"], at["start"], p.N, p.cache, rows["nope"], rows["query"],
+    )  # fmt: skip
+    heads(card, p.k_b, p.k_b_bytes, rows["nope"], p.H, T, rows["query"])
+    tiles = -(-p.H // 8)
+    row_chunks = -(-_whole(p.C + p.R, GROUP) // CHUNK)
+    position_blocks = min(MOST_BLOCKS, -(-w.context // (8 * ROWS)))
+    for first in range(0, T, w.slice):
+        n = min(w.slice, T - first)
+        card.launch(
+            "scores", (position_blocks, tiles + 1, n), _threads(8 * 4 * row_chunks), _product_bytes(8, 8, row_chunks),
+            p.cache, at["start"], first, T, p.H, rows["query"], at["s"], w.stride,
+        )  # fmt: skip
+        card.launch(
+            "softmax", (p.H, n), 256, 4 * (STAGED + 32),
+            at["start"], first, p.scale, at["s"], w.stride, rows["position_weights"], rows["rest"], at["inverse"],
+        )  # fmt: skip
+        card.launch(
+            "weigh", (p.C // ROWS, min(32, -(-w.chunks // 8)), tiles * n), 32, 0,
+            p.cache, at["start"], first, p.H, rows["position_weights"], at["partial"], w.chunks,
+        )  # fmt: skip
+        card.launch(
+            "finish", (p.C // GROUP, n), 32 * p.H, 4 * 9 * 32,
+            p.cache, at["start"], first, rows["position_weights"], rows["rest"], at["inverse"], at["partial"], w.chunks,
+            rows["summed"],
+        )  # fmt: skip
+    heads(card, p.v_b, p.v_b_bytes, rows["summed"], p.H, T, rows["values"])
+    product(card, p.o, NO_MATRIX, w.as_rows("values", MOST_TOKENS, p.H * p.V), T, at["x"], 0, add=True)
+
+
+def route(card: Card, p: Place, w: Workspace, T: int) -> None:
+    """norm(x), and which experts act."""
+    at = w.at
+    norm(card, w, at["x"], p.ffn_norm, p.ffn_eps, at["h"], T)
+    if not p.E:
+        return
+    card.launch("route", (-(-p.E // 8), T), 128, 0, at["h"], p.router, p.mlps.D, p.E, at["scores"])
+    threads = max(256, _whole(p.E, 32))
+    card.launch(
+        "choose", (1,), threads, 12 * threads,
+        at["scores"], p.bias, T, p.E, p.mlps.A, p.routed_scale, p.mlps.experts, at["ids"], at["weights"], at["jobs"], at["slots"],
+    )  # fmt: skip
+
+
+def run_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
+    """Gate, up and silu of the chosen experts that are here, and of the shared MLP."""
+    m, at = p.mlps, w.at
+    hidden, shared_hidden = _hidden(p, w)
+    n_jobs, one = _jobs(p, T), T < FEW
+    blocks = n_jobs * (m.F // GROUP) + m.shared_F // GROUP
+    chunks = -(-m.D // CHUNK)
+    card.launch(
+        "gate_up_1" if one else "gate_up_8", (blocks, T if one else min(4, -(-T // 8))),
+        _threads(4 * 4 * chunks), _product_bytes(4, 1 if one else 8, chunks),
+        m, at["jobs"], at["slots"], n_jobs, w.rows["normed"], T, hidden, shared_hidden,
+    )  # fmt: skip
+
+
+def add_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
+    """x += down of everything, summed in order of index, the outputs of experts that lie elsewhere included."""
+    m, at = p.mlps, w.at
+    hidden, shared_hidden = _hidden(p, w)
+    chunks, shared_chunks = -(-m.F // CHUNK), -(-m.shared_F // CHUNK)
+    if T < FEW:
+        items = m.A * chunks + shared_chunks
+        card.launch(
+            "down", (m.D // ROWS, T), _threads(4 * items), 4 * ROWS * items,
+            m, at["ids"], at["weights"], hidden, shared_hidden, at["missing"], at["place"], at["x"],
+        )  # fmt: skip
+        return
+    most = max(chunks, shared_chunks)
+    card.launch(
+        "down_jobs", (m.D // ROWS, _jobs(p, T) + 1, min(4, -(-T // 8))), _threads(4 * most), _product_bytes(1, 8, most),
+        m, at["jobs"], at["slots"], hidden, shared_hidden, T, at["outputs"],
+    )  # fmt: skip
+    card.launch(
+        "combine", (-(-m.D // 256), T), 256, 0,
+        m, at["ids"], at["weights"], at["outputs"], at["missing"], at["place"], T, at["x"],
+    )  # fmt: skip
+
+
+def logits(card: Card, w: Workspace, T: int, weight: int, eps: float, head: Matrix) -> None:
+    """The last norm and the head, of the last token."""
+    norm(card, w, w.at["x"] + 4 * w.D * (T - 1), weight, eps, 0, 1)
+    product(card, head, NO_MATRIX, w.rows["normed"], 1, w.at["logits"], 0)
+
+
+def norm(card: Card, w: Workspace, x: int, weight: int, eps: float, out: int, T: int) -> None:
+    """Rows of x into `normed`, and as floats to `out` if that is not 0."""
+    card.launch("rms_norm", (T,), 256, 4 * (w.D + 1), x, weight, w.D, eps, out, w.rows["normed"])
+
+
+def product(
+    card: Card, a: Matrix, b: Matrix, x: Rows, T: int, ya: int, yb: int, *, add: bool = False
+) -> None:
+    """ya [T, O] (+)= x a; the same for b, in one launch."""
+    chunks, one = -(-a.columns // CHUNK), T < FEW
+    card.launch(
+        "product_1" if one else "product_8", (-(-a.rows // ROWS) + -(-b.rows // ROWS), T if one else -(-T // 8)),
+        _threads(4 * chunks), _product_bytes(1, 1 if one else 8, chunks),
+        a, b, x, T, ya, yb, int(add),
+    )  # fmt: skip
+
+
+def heads(card: Card, matrix: Matrix, head_bytes: int, x: Rows, H: int, T: int, y: Rows) -> None:
+    """Matrix h times head h's rows, quantized into y."""
+    chunks, one = -(-matrix.columns // CHUNK), T < FEW
+    card.launch(
+        "heads_1" if one else "heads_8", (matrix.rows // GROUP, H, T if one else -(-T // 8)),
+        _threads(2 * 4 * chunks), _product_bytes(2, 1 if one else 8, chunks),
+        matrix, head_bytes, x, T, y,
+    )  # fmt: skip
+
+
+def _jobs(p: Place, T: int) -> int:
+    return min(p.E, T * p.mlps.A)
+
+
+def _hidden(p: Place, w: Workspace) -> tuple[Rows, Rows]:
+    m = p.mlps
+    return w.as_rows("hidden", MOST_TOKENS * m.A, m.F), w.as_rows("shared_hidden", MOST_TOKENS, m.shared_F)
+
+
+def _rows_at(address: int, n: int, K: int) -> Rows:
+    """n rows of K channels: values, then scales, then sums."""
+    return Rows(address, address + n * K, address + n * K + 4 * n * (K // GROUP), K // GROUP)
+
+
+def _threads(items: int) -> int:
+    return min(256, _whole(items, 32))
+
+
+def _product_bytes(row_blocks: int, tokens: int, chunks: int) -> int:
+    """Shared memory of `multiply`: the parts of each chunk, and their sums."""
+    return 4 * ROWS * row_blocks * tokens * (chunks + 1)
+
+
+def _whole(n: int, unit: int) -> int:
+    return math.ceil(n / unit) * unit
