@@ -34,10 +34,15 @@ from kimi_lite.runtime.weights import Layer, Weights
 FORMS = {"q4g32": 0, "q8g32": 1}  # as in products.cu
 
 
+def open_device() -> "CudaDevice":
+    """The card with most memory. Raises NoDeviceError or another KimiLiteError that says why there is none to use."""
+    return CudaDevice()
+
+
 class CudaDevice:
     """One model, or a part of it, on one card. Not for two threads at once."""
 
-    def __init__(self, library: str | None = None, ordinal: int = 0) -> None:
+    def __init__(self, library: str | None = None, ordinal: int | None = None) -> None:
         """Open a card. `library` and the errors are those of `driver.Card`."""
         self._card = Card(library, ordinal)
         self.name = self._card.name
@@ -248,6 +253,14 @@ class CudaDevice:
         self._card.download(pinned, w.at["logits"])
         self._synchronize()
         return pinned.copy()
+
+    def residual(self) -> Float:
+        """The residual stream as it is now, float32 [T, D]; waits. For tests and for those who look for a wrong bit."""
+        self._flush()
+        x_TD = np.empty((self._T, self._workspace.D), np.float32)
+        self._card.download(x_TD, self._workspace.at["x"])
+        self._synchronize()
+        return x_TD
 
     @property
     def _workspace(self) -> Workspace:

@@ -14,9 +14,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_lite.errors import DoesNotFitError, KimiLiteError
+from kimi_lite.errors import DoesNotFitError, KimiLiteError, UsageError
 from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.weights import Layer, Weights
+
+
+class NoDeviceError(UsageError):
+    """There is no card to use; the text says why."""
 
 
 class DeviceMemoryError(DoesNotFitError):

@@ -3,7 +3,7 @@
 The driver (`libcuda.so.1`, `nvcuda.dll`) is called by ctypes. It is on every machine that has a card, its functions
 are stable, and loading it takes milliseconds where importing PyTorch takes seconds. Everything is queued on one
 stream; `synchronize` waits for it. Each function of the driver returns a code, and any code but success becomes one
-of three errors: NoCardError at the start, DeviceMemoryError for memory, DeviceLostError for everything after.
+of three errors: NoDeviceError at the start, DeviceMemoryError for memory, DeviceLostError for everything after.
 
 Not for two threads at once.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError
+from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError, NoDeviceError
 from kimi_lite.runtime.cuda.program import Nvrtc, compiled, signatures
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
@@ -30,28 +30,24 @@ OLDEST_DRIVER = (11, 4)  # the first with cuGraphInstantiateWithFlags
 Grid = tuple[int, int, int]
 
 
-class NoCardError(KimiLiteError):
-    """There is no card that kernels can run on, or no driver, or one that is too old."""
-
-
 class Card:
     """One graphics card with the kernels loaded."""
 
-    def __init__(self, library: str | None = None, ordinal: int = 0) -> None:
+    def __init__(self, library: str | None = None, ordinal: int | None = None) -> None:
         """Open a card; the first start on a machine compiles the kernels, which takes some seconds.
 
         Args:
             library: path of the driver's library, by default the system's.
-            ordinal: which of the cards that CUDA_VISIBLE_DEVICES leaves.
+            ordinal: which of the cards that CUDA_VISIBLE_DEVICES leaves; None for the one with most memory.
 
         Raises:
-            NoCardError: no driver, no card, or a driver too old for the kernels.
+            NoDeviceError: no driver, no card, or a driver too old for the kernels.
             NoCompilerError: no NVRTC, or none for this card.
         """
         try:
             self._library = ctypes.CDLL(library or LIBRARY)
         except OSError as error:
-            raise NoCardError(
+            raise NoDeviceError(
                 f"the NVIDIA driver's library {library or LIBRARY} does not load ({error}); "
                 "install the driver, or run on the CPU"
             ) from error
@@ -66,33 +62,38 @@ class Card:
             self.close()
             raise
 
-    def _driver_version(self, ordinal: int) -> tuple[int, int]:
+    def _driver_version(self, ordinal: int | None) -> tuple[int, int]:
         """The version of CUDA that the driver supports, once it is known to work and to show the card."""
         version, count = ctypes.c_int(), ctypes.c_int()
         code = self._library.cuInit(0)
         if code not in (0, NO_DEVICE):
-            raise NoCardError(
+            raise NoDeviceError(
                 f"the NVIDIA driver does not start ({self._words(code)}); restart the machine, or run on the CPU"
             )
         if code == 0:
             self._library.cuDriverGetVersion(ctypes.byref(version))
             self._library.cuDeviceGetCount(ctypes.byref(count))
-        if ordinal >= count.value:
-            raise NoCardError(
-                f"card {ordinal} was asked for, but the driver shows {count.value}; is one built in, and does "
-                "CUDA_VISIBLE_DEVICES leave it visible? Else run on the CPU"
+        self._count = count.value
+        if count.value == 0:
+            raise NoDeviceError(
+                "the NVIDIA driver shows no card; is one built in, and does CUDA_VISIBLE_DEVICES leave it visible? "
+                "Else run on the CPU"
+            )
+        if ordinal is not None and not 0 <= ordinal < count.value:
+            raise NoDeviceError(
+                f"card {ordinal} was asked for, the driver shows {count.value}; cards count from 0, and "
+                "CUDA_VISIBLE_DEVICES may hide some"
             )
         cuda = version.value // 1000, version.value % 1000 // 10
         if cuda < OLDEST_DRIVER:
-            raise NoCardError(
+            raise NoDeviceError(
                 f"the NVIDIA driver supports CUDA {cuda[0]}.{cuda[1]}; kimi-lite needs {OLDEST_DRIVER[0]}."
                 f"{OLDEST_DRIVER[1]} or newer: update the driver, or run on the CPU"
             )
         return cuda
 
-    def _open(self, ordinal: int, cuda: tuple[int, int]) -> None:
-        self._device = ctypes.c_int()
-        self._call("cuDeviceGet", ctypes.byref(self._device), ordinal)
+    def _open(self, ordinal: int | None, cuda: tuple[int, int]) -> None:
+        self._device = self._roomiest() if ordinal is None else self._nth(ordinal)
         name = ctypes.create_string_buffer(100)
         self._call("cuDeviceGetName", name, len(name), self._device)
         self.name = name.value.decode(errors="replace")
@@ -237,6 +238,19 @@ class Card:
         self._library.cuDevicePrimaryCtxRelease_v2(self._device)
         self._context = ctypes.c_void_p()
         self._lost = f"{self.name} was closed"
+
+    def _nth(self, ordinal: int) -> ctypes.c_int:
+        device = ctypes.c_int()
+        self._call("cuDeviceGet", ctypes.byref(device), ordinal)
+        return device
+
+    def _roomiest(self) -> ctypes.c_int:
+        def total(device: ctypes.c_int) -> int:
+            n_bytes = ctypes.c_size_t()
+            self._call("cuDeviceTotalMem_v2", ctypes.byref(n_bytes), device)
+            return n_bytes.value
+
+        return max((self._nth(ordinal) for ordinal in range(self._count)), key=total)
 
     def _attribute(self, which: int) -> int:
         value = ctypes.c_int()

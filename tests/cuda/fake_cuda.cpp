@@ -81,13 +81,14 @@ Result cuInit(unsigned) { CALLED; return n_devices ? kSuccess : kNoDevice; }
 Result cuDriverGetVersion(int* out) { CALLED; *out = version; return kSuccess; }
 Result cuDeviceGetCount(int* out) { CALLED; *out = n_devices; return kSuccess; }
 Result cuDeviceGet(int* out, int ordinal) { CALLED; *out = ordinal; return kSuccess; }
-Result cuDeviceGetName(char* out, int n, int) { CALLED; std::snprintf(out, n, "a card of paper"); return kSuccess; }
+Result cuDeviceGetName(char* out, int n, int ordinal) { CALLED; std::snprintf(out, n, "paper card %d", ordinal); return kSuccess; }
 Result cuDeviceGetAttribute(int* out, int which, int) {
   CALLED;
   if (which != 75 && which != 76) return kInvalid;  // compute capability, major and minor
   *out = which == 75 ? capability / 10 : capability % 10;
   return kSuccess;
 }
+Result cuDeviceTotalMem_v2(size_t* out, int ordinal) { CALLED; *out = memory * (ordinal + 1); return kSuccess; }
 Result cuDevicePrimaryCtxRetain(void** out, int) { CALLED; *out = &n_devices; return kSuccess; }
 Result cuDevicePrimaryCtxRelease_v2(int) { CALLED; return kSuccess; }
 Result cuCtxSetCurrent(void*) { CALLED; return kSuccess; }
