@@ -8,8 +8,9 @@
 //                 F expert width  K channels of a product  S cached positions
 #ifdef __CUDACC__
 #define KERNEL extern "C" __global__ void
+// A kernel that keeps sums of eight tokens: blocks of up to 128 threads, two of which share a multiprocessor's registers.
+#define KERNEL_OF_EIGHT extern "C" __global__ void __launch_bounds__(128, 2)
 #define DEVICE static __device__ __forceinline__
-#define CONSTANT static constexpr __device__
 extern __shared__ uint4 shared_memory[];
 #endif
 

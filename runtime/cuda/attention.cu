@@ -115,7 +115,7 @@ DEVICE void turn_completed(const Cache& cache, int start, int T) {
 
 // Tokens are scored in slices, of which the grid's z counts the tokens; token `first` of T is the slice's first.
 // y: tiles of eight heads, and behind them the turning of columns, which the next kernel reads. s [slice][H][stride].
-KERNEL scores(Cache cache, const int* start, int first, int T, int H, Rows query, float* s, int stride) {
+KERNEL_OF_EIGHT scores(Cache cache, const int* start, int first, int T, int H, Rows query, float* s, int stride) {
   const int h0 = blockIdx.y * 8, t = first + blockIdx.z;
   if (h0 >= H) {
     if (t == 0) turn_completed(cache, *start, T);
@@ -174,7 +174,7 @@ KERNEL softmax(const int* start, int first, float scale, const float* s, int str
 
 // Weighted sums over whole groups of positions, chunk by chunk: partial [slice][H][chunks][C]. The grid: row blocks of
 // channels, shares of the chunks, tiles of heads of each token.
-KERNEL weigh(Cache cache, const int* start, int first, int H, Rows weights, float* partial, int chunks) {
+KERNEL_OF_EIGHT weigh(Cache cache, const int* start, int first, int H, Rows weights, float* partial, int chunks) {
   const int tiles = ceil_div(H, 8), h0 = blockIdx.z % tiles * 8, z = blockIdx.z / tiles, quad = threadIdx.x % 4;
   const int groups = (*start + first + z + 1) / kGroup;
   int token[8];

@@ -24,7 +24,7 @@ from kimi_lite.errors import UsageError
 from kimi_lite.formats.packed import join_mlp, matrix_bytes, mlp_bytes, row_block_bytes
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cuda import halves
-from kimi_lite.runtime.cuda.device import Routed
+from kimi_lite.runtime.cuda.device import DeviceMemoryError, Routed
 from kimi_lite.runtime.cuda.driver import Card
 from kimi_lite.runtime.cuda.halves import ALIGNED, MOST_TOKENS, Place, Workspace
 from kimi_lite.runtime.cuda.program import Cache, Matrix, Mlps
@@ -48,6 +48,7 @@ class CudaDevice:
         self.name = self._card.name
         self._layers, self._resident = dict[int, Place](), dict[int, NDArray[np.bool_]]()
         self._work: Workspace | None = None
+        self._cache_at = 0
         self._head, self._norm, self._eps = halves.NO_MATRIX, 0, 0.0
         self._queue = list[tuple[str, int]]()
         self._graphs = dict[tuple[tuple[str, int], ...], ctypes.c_void_p]()
@@ -103,7 +104,11 @@ class CudaDevice:
             ffn_norm=at["ffn_norm"],
             router=at.get("router", 0),
             bias=at.get("bias", 0),
-            **{name: _on_card(matrix, at[name]) for name, matrix in matrices.items()},
+            q=_on_card(a.q, at["q"]),
+            kv_a=_on_card(a.kv_a, at["kv_a"]),
+            k_b=_on_card(a.k_b, at["k_b"]),
+            v_b=_on_card(a.v_b, at["v_b"]),
+            o=_on_card(a.o, at["o"]),
             k_b_bytes=a.k_b.data.size // a.k_b.count,
             v_b_bytes=a.v_b.data.size // a.v_b.count,
             mlps=Mlps(
@@ -142,14 +147,26 @@ class CudaDevice:
             index: kernels.latent_cache_bytes(context, place.C, place.R)
             for index, place in self._layers.items()
         }
+        self._release_cache()
         total = sum(rows + columns for rows, columns in sizes.values())
-        at = self._card.allocate(total, f"the cache of {context} tokens")
+        at = self._cache_at = self._card.allocate(total, f"the cache of {context} tokens")
+        try:
+            self._work = Workspace(self._card, list(self._layers.values()), context, self._head.rows)
+        except DeviceMemoryError:
+            self._release_cache()
+            raise
         self._card.clear(at, total)
         for index, (rows, columns) in sizes.items():
             place = self._layers[index]
             place.cache = Cache(at, at + rows, context, place.C, place.R)
             at += rows + columns
-        self._work = Workspace(self._card, list(self._layers.values()), context, self._head.rows)
+
+    def _release_cache(self) -> None:
+        if self._work is not None:
+            self._card.free(self._work.base)
+        if self._cache_at:
+            self._card.free(self._cache_at)
+        self._work, self._cache_at, self._graphs = None, 0, {}
 
     def rewind(self, n: int) -> None:
         """Forget cached positions from n on: the next `begin` says where it stands, so there is nothing to do."""

@@ -237,7 +237,7 @@ class Card:
         self._library.cuStreamDestroy_v2(self._stream)
         self._library.cuDevicePrimaryCtxRelease_v2(self._device)
         self._context = ctypes.c_void_p()
-        self._lost = f"{self.name} was closed"
+        self._lost = self._lost or f"{self.name} was closed"
 
     def _nth(self, ordinal: int) -> ctypes.c_int:
         device = ctypes.c_int()

@@ -88,6 +88,11 @@ DEVICE size_t down_at(int form, int F, int D) {  // where down begins in an MLP'
 }
 DEVICE const u8* expert_run(const Mlps& m, int expert) { return reinterpret_cast<const u8*>(m.experts[expert]); }
 
+// Chosen field by field, so that neither has to lie in memory.
+DEVICE Rows one_of(bool first, const Rows& a, const Rows& b) {
+  return {first ? a.q : b.q, first ? a.scale : b.scale, first ? a.sum : b.sum, first ? a.groups : b.groups};
+}
+
 // silu(gate) · up of 32 hidden channels, quantized. Blocks: F / 32 for each of E jobs, then the shared MLP's.
 // x: rows of tokens; hidden: rows of slots; shared_hidden: rows of tokens.
 template <int NT>
@@ -117,7 +122,7 @@ DEVICE void gate_up(const Mlps& m, const Job* jobs, const int* slots, int n_jobs
 KERNEL gate_up_1(Mlps m, const Job* jobs, const int* slots, int n_jobs, Rows x, int T, Rows hidden, Rows shared_hidden) {
   gate_up<1>(m, jobs, slots, n_jobs, x, T, hidden, shared_hidden);
 }
-KERNEL gate_up_8(Mlps m, const Job* jobs, const int* slots, int n_jobs, Rows x, int T, Rows hidden, Rows shared_hidden) {
+KERNEL_OF_EIGHT gate_up_8(Mlps m, const Job* jobs, const int* slots, int n_jobs, Rows x, int T, Rows hidden, Rows shared_hidden) {
   gate_up<8>(m, jobs, slots, n_jobs, x, T, hidden, shared_hidden);
 }
 
@@ -134,7 +139,7 @@ KERNEL down(Mlps m, const int* ids, const float* weights, Rows hidden, Rows shar
     const int slot = is_shared ? 0 : t * m.A + item / chunks;
     const u8* run = is_shared ? m.shared : expert_run(m, ids[slot]);
     if (!run) continue;
-    const Rows& in = is_shared ? shared_hidden : hidden;
+    const Rows in = one_of(is_shared, shared_hidden, hidden);
     const int form = is_shared ? m.shared_form : m.form, F = is_shared ? m.shared_F : m.F;
     const int row[1] = {is_shared ? t : slot};
     float total[1][4];
@@ -165,19 +170,20 @@ KERNEL down(Mlps m, const int* ids, const float* weights, Rows hidden, Rows shar
 
 // For many tokens, expert by expert, so that each is read once: outputs [T · A][D] of the slots, then [T][D] of the
 // shared MLP. The grid: row blocks of D, jobs and the shared MLP.
-KERNEL down_jobs(Mlps m, const Job* jobs, const int* slots, Rows hidden, Rows shared_hidden, int T, float* outputs) {
+KERNEL_OF_EIGHT down_jobs(Mlps m, const Job* jobs, const int* slots, Rows hidden, Rows shared_hidden, int T, float* outputs) {
   const int n_jobs = gridDim.y - 1, b = blockIdx.x;
   const bool is_shared = static_cast<int>(blockIdx.y) == n_jobs;
   const Job job = is_shared ? Job{0, 0, T} : jobs[blockIdx.y];
   if (job.count == 0) return;
   const int form = is_shared ? m.shared_form : m.form, F = is_shared ? m.shared_F : m.F, stride = F / kGroup * run_bytes(form);
   const u8* block = (is_shared ? m.shared : expert_run(m, job.expert)) + down_at(form, F, m.D) + static_cast<size_t>(b) * stride;
+  const Rows in = one_of(is_shared, shared_hidden, hidden);
   for (int first = blockIdx.z * 8; first < job.count; first += gridDim.z * 8) {
     int row[8];
     consecutive(first, job.count, row);
     if (!is_shared)
       for (int t = 0; t < 8; ++t) row[t] = slots[job.first + row[t]];
-    const float* out = multiply<8>(form, block, stride, 1, is_shared ? shared_hidden : hidden, row);
+    const float* out = multiply<8>(form, block, stride, 1, in, row);
     for (int i = threadIdx.x; i < 8 * kRows; i += blockDim.x) {
       const int t = first + i / kRows;
       if (t >= job.count) continue;

@@ -8,7 +8,6 @@ Dimension key:  T tokens   D hidden   H heads   N, R, C, V no-rope, rope, latent
                 F expert width   S cached positions   X C + R, padded to whole groups
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -111,8 +110,8 @@ class Workspace:
         for name, n_bytes in sizes.items():
             offsets[name] = total
             total += _whole(n_bytes, ALIGNED)
-        base = card.allocate(total, f"working memory for a context of {context} tokens")
-        self.at = {name: base + offset for name, offset in offsets.items()}
+        self.base = card.allocate(total, f"working memory for a context of {context} tokens")
+        self.at = {name: self.base + offset for name, offset in offsets.items()}
         self.rows = {name: _rows_at(self.at[name], n, K) for name, (n, K) in rows.items()}
 
         sizes = {
@@ -159,7 +158,7 @@ def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
     for first in range(0, T, w.slice):
         n = min(w.slice, T - first)
         card.launch(
-            "scores", (position_blocks, tiles + 1, n), _threads(8 * 4 * row_chunks), _product_bytes(8, 8, row_chunks),
+            "scores", (position_blocks, tiles + 1, n), _threads(8 * 4 * row_chunks, 8), _product_bytes(8, 8, row_chunks),
             p.cache, at["start"], first, T, p.H, rows["query"], at["s"], w.stride,
         )  # fmt: skip
         card.launch(
@@ -202,7 +201,7 @@ def run_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
     chunks = -(-m.D // CHUNK)
     card.launch(
         "gate_up_1" if one else "gate_up_8", (blocks, T if one else min(4, -(-T // 8))),
-        _threads(4 * 4 * chunks), _product_bytes(4, 1 if one else 8, chunks),
+        _threads(4 * 4 * chunks, 1 if one else 8), _product_bytes(4, 1 if one else 8, chunks),
         m, at["jobs"], at["slots"], n_jobs, w.rows["normed"], T, hidden, shared_hidden,
     )  # fmt: skip
 
@@ -215,13 +214,13 @@ def add_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
     if T < FEW:
         items = m.A * chunks + shared_chunks
         card.launch(
-            "down", (m.D // ROWS, T), _threads(4 * items), 4 * ROWS * items,
+            "down", (m.D // ROWS, T), _threads(4 * items, 1), 4 * ROWS * items,
             m, at["ids"], at["weights"], hidden, shared_hidden, at["missing"], at["place"], at["x"],
         )  # fmt: skip
         return
     most = max(chunks, shared_chunks)
     card.launch(
-        "down_jobs", (m.D // ROWS, _jobs(p, T) + 1, min(4, -(-T // 8))), _threads(4 * most), _product_bytes(1, 8, most),
+        "down_jobs", (m.D // ROWS, _jobs(p, T) + 1, min(4, -(-T // 8))), _threads(4 * most, 8), _product_bytes(1, 8, most),
         m, at["jobs"], at["slots"], hidden, shared_hidden, T, at["outputs"],
     )  # fmt: skip
     card.launch(
@@ -248,7 +247,7 @@ def product(
     chunks, one = -(-a.columns // CHUNK), T < FEW
     card.launch(
         "product_1" if one else "product_8", (-(-a.rows // ROWS) + -(-b.rows // ROWS), T if one else -(-T // 8)),
-        _threads(4 * chunks), _product_bytes(1, 1 if one else 8, chunks),
+        _threads(4 * chunks, 1 if one else 8), _product_bytes(1, 1 if one else 8, chunks),
         a, b, x, T, ya, yb, int(add),
     )  # fmt: skip
 
@@ -258,13 +257,13 @@ def heads(card: Card, matrix: Matrix, head_bytes: int, x: Rows, H: int, T: int, 
     chunks, one = -(-matrix.columns // CHUNK), T < FEW
     card.launch(
         "heads_1" if one else "heads_8", (matrix.rows // GROUP, H, T if one else -(-T // 8)),
-        _threads(2 * 4 * chunks), _product_bytes(2, 1 if one else 8, chunks),
+        _threads(2 * 4 * chunks, 1 if one else 8), _product_bytes(2, 1 if one else 8, chunks),
         matrix, head_bytes, x, T, y,
     )  # fmt: skip
 
 
 def _jobs(p: Place, T: int) -> int:
-    return min(p.E, T * p.mlps.A)
+    return int(min(p.E, T * p.mlps.A))
 
 
 def _hidden(p: Place, w: Workspace) -> tuple[Rows, Rows]:
@@ -277,8 +276,9 @@ def _rows_at(address: int, n: int, K: int) -> Rows:
     return Rows(address, address + n * K, address + n * K + 4 * n * (K // GROUP), K // GROUP)
 
 
-def _threads(items: int) -> int:
-    return min(256, _whole(items, 32))
+def _threads(items: int, tokens: int) -> int:
+    """Whole warps; at most 128 threads where eight tokens' sums fill the registers, as the launch bounds there say."""
+    return min(256 if tokens == 1 else 128, _whole(items, 32))
 
 
 def _product_bytes(row_blocks: int, tokens: int, chunks: int) -> int:
@@ -287,4 +287,4 @@ def _product_bytes(row_blocks: int, tokens: int, chunks: int) -> int:
 
 
 def _whole(n: int, unit: int) -> int:
-    return math.ceil(n / unit) * unit
+    return -(-n // unit) * unit

@@ -53,8 +53,8 @@ DEVICE void chunk_total(const u8* block, const Rows& x, const int (&token)[NT], 
                             half_to_float(static_cast<u16>(halves.y)), half_to_float(static_cast<u16>(halves.y >> 16))};
 #pragma unroll
     for (int t = 0; t < NT; ++t) {
-      const size_t at = static_cast<size_t>(token[t]) * x.groups + g;
-      const uint4* values = reinterpret_cast<const uint4*>(x.q + at * kGroup);
+      const int at = token[t] * x.groups + g;
+      const uint4* values = reinterpret_cast<const uint4*>(x.q) + 2 * at;
       const uint4 a = values[0], b = values[1];
       const u32 word[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
       const int start = Form::biased ? x.sum[at] : 0;
@@ -119,23 +119,24 @@ template <int NT>
 DEVICE void product(const Matrix& a, const Matrix& b, const Rows& x, int T, float* ya, float* yb, int add) {
   const int split = ceil_div(a.rows, kRows);
   const bool second = static_cast<int>(blockIdx.x) >= split;
-  const Matrix& w = second ? b : a;
+  const int form = second ? b.form : a.form, rows = second ? b.rows : a.rows, stride = second ? b.stride : a.stride;
   const int block = second ? blockIdx.x - split : blockIdx.x;
+  const u8* blocks = (second ? b.data : a.data) + static_cast<size_t>(block) * stride;
   float* y = second ? yb : ya;
   for (int first = blockIdx.y * NT; first < T; first += gridDim.y * NT) {
     int token[NT];
     consecutive(first, T, token);
-    const float* out = multiply<NT>(w.form, w.data + static_cast<size_t>(block) * w.stride, w.stride, 1, x, token);
+    const float* out = multiply<NT>(form, blocks, stride, 1, x, token);
     for (int i = threadIdx.x; i < NT * kRows; i += blockDim.x) {
       const int t = first + i / kRows, row = block * kRows + i % kRows;
-      if (t >= T || row >= w.rows) continue;
-      float* at = y + static_cast<size_t>(t) * w.rows + row;
+      if (t >= T || row >= rows) continue;
+      float* at = y + static_cast<size_t>(t) * rows + row;
       *at = add ? *at + out[i] : out[i];
     }
   }
 }
 KERNEL product_1(Matrix a, Matrix b, Rows x, int T, float* ya, float* yb, int add) { product<1>(a, b, x, T, ya, yb, add); }
-KERNEL product_8(Matrix a, Matrix b, Rows x, int T, float* ya, float* yb, int add) { product<8>(a, b, x, T, ya, yb, add); }
+KERNEL_OF_EIGHT product_8(Matrix a, Matrix b, Rows x, int T, float* ya, float* yb, int add) { product<8>(a, b, x, T, ya, yb, add); }
 
 // Head h's matrix, at h · head_bytes, times row t · H + h of x; 32 outputs a block, quantized into group blockIdx.x of
 // the same row of y. The grid: groups of outputs, heads, tiles of tokens.
@@ -153,4 +154,4 @@ DEVICE void heads(const Matrix& w, u64 head_bytes, const Rows& x, int T, const R
   }
 }
 KERNEL heads_1(Matrix w, u64 head_bytes, Rows x, int T, Rows y) { heads<1>(w, head_bytes, x, T, y); }
-KERNEL heads_8(Matrix w, u64 head_bytes, Rows x, int T, Rows y) { heads<8>(w, head_bytes, x, T, y); }
+KERNEL_OF_EIGHT heads_8(Matrix w, u64 head_bytes, Rows x, int T, Rows y) { heads<8>(w, head_bytes, x, T, y); }

@@ -108,7 +108,7 @@ def source() -> str:
 def signatures() -> dict[str, tuple[Any, ...]]:
     """What each kernel takes, as ctypes: a pointer is the address of device memory."""
     kernels = {}
-    for name, parameters in re.findall(r"^KERNEL (\w+)\(([^)]*)\)", source(), re.MULTILINE):
+    for name, parameters in re.findall(r"^KERNEL\w* (\w+)\(([^)]*)\)", source(), re.MULTILINE):
         kinds = [parameter.split()[:-1] for parameter in parameters.split(",")]
         kernels[name] = tuple(
             ctypes.c_uint64 if kind[-1].endswith("*") else _BY_VALUE[kind[-1]] for kind in kinds

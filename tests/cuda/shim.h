@@ -18,6 +18,7 @@
 #include <vector>
 
 #define KERNEL extern "C" void
+#define KERNEL_OF_EIGHT extern "C" void
 #define DEVICE static inline
 
 struct uint2 { unsigned x, y; };

@@ -52,10 +52,10 @@ def matrix(rng: np.random.Generator, layout: str, O: int, I: int, count: int = 1
 
 
 def mlp(rng: np.random.Generator, layout: str, F: int, D: int, count: int = 1) -> Mlp:
-    runs = [
-        join_mlp(*(matrix(rng, layout, *shape).data for shape in ((F, D), (F, D), (D, F))), layout, D)
-        for _ in range(count)
-    ]
+    runs = []
+    for _ in range(count):
+        gate, up, down = (matrix(rng, layout, *shape).data for shape in ((F, D), (F, D), (D, F)))
+        runs.append(join_mlp(gate, up, down, layout, D))
     return Mlp(F, D, count, layout, np.concatenate(runs))
 
 
