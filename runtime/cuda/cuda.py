@@ -26,7 +26,7 @@ from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cuda import halves
 from kimi_lite.runtime.cuda.device import DeviceMemoryError, Routed
 from kimi_lite.runtime.cuda.driver import Card
-from kimi_lite.runtime.cuda.halves import ALIGNED, MOST_TOKENS, Place, Workspace
+from kimi_lite.runtime.cuda.halves import ALIGNED, MOST_TOKENS, Buffers, Place, Workspace, shape_of
 from kimi_lite.runtime.cuda.program import Cache, Matrix, Mlps
 from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.weights import Layer, Weights
@@ -69,7 +69,7 @@ class CudaDevice:
             DeviceMemoryError: no room; the layer then is not there.
             UsageError: the layer has a matrix of a layout that no GPU kernel reads.
         """
-        a, f, where = layer.attention, layer.feed_forward, f"layer {index}"
+        a, f, where, shape = layer.attention, layer.feed_forward, f"layer {index}", shape_of(layer)
         matrices = {"q": a.q, "kv_a": a.kv_a, "k_b": a.k_b, "v_b": a.v_b, "o": a.o}
         for name, matrix in matrices.items():
             _form(matrix.layout, f"{where}, {name}")
@@ -93,12 +93,7 @@ class CudaDevice:
         at = self._place(parts | {"table": table_E}, where, where_they_lie)
         self._resident[index] = table_E != 0
         self._layers[index] = Place(
-            H=a.k_b.count,
-            N=a.k_b.columns,
-            R=a.kv_a.rows - a.k_b.rows,
-            C=a.k_b.rows,
-            V=a.v_b.rows,
-            E=f.routed.count if f.routed else 0,
+            shape=shape,
             norm=at["norm"],
             kv_norm=at["kv_norm"],
             ffn_norm=at["ffn_norm"],
@@ -115,11 +110,11 @@ class CudaDevice:
                 at["table"],
                 at["shared"],
                 form,
-                f.routed.F if f.routed else 0,
+                shape.F,
                 _form(_layout(f.shared, where), where),
-                f.shared.F,
-                f.shared.D,
-                f.router.n_active if f.router else 0,
+                shape.shared_F,
+                shape.D,
+                shape.A,
             ),
             eps=a.eps,
             kv_eps=a.kv_eps,
@@ -144,21 +139,22 @@ class CudaDevice:
         Raises DeviceMemoryError.
         """
         sizes = {
-            index: kernels.latent_cache_bytes(context, place.C, place.R)
+            index: kernels.latent_cache_bytes(context, place.shape.C, place.shape.R)
             for index, place in self._layers.items()
         }
         self._release_cache()
         total = sum(rows + columns for rows, columns in sizes.values())
         at = self._cache_at = self._card.allocate(total, f"the cache of {context} tokens")
         try:
-            self._work = Workspace(self._card, list(self._layers.values()), context, self._head.rows)
+            shapes = [place.shape for place in self._layers.values()]
+            self._work = Workspace(self._card, Buffers(shapes, context, self._head.rows), shapes[0].D)
         except DeviceMemoryError:
             self._release_cache()
             raise
         self._card.clear(at, total)
         for index, (rows, columns) in sizes.items():
             place = self._layers[index]
-            place.cache = Cache(at, at + rows, context, place.C, place.R)
+            place.cache = Cache(at, at + rows, context, place.shape.C, place.shape.R)
             at += rows + columns
 
     def _release_cache(self) -> None:
@@ -223,14 +219,14 @@ class CudaDevice:
             return None
         self._waited = True
         self._flush()
-        T, w, mlps = self._T, self._workspace, self._layers[index].mlps
-        h, weights = w.floats("h", T * mlps.D), w.floats("weights", T * mlps.A)
-        ids = w.integers("ids", T * mlps.A)
+        T, w, shape = self._T, self._workspace, self._layers[index].shape
+        h, weights = w.floats("h", T * shape.D), w.floats("weights", T * shape.A)
+        ids = w.integers("ids", T * shape.A)
         for name, pinned in (("h", h), ("weights", weights), ("ids", ids)):
             self._card.download(pinned, w.at[name])
         self._synchronize()
         return Routed(
-            h.reshape(T, mlps.D).copy(), ids.reshape(T, mlps.A).copy(), weights.reshape(T, mlps.A).copy()
+            h.reshape(T, shape.D).copy(), ids.reshape(T, shape.A).copy(), weights.reshape(T, shape.A).copy()
         )
 
     def run_experts(self, index: int) -> None:
@@ -248,8 +244,8 @@ class CudaDevice:
         if outputs_MD is not None and len(outputs_MD):
             self._flush()
             self._wait_for_pinned_memory()
-            w, mlps = self._workspace, self._layers[index].mlps
-            elsewhere = ~self._resident[index][w.integers("ids", self._T * mlps.A)]
+            w, shape = self._workspace, self._layers[index].shape
+            elsewhere = ~self._resident[index][w.integers("ids", self._T * shape.A)]
             assert len(outputs_MD) == elsewhere.sum(), (
                 f"{len(outputs_MD)} outputs for {elsewhere.sum()} experts"
             )

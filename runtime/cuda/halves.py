@@ -4,8 +4,8 @@ A grid never depends on a token's position, only on the number of tokens and on 
 token can be captured once and repeated. For fewer than FEW tokens the products take one token at a time, which is what
 decode wants; from there on a block of threads takes eight, so that each weight is read once for eight.
 
-Dimension key:  T tokens   D hidden   H heads   N, R, C, V no-rope, rope, latent and value width   E experts   A active
-                F expert width   S cached positions   X C + R, padded to whole groups
+Dimension key:  T tokens   D hidden   H heads   N, R, C, V no-rope, rope, latent and value width   E experts
+                A active   F expert width   S cached positions   X C + R, padded to whole groups
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kimi_lite.runtime.cuda.driver import Card
 from kimi_lite.runtime.cuda.program import Cache, Matrix, Mlps, Rows
 from kimi_lite.runtime.kernels import Float
+from kimi_lite.runtime.weights import Layer, Weights
 
 MOST_TOKENS = 256  # of one step
 FEW = 8
@@ -29,16 +30,45 @@ ALIGNED = 256
 NO_MATRIX = Matrix(0, 0, 0, 0, 0)
 
 
-@dataclass
-class Place:
-    """A layer on the card: addresses of float32 vectors, packed matrices, experts, the cache."""
+@dataclass(frozen=True)
+class Shape:
+    """A layer's dimensions. A dense layer has no routed experts: E, A and F are 0."""
 
+    D: int
     H: int
     N: int
     R: int
     C: int
     V: int
-    E: int  # 0 in a dense layer
+    E: int
+    A: int
+    F: int
+    shared_F: int
+
+
+def shape_of(layer: Layer) -> Shape:
+    a, f = layer.attention, layer.feed_forward
+    E, F = (f.routed.count, f.routed.F) if f.routed else (0, 0)
+    C = a.k_b.rows
+    return Shape(
+        D=a.q.columns,
+        H=a.k_b.count,
+        N=a.k_b.columns,
+        R=a.kv_a.rows - C,
+        C=C,
+        V=a.v_b.rows,
+        E=E,
+        A=f.router.n_active if f.router else 0,
+        F=F,
+        shared_F=f.shared.F,
+    )
+
+
+@dataclass
+class Place:
+    """A layer on the card: addresses of float32 vectors, packed matrices, experts, the cache."""
+
+    shape: Shape
     norm: int
     kv_norm: int
     ffn_norm: int
@@ -60,26 +90,22 @@ class Place:
     cache: Cache = field(default_factory=Cache)
 
 
-class Workspace:
-    """The buffers of one step of up to 256 tokens, on the card and in pinned host memory; sized for the widest layer."""
+class Buffers:
+    """What one step of up to 256 tokens needs beside the weights and the cache, sized for the widest layer."""
 
-    def __init__(self, card: Card, layers: Sequence[Place], context: int, V: int) -> None:
-        """`V` is the vocabulary. Raises DeviceMemoryError."""
-        T, one = MOST_TOKENS, layers[0]
-        D, H, C, R, X = one.mlps.D, one.H, one.C, one.R, _whole(one.C + one.R, GROUP)
-        E, A = max(p.E for p in layers), max(p.mlps.A for p in layers)
-        F, shared_F = max(p.mlps.F for p in layers), max(p.mlps.shared_F for p in layers)
-        self.context, self.D, self.A, self.H = context, D, A, H
+    def __init__(self, shapes: Sequence[Shape], context: int, vocabulary: int) -> None:
+        T, one = MOST_TOKENS, shapes[0]
+        D, H, C, R = one.D, one.H, one.C, one.R
+        E, A, F, shared_F = (max(getattr(s, name) for s in shapes) for name in ("E", "A", "F", "shared_F"))
+        self.context = context
         self.stride = _whole(context, GROUP)  # floats, or weights, from head to head
-        self.chunks = max(1, -(-context // CHUNK))
+        self.chunks = -(-context // CHUNK)
         a_token = H * (self.stride * 6 + self.chunks * C * 4)
         self.slice = max(1, min(MOST_SLICE, SLICE_BYTES // a_token))
-
-        sizes = dict[str, int]()  # of everything, in bytes
-        rows = {  # name: (rows, channels)
+        self.rows = {  # name: rows, channels
             "normed": (T, D),
             "nope": (T * H, one.N),
-            "query": (T * H, X),
+            "query": (T * H, _whole(C + R, GROUP)),
             "position_weights": (self.slice * H, self.stride),
             "rest": (self.slice * H, 2 * GROUP),
             "summed": (T * H, C),
@@ -87,46 +113,58 @@ class Workspace:
             "hidden": (T * A, F),
             "shared_hidden": (T, shared_F),
         }
-        floats = {
-            "x": T * D,
-            "h": T * D,
-            "cos": T * R // 2,
-            "sin": T * R // 2,
-            "q": T * H * (one.N + R),
-            "kv": T * (C + R),
-            "s": self.slice * H * self.stride,
-            "partial": self.slice * H * self.chunks * C,
-            "inverse": self.slice * H,
-            "scores": T * E,
-            "weights": T * A,
-            "outputs": T * (A + 1) * D,
-            "missing": T * A * D,
-            "logits": V,
-        }
-        words = {"start": 1, "ids": T * A, "jobs": 3 * E, "slots": T * A, "place": T * A}
-        sizes |= {name: n * K + 8 * n * (K // GROUP) for name, (n, K) in rows.items()}
-        sizes |= {name: 4 * n for name, n in (floats | words).items()}
-        offsets, total = dict[str, int](), 0
-        for name, n_bytes in sizes.items():
-            offsets[name] = total
-            total += _whole(n_bytes, ALIGNED)
-        self.base = card.allocate(total, f"working memory for a context of {context} tokens")
-        self.at = {name: self.base + offset for name, offset in offsets.items()}
-        self.rows = {name: _rows_at(self.at[name], n, K) for name, (n, K) in rows.items()}
-
-        sizes = {
+        # In words of four bytes. What the host writes or reads lies in pinned memory there.
+        self.shared_with_host = {
             "start": 1,
             "x": T * D,
             "cos": T * R // 2,
             "sin": T * R // 2,
             "missing": T * A * D,
             "place": T * A,
+            "h": T * D,
+            "ids": T * A,
+            "weights": T * A,
+            "logits": vocabulary,
         }
-        sizes |= {"h": T * D, "ids": T * A, "weights": T * A, "logits": V}
-        host = card.pinned(4 * sum(sizes.values()))
-        self.host = dict[str, NDArray[np.uint8]]()  # of 4-byte values
-        first = 0
-        for name, n in sizes.items():
+        self.words = self.shared_with_host | {
+            "q": T * H * (one.N + R),
+            "kv": T * (C + R),
+            "s": self.slice * H * self.stride,
+            "partial": self.slice * H * self.chunks * C,
+            "inverse": self.slice * H,
+            "scores": T * E,
+            "jobs": 3 * E,
+            "slots": T * A,
+            "outputs": T * (A + 1) * D,
+        }
+        sizes = {name: n * K + 8 * n * (K // GROUP) for name, (n, K) in self.rows.items()}
+        sizes |= {name: 4 * n for name, n in self.words.items()}
+        self.offsets, self.n_bytes = dict[str, int](), 0
+        for name, size in sizes.items():
+            self.offsets[name] = self.n_bytes
+            self.n_bytes += _whole(size, ALIGNED)
+
+
+def workspace_bytes(weights: Weights, context: int) -> int:
+    """What a step of this model takes on a card beside weights and cache, for whoever plans."""
+    return Buffers([shape_of(layer) for layer in weights.layers], context, weights.config.vocab_size).n_bytes
+
+
+class Workspace:
+    """The buffers of a step, on the card and in pinned host memory."""
+
+    def __init__(self, card: Card, buffers: Buffers, D: int) -> None:
+        """Raises DeviceMemoryError."""
+        self.context, self.stride, self.chunks = buffers.context, buffers.stride, buffers.chunks
+        self.slice, self.D = buffers.slice, D
+        self.base = card.allocate(
+            buffers.n_bytes, f"working memory for a context of {buffers.context} tokens"
+        )
+        self.at = {name: self.base + offset for name, offset in buffers.offsets.items()}
+        self.rows = {name: _rows_at(self.at[name], n, K) for name, (n, K) in buffers.rows.items()}
+        host, first = card.pinned(4 * sum(buffers.shared_with_host.values())), 0
+        self.host = dict[str, NDArray[np.uint8]]()
+        for name, n in buffers.shared_with_host.items():
             self.host[name] = host[first : first + 4 * n]
             first += 4 * n
 
@@ -144,87 +182,91 @@ class Workspace:
 
 def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
     """x += attention(norm(x)); the tokens are cached."""
-    at, rows = w.at, w.rows
+    s, at, rows = p.shape, w.at, w.rows
     norm(card, w, at["x"], p.norm, p.eps, 0, T)
     product(card, p.q, p.kv_a, rows["normed"], T, at["q"], at["kv"])
     card.launch(
-        "latents", (T, p.H + 1), 256, 4 * (p.C + 1),
-        at["q"], at["kv"], p.kv_norm, p.kv_eps, at["cos"], at["sin"], at["start"], p.N, p.cache, rows["nope"], rows["query"],
+        "latents", (T, s.H + 1), 256, 4 * (s.C + 1),
+        at["q"], at["kv"], p.kv_norm, p.kv_eps, at["cos"], at["sin"], at["start"], s.N, p.cache,
+        rows["nope"], rows["query"],
     )  # fmt: skip
-    heads(card, p.k_b, p.k_b_bytes, rows["nope"], p.H, T, rows["query"])
-    tiles = -(-p.H // 8)
-    row_chunks = -(-_whole(p.C + p.R, GROUP) // CHUNK)
+    heads(card, p.k_b, p.k_b_bytes, rows["nope"], s.H, T, rows["query"])
+    tiles = -(-s.H // 8)
+    row_chunks = -(-_whole(s.C + s.R, GROUP) // CHUNK)
     position_blocks = min(MOST_BLOCKS, -(-w.context // (8 * ROWS)))
     for first in range(0, T, w.slice):
         n = min(w.slice, T - first)
         card.launch(
-            "scores", (position_blocks, tiles + 1, n), _threads(8 * 4 * row_chunks, 8), _product_bytes(8, 8, row_chunks),
-            p.cache, at["start"], first, T, p.H, rows["query"], at["s"], w.stride,
+            "scores", (position_blocks, tiles + 1, n),
+            _threads(8 * 4 * row_chunks, 8), _product_bytes(8, 8, row_chunks),
+            p.cache, at["start"], first, T, s.H, rows["query"], at["s"], w.stride,
         )  # fmt: skip
         card.launch(
-            "softmax", (p.H, n), 256, 4 * (STAGED + 32),
+            "softmax", (s.H, n), 256, 4 * (STAGED + 32),
             at["start"], first, p.scale, at["s"], w.stride, rows["position_weights"], rows["rest"], at["inverse"],
         )  # fmt: skip
         card.launch(
-            "weigh", (p.C // ROWS, min(32, -(-w.chunks // 8)), tiles * n), 32, 0,
-            p.cache, at["start"], first, p.H, rows["position_weights"], at["partial"], w.chunks,
+            "weigh", (s.C // ROWS, min(32, -(-w.chunks // 8)), tiles * n), 32, 0,
+            p.cache, at["start"], first, s.H, rows["position_weights"], at["partial"], w.chunks,
         )  # fmt: skip
         card.launch(
-            "finish", (p.C // GROUP, n), 32 * p.H, 4 * 9 * 32,
-            p.cache, at["start"], first, rows["position_weights"], rows["rest"], at["inverse"], at["partial"], w.chunks,
-            rows["summed"],
+            "finish", (s.C // GROUP, n), 32 * s.H, 4 * 9 * 32,
+            p.cache, at["start"], first, rows["position_weights"], rows["rest"], at["inverse"], at["partial"],
+            w.chunks, rows["summed"],
         )  # fmt: skip
-    heads(card, p.v_b, p.v_b_bytes, rows["summed"], p.H, T, rows["values"])
-    product(card, p.o, NO_MATRIX, w.as_rows("values", MOST_TOKENS, p.H * p.V), T, at["x"], 0, add=True)
+    heads(card, p.v_b, p.v_b_bytes, rows["summed"], s.H, T, rows["values"])
+    product(card, p.o, NO_MATRIX, w.as_rows("values", MOST_TOKENS, s.H * s.V), T, at["x"], 0, add=True)
 
 
 def route(card: Card, p: Place, w: Workspace, T: int) -> None:
     """norm(x), and which experts act."""
-    at = w.at
+    s, at = p.shape, w.at
     norm(card, w, at["x"], p.ffn_norm, p.ffn_eps, at["h"], T)
-    if not p.E:
+    if not s.E:
         return
-    card.launch("route", (-(-p.E // 8), T), 128, 0, at["h"], p.router, p.mlps.D, p.E, at["scores"])
-    threads = max(256, _whole(p.E, 32))
+    card.launch("route", (-(-s.E // 8), T), 128, 0, at["h"], p.router, s.D, s.E, at["scores"])
+    threads = max(256, _whole(s.E, 32))
     card.launch(
         "choose", (1,), threads, 12 * threads,
-        at["scores"], p.bias, T, p.E, p.mlps.A, p.routed_scale, p.mlps.experts, at["ids"], at["weights"], at["jobs"], at["slots"],
+        at["scores"], p.bias, T, s.E, s.A, p.routed_scale, p.mlps.experts, at["ids"], at["weights"],
+        at["jobs"], at["slots"],
     )  # fmt: skip
 
 
 def run_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
     """Gate, up and silu of the chosen experts that are here, and of the shared MLP."""
-    m, at = p.mlps, w.at
-    hidden, shared_hidden = _hidden(p, w)
-    n_jobs, one = _jobs(p, T), T < FEW
-    blocks = n_jobs * (m.F // GROUP) + m.shared_F // GROUP
-    chunks = -(-m.D // CHUNK)
+    s, m, at, NT = p.shape, p.mlps, w.at, _at_once(T)
+    hidden, shared_hidden = _hidden(s, w)
+    n_jobs = _jobs(s, T)
+    blocks = n_jobs * (s.F // GROUP) + s.shared_F // GROUP
+    chunks = -(-s.D // CHUNK)
     card.launch(
-        "gate_up_1" if one else "gate_up_8", (blocks, T if one else min(4, -(-T // 8))),
-        _threads(4 * 4 * chunks, 1 if one else 8), _product_bytes(4, 1 if one else 8, chunks),
+        f"gate_up_{NT}", (blocks, T if NT == 1 else min(4, -(-T // NT))),
+        _threads(4 * 4 * chunks, NT), _product_bytes(4, NT, chunks),
         m, at["jobs"], at["slots"], n_jobs, w.rows["normed"], T, hidden, shared_hidden,
     )  # fmt: skip
 
 
 def add_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
     """x += down of everything, summed in order of index, the outputs of experts that lie elsewhere included."""
-    m, at = p.mlps, w.at
-    hidden, shared_hidden = _hidden(p, w)
-    chunks, shared_chunks = -(-m.F // CHUNK), -(-m.shared_F // CHUNK)
+    s, m, at = p.shape, p.mlps, w.at
+    hidden, shared_hidden = _hidden(s, w)
+    chunks, shared_chunks = -(-s.F // CHUNK), -(-s.shared_F // CHUNK)
     if T < FEW:
-        items = m.A * chunks + shared_chunks
+        items = s.A * chunks + shared_chunks
         card.launch(
-            "down", (m.D // ROWS, T), _threads(4 * items, 1), 4 * ROWS * items,
+            "down", (s.D // ROWS, T), _threads(4 * items, 1), 4 * ROWS * items,
             m, at["ids"], at["weights"], hidden, shared_hidden, at["missing"], at["place"], at["x"],
         )  # fmt: skip
         return
     most = max(chunks, shared_chunks)
     card.launch(
-        "down_jobs", (m.D // ROWS, _jobs(p, T) + 1, min(4, -(-T // 8))), _threads(4 * most, 8), _product_bytes(1, 8, most),
+        "down_jobs", (s.D // ROWS, _jobs(s, T) + 1, min(4, -(-T // 8))),
+        _threads(4 * most, 8), _product_bytes(1, 8, most),
         m, at["jobs"], at["slots"], hidden, shared_hidden, T, at["outputs"],
     )  # fmt: skip
     card.launch(
-        "combine", (-(-m.D // 256), T), 256, 0,
+        "combine", (-(-s.D // 256), T), 256, 0,
         m, at["ids"], at["weights"], at["outputs"], at["missing"], at["place"], T, at["x"],
     )  # fmt: skip
 
@@ -244,31 +286,35 @@ def product(
     card: Card, a: Matrix, b: Matrix, x: Rows, T: int, ya: int, yb: int, *, add: bool = False
 ) -> None:
     """ya [T, O] (+)= x a; the same for b, in one launch."""
-    chunks, one = -(-a.columns // CHUNK), T < FEW
+    chunks, NT = -(-a.columns // CHUNK), _at_once(T)
     card.launch(
-        "product_1" if one else "product_8", (-(-a.rows // ROWS) + -(-b.rows // ROWS), T if one else -(-T // 8)),
-        _threads(4 * chunks, 1 if one else 8), _product_bytes(1, 1 if one else 8, chunks),
+        f"product_{NT}", (-(-a.rows // ROWS) + -(-b.rows // ROWS), -(-T // NT)),
+        _threads(4 * chunks, NT), _product_bytes(1, NT, chunks),
         a, b, x, T, ya, yb, int(add),
     )  # fmt: skip
 
 
 def heads(card: Card, matrix: Matrix, head_bytes: int, x: Rows, H: int, T: int, y: Rows) -> None:
     """Matrix h times head h's rows, quantized into y."""
-    chunks, one = -(-matrix.columns // CHUNK), T < FEW
+    chunks, NT = -(-matrix.columns // CHUNK), _at_once(T)
     card.launch(
-        "heads_1" if one else "heads_8", (matrix.rows // GROUP, H, T if one else -(-T // 8)),
-        _threads(2 * 4 * chunks, 1 if one else 8), _product_bytes(2, 1 if one else 8, chunks),
+        f"heads_{NT}", (matrix.rows // GROUP, H, -(-T // NT)),
+        _threads(2 * 4 * chunks, NT), _product_bytes(2, NT, chunks),
         matrix, head_bytes, x, T, y,
     )  # fmt: skip
 
 
-def _jobs(p: Place, T: int) -> int:
-    return int(min(p.E, T * p.mlps.A))
+def _at_once(T: int) -> int:
+    """NT of the kernels for T tokens: how many share a weight that is read."""
+    return 1 if T < FEW else 8
 
 
-def _hidden(p: Place, w: Workspace) -> tuple[Rows, Rows]:
-    m = p.mlps
-    return w.as_rows("hidden", MOST_TOKENS * m.A, m.F), w.as_rows("shared_hidden", MOST_TOKENS, m.shared_F)
+def _jobs(s: Shape, T: int) -> int:
+    return min(s.E, T * s.A)
+
+
+def _hidden(s: Shape, w: Workspace) -> tuple[Rows, Rows]:
+    return w.as_rows("hidden", MOST_TOKENS * s.A, s.F), w.as_rows("shared_hidden", MOST_TOKENS, s.shared_F)
 
 
 def _rows_at(address: int, n: int, K: int) -> Rows:
