@@ -1,4 +1,4 @@
-"""The driver library without a card (tests/cuda/fake_cuda.cpp), and the knobs that it has besides the driver's functions."""
+"""The driver library without a card, tests/cuda/fake_cuda.cpp, and the knobs that it has besides."""
 
 import ctypes
 from pathlib import Path

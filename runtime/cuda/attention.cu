@@ -36,8 +36,8 @@ DEVICE float rotated(const float* x, int i, const float* cos, const float* sin) 
   return i % 2 ? even * s + odd * c : even * c - odd * s;
 }
 
-// Of token blockIdx.x. Block H of the grid's y: the latent, normalised, and the key, rotated, into the cache. Block h: head
-// h's query, its no-rope part quantized for k_b, its rope part rotated and quantized beside what k_b will give.
+// Of token blockIdx.x. Block H of the grid's y: the latent, normalised, and the key, rotated, into the cache. Block h:
+// head h's query, its no-rope part quantized for k_b, its rope part rotated and quantized beside what k_b will give.
 // q [T][H][N + R], kv [T][C + R], cos and sin [T][R / 2]. Shared: C + 1 floats.
 KERNEL latents(const float* q, const float* kv, const float* weight, float eps, const float* cos, const float* sin,
                const int* start, int N, Cache cache, Rows nope, Rows query) {
@@ -72,8 +72,8 @@ KERNEL latents(const float* q, const float* kv, const float* weight, float eps, 
   }
 }
 
-// Positions first..first + n - 1 (n at most 32) of channel 32 g + lane, as the 32 columns of a q8g32 row: eight words of
-// four, and the stored scale.
+// Positions first..first + n - 1 (n at most 32) of channel 32 g + lane, as the 32 columns of a q8g32 row: eight words
+// of four, and the stored scale.
 DEVICE u16 turned(const Cache& cache, int first, int n, int g, u32 (&word)[8]) {
   float value[kGroup], most = 0.0f;
 #pragma unroll
@@ -105,8 +105,8 @@ DEVICE void turn_completed(const Cache& cache, int start, int T) {
     const int group = first + i / wide, g = i % wide;
     u32 word[8];
     const u16 half = turned(cache, group * kGroup, kGroup, g, word);
-    u8* run = cache.columns + (2 * g + lane() / kRows) * columns_stride(cache) + static_cast<size_t>(group) * Q8::bytes;
     const int row = lane() % kRows;
+    u8* run = cache.columns + (2 * g + lane() / kRows) * columns_stride(cache) + group * Q8::bytes;
 #pragma unroll
     for (int j = 0; j < 8; ++j) *reinterpret_cast<u32*>(run + 64 * j + 4 * row) = word[j];
     *reinterpret_cast<u16*>(run + 512 + 2 * row) = half;
@@ -127,7 +127,8 @@ KERNEL_OF_EIGHT scores(Cache cache, const int* start, int first, int T, int H, R
   for (int i = 0; i < 8; ++i) token[i] += t * H;
   for (int b = blockIdx.x * 8; b < blocks; b += gridDim.x * 8) {
     const int count = least(8, blocks - b);
-    const float* out = multiply<8>(kQ8, cache.rows + b * rows_stride(cache), static_cast<int>(rows_stride(cache)), count, query, token);
+    const size_t wide = rows_stride(cache);
+    const float* out = multiply<8>(kQ8, cache.rows + b * wide, static_cast<int>(wide), count, query, token);
     for (int i = threadIdx.x; i < count * 8 * kRows; i += blockDim.x) {
       const int h = h0 + i / kRows % 8, position = (b + i / (8 * kRows)) * kRows + i % kRows;
       if (h < H) s[(static_cast<size_t>(blockIdx.z) * H + h) * stride + position] = out[i];
@@ -137,9 +138,10 @@ KERNEL_OF_EIGHT scores(Cache cache, const int* start, int first, int T, int H, R
 
 constexpr int kStaged = 4096;  // weights between two steps of the sum
 
-// Weights of head blockIdx.x of the slice's token blockIdx.y, not yet divided by their sum: quantized, and what was lost of
-// the first whole group and of the token's own group quantized again. inverse [slice][H]. Shared: kStaged + 32 floats.
-KERNEL softmax(const int* start, int first, float scale, const float* s, int stride, Rows weights, Rows rest, float* inverse) {
+// Weights of head blockIdx.x of the slice's token blockIdx.y, not yet divided by their sum: quantized, and what was lost
+// of the first whole group and of the token's own group quantized again. inverse [slice][H]. Shared: kStaged + 32 floats.
+KERNEL softmax(const int* start, int first, float scale, const float* s, int stride, Rows weights, Rows rest,
+               float* inverse) {
   const int n = *start + first + static_cast<int>(blockIdx.y) + 1, padded = ceil_div(n, kGroup) * kGroup;
   const size_t row = static_cast<size_t>(blockIdx.y) * gridDim.x + blockIdx.x;
   float *staged = shared_floats(), *tops = staged + kStaged;
@@ -181,7 +183,8 @@ KERNEL_OF_EIGHT weigh(Cache cache, const int* start, int first, int H, Rows weig
   consecutive(h0, H, token);
   for (int i = 0; i < 8; ++i) token[i] += z * H;
   const u8* block = cache.columns + blockIdx.x * columns_stride(cache);
-  for (int chunk = blockIdx.y * (blockDim.x / 4) + threadIdx.x / 4; chunk < ceil_div(groups, kChunk); chunk += gridDim.y * (blockDim.x / 4)) {
+  const int share = blockDim.x / 4;  // chunks that a block takes at a time
+  for (int chunk = blockIdx.y * share + threadIdx.x / 4; chunk < ceil_div(groups, kChunk); chunk += gridDim.y * share) {
     float total[8][4];
     chunk_total<Q8, 8>(block, weights, token, chunk * kChunk, least(groups, (chunk + 1) * kChunk), quad, total);
 #pragma unroll
@@ -204,10 +207,10 @@ DEVICE float one_group(const u32* word, float scale, const Rows& x, size_t row, 
   return 0.0f + fmaf(static_cast<float>(sum), scale * x.scale[at], 0.0f);
 }
 
-// The four parts of a weighted sum, over the softmax's own; quantized for v_b. The grid: groups of 32 channels, tokens of
-// the slice; a warp is a head. u: row t · H + h. Shared: 9 · 32 words.
-KERNEL finish(Cache cache, const int* start, int first, Rows weights, Rows rest, const float* inverse, const float* partial,
-              int chunks, Rows u) {
+// The four parts of a weighted sum, over the softmax's own; quantized for v_b. The grid: groups of 32 channels, tokens
+// of the slice; a warp is a head. u: row t · H + h. Shared: 9 · 32 words.
+KERNEL finish(Cache cache, const int* start, int first, Rows weights, Rows rest, const float* inverse,
+              const float* partial, int chunks, Rows u) {
   const int g = blockIdx.x, h = warp(), H = warps(), t = first + blockIdx.y;
   const int n = *start + t + 1, groups = n / kGroup, own = n % kGroup;
   u32* turned_words = reinterpret_cast<u32*>(shared_memory);  // [8][32], then a scale for each channel
@@ -223,8 +226,9 @@ KERNEL finish(Cache cache, const int* start, int first, Rows weights, Rows rest,
   u32 word[8];
   if (groups) {
     const float* totals = partial + row * chunks * cache.C + g * kGroup + lane();
+    const size_t wide = cache.C;
 #pragma unroll 8
-    for (int chunk = 0; chunk < ceil_div(groups, kChunk); ++chunk) part[0] = part[0] + totals[static_cast<size_t>(chunk) * cache.C];
+    for (int chunk = 0; chunk < ceil_div(groups, kChunk); ++chunk) part[0] = part[0] + totals[chunk * wide];
     const u8* run = cache.columns + (2 * g + lane() / kRows) * columns_stride(cache);
     const int channel = lane() % kRows;
     for (int j = 0; j < 8; ++j) word[j] = *reinterpret_cast<const u32*>(run + 64 * j + 4 * channel);

@@ -1,9 +1,9 @@
 // The mixture of experts: who acts, gate and up, down and the sum. Read products.cu first.
 //
-// All of it runs without the host: ids are made and read on the device. The chosen experts that lie here become jobs, one
-// an expert with the slots (token · A + place) that chose it; the shared MLP is one more. So decode and prefill are the
-// same kernels: with one token there are A jobs of one slot. An expert that lies elsewhere has no job; its output comes
-// with `missing`. Sums run over the experts in order of index, then the shared MLP, in one thread each.
+// All of it runs without the host: ids are made and read on the device. The chosen experts that lie here become jobs,
+// one an expert with the slots (token · A + place) that chose it; the shared MLP is one more. With one token there are A
+// jobs of one slot. An expert that lies elsewhere has no job; its output comes with `missing`. A sum runs over the
+// experts in order of index, then the shared MLP, in one thread.
 
 struct Job { int expert, first, count; };  // slots[first..first + count - 1]
 
@@ -96,8 +96,8 @@ DEVICE Rows one_of(bool first, const Rows& a, const Rows& b) {
 // silu(gate) · up of 32 hidden channels, quantized. Blocks: F / 32 for each of E jobs, then the shared MLP's.
 // x: rows of tokens; hidden: rows of slots; shared_hidden: rows of tokens.
 template <int NT>
-DEVICE void gate_up(const Mlps& m, const Job* jobs, const int* slots, int n_jobs, const Rows& x, int T, const Rows& hidden,
-                    const Rows& shared_hidden) {
+DEVICE void gate_up(const Mlps& m, const Job* jobs, const int* slots, int n_jobs, const Rows& x, int T,
+                    const Rows& hidden, const Rows& shared_hidden) {
   const int wide = m.F / kGroup, j = least(n_jobs, n_jobs ? blockIdx.x / wide : 0), g = blockIdx.x - j * wide;
   const bool is_shared = j == n_jobs;
   const Job job = is_shared ? Job{0, 0, T} : jobs[j];
@@ -119,18 +119,22 @@ DEVICE void gate_up(const Mlps& m, const Job* jobs, const int* slots, int n_jobs
     }
   }
 }
-KERNEL gate_up_1(Mlps m, const Job* jobs, const int* slots, int n_jobs, Rows x, int T, Rows hidden, Rows shared_hidden) {
+KERNEL gate_up_1(Mlps m, const Job* jobs, const int* slots, int n_jobs, Rows x, int T, Rows hidden,
+                 Rows shared_hidden) {
   gate_up<1>(m, jobs, slots, n_jobs, x, T, hidden, shared_hidden);
 }
-KERNEL_OF_EIGHT gate_up_8(Mlps m, const Job* jobs, const int* slots, int n_jobs, Rows x, int T, Rows hidden, Rows shared_hidden) {
+KERNEL_OF_EIGHT gate_up_8(Mlps m, const Job* jobs, const int* slots, int n_jobs, Rows x, int T, Rows hidden,
+                          Rows shared_hidden) {
   gate_up<8>(m, jobs, slots, n_jobs, x, T, hidden, shared_hidden);
 }
 
 // For a few tokens: x += the whole sum. A block has 16 rows of token blockIdx.y and all its experts; their chunks are
 // dealt out like the chunks of one long product. missing [n][D] and place [T · A]: outputs of experts that lie
 // elsewhere. Shared: 16 floats a chunk.
-KERNEL down(Mlps m, const int* ids, const float* weights, Rows hidden, Rows shared_hidden, const float* missing, const int* place, float* x) {
-  const int b = blockIdx.x, t = blockIdx.y, chunks = ceil_div(m.F / kGroup, kChunk), shared_chunks = ceil_div(m.shared_F / kGroup, kChunk);
+KERNEL down(Mlps m, const int* ids, const float* weights, Rows hidden, Rows shared_hidden, const float* missing,
+            const int* place, float* x) {
+  const int b = blockIdx.x, t = blockIdx.y;
+  const int chunks = ceil_div(m.F / kGroup, kChunk), shared_chunks = ceil_div(m.shared_F / kGroup, kChunk);
   const int routed = m.A * chunks;
   float* parts = shared_floats();
   for (int i = threadIdx.x; i < (routed + shared_chunks) * 4; i += blockDim.x) {
@@ -143,8 +147,8 @@ KERNEL down(Mlps m, const int* ids, const float* weights, Rows hidden, Rows shar
     const int form = is_shared ? m.shared_form : m.form, F = is_shared ? m.shared_F : m.F;
     const int row[1] = {is_shared ? t : slot};
     float total[1][4];
-    chunk_total<1>(form, run + down_at(form, F, m.D) + static_cast<size_t>(b) * (F / kGroup) * run_bytes(form), in, row,
-                   is_shared ? item - routed : item % chunks, quad, total);
+    const u8* block = run + down_at(form, F, m.D) + static_cast<size_t>(b) * (F / kGroup) * run_bytes(form);
+    chunk_total<1>(form, block, in, row, is_shared ? item - routed : item % chunks, quad, total);
 #pragma unroll
     for (int r = 0; r < 4; ++r) parts[item * kRows + 4 * quad + r] = total[0][r];
   }
@@ -170,13 +174,16 @@ KERNEL down(Mlps m, const int* ids, const float* weights, Rows hidden, Rows shar
 
 // For many tokens, expert by expert, so that each is read once: outputs [T · A][D] of the slots, then [T][D] of the
 // shared MLP. The grid: row blocks of D, jobs and the shared MLP.
-KERNEL_OF_EIGHT down_jobs(Mlps m, const Job* jobs, const int* slots, Rows hidden, Rows shared_hidden, int T, float* outputs) {
+KERNEL_OF_EIGHT down_jobs(Mlps m, const Job* jobs, const int* slots, Rows hidden, Rows shared_hidden, int T,
+                          float* outputs) {
   const int n_jobs = gridDim.y - 1, b = blockIdx.x;
   const bool is_shared = static_cast<int>(blockIdx.y) == n_jobs;
   const Job job = is_shared ? Job{0, 0, T} : jobs[blockIdx.y];
   if (job.count == 0) return;
-  const int form = is_shared ? m.shared_form : m.form, F = is_shared ? m.shared_F : m.F, stride = F / kGroup * run_bytes(form);
-  const u8* block = (is_shared ? m.shared : expert_run(m, job.expert)) + down_at(form, F, m.D) + static_cast<size_t>(b) * stride;
+  const int form = is_shared ? m.shared_form : m.form, F = is_shared ? m.shared_F : m.F;
+  const int stride = F / kGroup * run_bytes(form);
+  const u8* run = is_shared ? m.shared : expert_run(m, job.expert);
+  const u8* block = run + down_at(form, F, m.D) + static_cast<size_t>(b) * stride;
   const Rows in = one_of(is_shared, shared_hidden, hidden);
   for (int first = blockIdx.z * 8; first < job.count; first += gridDim.z * 8) {
     int row[8];
@@ -194,13 +201,15 @@ KERNEL_OF_EIGHT down_jobs(Mlps m, const Job* jobs, const int* slots, Rows hidden
 }
 
 // x [T][D] += the sum over the chosen experts in order of index, then the shared MLP.
-KERNEL combine(Mlps m, const int* ids, const float* weights, const float* outputs, const float* missing, const int* place, int T, float* x) {
+KERNEL combine(Mlps m, const int* ids, const float* weights, const float* outputs, const float* missing,
+               const int* place, int T, float* x) {
   const int k = blockIdx.x * blockDim.x + threadIdx.x, t = blockIdx.y;
   if (k >= m.D) return;
   float sum = 0.0f;
   for (int a = 0; a < m.A; ++a) {
     const size_t slot = static_cast<size_t>(t) * m.A + a;
-    const float part = expert_run(m, ids[slot]) ? outputs[slot * m.D + k] : missing[static_cast<size_t>(place[slot]) * m.D + k];
+    const bool here = expert_run(m, ids[slot]);
+    const float part = here ? outputs[slot * m.D + k] : missing[static_cast<size_t>(place[slot]) * m.D + k];
     sum = fmaf(weights[slot], part, sum);
   }
   sum = fmaf(1.0f, outputs[(static_cast<size_t>(T) * m.A + t) * m.D + k], sum);

@@ -1,14 +1,15 @@
 // Products of packed matrices and quantized rows. Read arithmetic.cu first.
 //
-// A run of 16 rows × 32 channels is lines of 64 bytes, four channels of all 16 rows, then 16 float16 scales. A thread takes
-// four rows of a row block (16 bytes of each line) through one chunk of eight groups, the unit of the fixed order of sums;
-// so four neighbouring threads read whole lines, every 32-byte sector that is fetched is used, and no thread waits for
-// another before the chunk's total. The totals meet in shared memory and are added in order.
+// A run of 16 rows × 32 channels is lines of 64 bytes, four channels of all 16 rows, then 16 float16 scales. A thread
+// takes four rows of a row block (16 bytes of each line) through one chunk of eight groups, the unit of the fixed order
+// of sums. So four neighbouring threads read whole lines, every 32-byte sector that is fetched is used, and no thread
+// waits for another before its chunk's total. The totals meet in shared memory and are added in order.
 //
-// A block of threads has one row block (or the two or four that make 32 outputs), hence as many warps as K / 256 at K =
-// 2048: an expert's 176 row blocks of gate and up are 176 warps, the six experts' and the shared ones' 1408, each with
-// the 64 bytes a thread of one or two groups on the way: 4 kB a warp, 64 kB a processor of sixteen warps, where 7 kB
-// hide the latency of a 3090's memory. Weights are read once for NT tokens; activations come from the first cache.
+// At full size (K = 2048, eight chunks) a row block is one warp. Gate and up of six experts and of the shared MLP are
+// 1408 warps; a thread has one or two groups on the way, 72 to 144 bytes, so sixteen warps on a multiprocessor have 37 kB
+// or more. A 3090 needs about 936 GB/s × 0.6 µs = 560 kB in flight, 7 kB for each of its 82. Smaller matrices (q and kv_a:
+// 228 warps; o: 128) have less, 2.8 and 1.6 warps, but still 6 kB and 4 kB: those are where more bytes in flight may pay.
+// Weights are read once for NT tokens; activations come from the first cache.
 
 struct Matrix {     // packed; `stride` bytes from row block to row block
   const u8* data;
@@ -135,8 +136,12 @@ DEVICE void product(const Matrix& a, const Matrix& b, const Rows& x, int T, floa
     }
   }
 }
-KERNEL product_1(Matrix a, Matrix b, Rows x, int T, float* ya, float* yb, int add) { product<1>(a, b, x, T, ya, yb, add); }
-KERNEL_OF_EIGHT product_8(Matrix a, Matrix b, Rows x, int T, float* ya, float* yb, int add) { product<8>(a, b, x, T, ya, yb, add); }
+KERNEL product_1(Matrix a, Matrix b, Rows x, int T, float* ya, float* yb, int add) {
+  product<1>(a, b, x, T, ya, yb, add);
+}
+KERNEL_OF_EIGHT product_8(Matrix a, Matrix b, Rows x, int T, float* ya, float* yb, int add) {
+  product<8>(a, b, x, T, ya, yb, add);
+}
 
 // Head h's matrix, at h · head_bytes, times row t · H + h of x; 32 outputs a block, quantized into group blockIdx.x of
 // the same row of y. The grid: groups of outputs, heads, tiles of tokens.

@@ -2,8 +2,8 @@
 //
 // It is as strict as a card may be. Work that was queued runs when the stream is waited for and not before, so a host
 // buffer that is reused too early shows. Arguments are copied by the kernel's own C++ types, as the driver copies them.
-// Fresh memory is NaN and ends at a page that nobody may touch. Launches beyond a card's limits are refused. Tests choose
-// the machine with fake_machine and let a function fail with fake_fail.
+// Fresh memory is NaN and ends at a page that nobody may touch. Launches beyond a card's limits are refused. Tests
+// choose the machine with fake_machine and let a function fail with fake_fail.
 #include <sys/mman.h>
 
 #include <map>
@@ -35,9 +35,10 @@ struct Function {
   Work (*bind)(void** arguments);
 };
 #define ENTRY(kernel) {#kernel, [](void** arguments) { return bound(kernel, arguments); }}
-const Function kFunctions[] = {ENTRY(rms_norm), ENTRY(product_1), ENTRY(product_8), ENTRY(heads_1), ENTRY(heads_8), ENTRY(latents),
-                               ENTRY(scores), ENTRY(softmax), ENTRY(weigh), ENTRY(finish), ENTRY(route), ENTRY(choose),
-                               ENTRY(gate_up_1), ENTRY(gate_up_8), ENTRY(down), ENTRY(down_jobs), ENTRY(combine)};
+const Function kFunctions[] = {
+    ENTRY(rms_norm), ENTRY(product_1), ENTRY(product_8), ENTRY(heads_1),   ENTRY(heads_8), ENTRY(latents),
+    ENTRY(scores),   ENTRY(softmax),   ENTRY(weigh),     ENTRY(finish),    ENTRY(route),   ENTRY(choose),
+    ENTRY(combine),  ENTRY(gate_up_1), ENTRY(gate_up_8), ENTRY(down_jobs), ENTRY(down)};
 
 using Graph = std::vector<Work>;
 Graph stream, captured;
@@ -81,7 +82,11 @@ Result cuInit(unsigned) { CALLED; return n_devices ? kSuccess : kNoDevice; }
 Result cuDriverGetVersion(int* out) { CALLED; *out = version; return kSuccess; }
 Result cuDeviceGetCount(int* out) { CALLED; *out = n_devices; return kSuccess; }
 Result cuDeviceGet(int* out, int ordinal) { CALLED; *out = ordinal; return kSuccess; }
-Result cuDeviceGetName(char* out, int n, int ordinal) { CALLED; std::snprintf(out, n, "paper card %d", ordinal); return kSuccess; }
+Result cuDeviceGetName(char* out, int n, int ordinal) {
+  CALLED;
+  std::snprintf(out, n, "paper card %d", ordinal);
+  return kSuccess;
+}
 Result cuDeviceGetAttribute(int* out, int which, int) {
   CALLED;
   if (which != 75 && which != 76) return kInvalid;  // compute capability, major and minor
@@ -98,7 +103,8 @@ Result cuMemAlloc_v2(u64* out, size_t n) {
   if (n == 0) return kInvalid;
   if (used + n > memory) return kOutOfMemory;
   const size_t size = pages(n);
-  auto* base = static_cast<char*>(mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  void* mapped = mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  auto* base = static_cast<char*>(mapped);
   mprotect(base + size, kPage, PROT_NONE);
   std::memset(base, 0xff, size);
   char* at = base + (size - n) / 256 * 256;  // aligned as a card aligns, as near to the end as that allows
@@ -160,17 +166,26 @@ Result cuModuleGetFunction(const Function** out, void*, const char* name) {
     }
   return kNotFound;
 }
-Result cuLaunchKernel(const Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-                      void*, void** arguments, void** extra) {
+Result cuLaunchKernel(const Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                      unsigned shared, void*, void** arguments, void** extra) {
   CALLED;
-  if (!gx || !gy || !gz || gy > 65535 || gz > 65535 || !bx || bx > 1024 || bx % 32 || by != 1 || bz != 1 || shared > kSharedLimit || extra)
-    return kInvalid;
+  if (!gx || !gy || !gz || gy > 65535 || gz > 65535) return kInvalid;
+  if (!bx || bx > 1024 || bx % 32 || by != 1 || bz != 1 || shared > kSharedLimit || extra) return kInvalid;
   queue([=, work = f->bind(arguments)] { shim::launch({gx, gy, gz}, bx, shared, work); });
   return kSuccess;
 }
 Result cuStreamBeginCapture_v2(void*, int) { CALLED; capturing = true; captured.clear(); return kSuccess; }
-Result cuStreamEndCapture(void*, Graph** out) { CALLED; capturing = false; *out = new Graph(captured); return kSuccess; }
-Result cuGraphInstantiateWithFlags(Graph** out, const Graph* graph, u64) { CALLED; *out = new Graph(*graph); return kSuccess; }
+Result cuStreamEndCapture(void*, Graph** out) {
+  CALLED;
+  capturing = false;
+  *out = new Graph(captured);
+  return kSuccess;
+}
+Result cuGraphInstantiateWithFlags(Graph** out, const Graph* graph, u64) {
+  CALLED;
+  *out = new Graph(*graph);
+  return kSuccess;
+}
 Result cuGraphLaunch(const Graph* graph, void*) {
   CALLED;
   for (const Work& each : *graph) queue(each);
@@ -179,7 +194,7 @@ Result cuGraphLaunch(const Graph* graph, void*) {
 Result cuGraphDestroy(Graph* graph) { CALLED; delete graph; return kSuccess; }
 Result cuGraphExecDestroy(Graph* graph) { CALLED; delete graph; return kSuccess; }
 Result cuGetErrorString(int code, const char** out) {
-  *out = code == kOutOfMemory ? "out of memory" : code == kSticky ? "an illegal memory access was encountered" : "another error";
+  *out = code == kSticky ? "an illegal memory access was encountered" : "something else";
   return kSuccess;
 }
 }

@@ -2,8 +2,8 @@
 //
 // The threads of a block are fibres, each with a stack of its own, and run one at a time until they wait: at
 // __syncthreads for the whole block, at a shuffle for their warp. A warp runs as far as it can before the next one
-// starts, in either order, so that a missing barrier shows as a wrong bit; fresh and shared memory is filled with NaN, so
-// that an unwritten value does too. Threads that wait for each other at different places end the process with a sentence.
+// starts, in either order, so that a missing barrier shows as a wrong bit; shared memory is filled with NaN, so that an
+// unwritten value does too. Threads that wait for each other at different places end the process with a sentence.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -131,7 +131,8 @@ inline void launch(Index grid, unsigned threads, size_t shared_bytes, std::funct
   const size_t n = static_cast<size_t>(grid.x) * grid.y * grid.z;
   for (size_t i = 0; i < n; ++i) {
     const size_t b = backwards ? n - 1 - i : i;
-    blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y), static_cast<unsigned>(b / grid.x / grid.y)};
+    const auto part = [](size_t k) { return static_cast<unsigned>(k); };
+    blockIdx = {part(b % grid.x), part(b / grid.x % grid.y), part(b / grid.x / grid.y)};
     const size_t poisoned = shared_bytes + 256;
     std::memset(shared_memory, 0xff, poisoned);
     run_block(threads);
@@ -174,7 +175,8 @@ inline float __int_as_float(int bits) {
 // IEEE half precision by arithmetic on powers of two; the kernels use the card's own instructions.
 inline float half_to_float(uint16_t h) {
   const int exponent = h >> 10 & 31, mantissa = h & 1023;
-  float f = exponent == 31 ? (mantissa ? NAN : INFINITY) : exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp(float(mantissa), -24);
+  float f = exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp(1.0f * mantissa, -24);
+  if (exponent == 31) f = mantissa ? NAN : INFINITY;
   return h >> 15 ? -f : f;
 }
 inline uint16_t float_to_half(float f) {
@@ -185,5 +187,6 @@ inline uint16_t float_to_half(float f) {
   if (f < std::ldexp(1.0f, -14)) return sign | static_cast<uint16_t>(std::rint(std::ldexp(f, 24)));
   int exponent;
   const float fraction = std::frexp(f, &exponent);  // in [0.5, 1)
-  return sign | static_cast<uint16_t>(static_cast<int>(std::rint(std::ldexp(fraction, 11))) - 1024 + ((exponent + 14) << 10));
+  const int steps = static_cast<int>(std::rint(std::ldexp(fraction, 11)));  // 1024 to 2048
+  return sign | static_cast<uint16_t>(steps - 1024 + ((exponent + 14) << 10));
 }

@@ -29,7 +29,7 @@ def test_no_step_is_contracted_approximated_or_flushed() -> None:
     # Without a rounding mode in its name, a product or a sum may be fused with the next by the assembler.
     nvrtc = Nvrtc()
     words = ptx(nvrtc).decode()
-    steps = set(re.findall(r"\b(?:add|sub|mul|fma|mad|div|sqrt|rcp|ex2|lg2)\.[\w.]*f32\b", words))
+    steps = set(re.findall(r"\b(?:add|sub|mul|fma|mad|div|sqrt|rsqrt|rcp|ex2|lg2)\.[\w.]*f32\b", words))
     assert steps == {
         "add.rn.f32",
         "sub.rn.f32",

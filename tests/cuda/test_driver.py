@@ -14,7 +14,9 @@ from kimi_lite.runtime.cuda import program
 from kimi_lite.runtime.cuda.cuda import CudaDevice
 from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError, NoDeviceError
 from kimi_lite.runtime.cuda.driver import Card
+from kimi_lite.runtime.cuda.halves import workspace_bytes
 from kimi_lite.runtime.cuda.program import NoCompilerError, Nvrtc
+from kimi_lite.runtime.kernels import latent_cache_bytes
 from kimi_lite.runtime.weights import Weights, open_weights
 
 NANO = Path(__file__).parents[2] / "kimi_lite" / "nano" / "kimi-vl-nano-int4.gguf"
@@ -141,6 +143,19 @@ def test_a_cache_that_does_not_fit_says_so_and_a_smaller_one_then_works(
     assert np.isfinite(device.logits()).all()
     device.close()
     assert fake.used() == 0
+
+
+def test_what_a_planner_is_told_is_what_is_taken(fake: FakeDriver, weights: Weights) -> None:
+    c, context = weights.config, 300
+    device = CudaDevice(fake.path)
+    for index, layer in enumerate(weights.layers):
+        device.load_layer(index, layer, None)
+    device.load_ends(weights)
+    before = fake.used()
+    device.reserve_cache(context)
+    caches = c.n_layers * sum(latent_cache_bytes(context, c.kv_rank, c.rope_dim))
+    assert fake.used() - before == caches + workspace_bytes(weights, context)
+    device.close()
 
 
 # ---- accidents

@@ -1,4 +1,4 @@
-"""kimi-vl-nano, whole, on a driver without a card, beside the CPU engine: the same logits, bit for bit, and so the same tokens."""
+"""kimi-vl-nano, whole, on a driver without a card, beside the CPU engine: the same bits, and so the same tokens."""
 
 from collections.abc import Iterator
 from pathlib import Path
