@@ -40,7 +40,7 @@ def open_device() -> "CudaDevice":
 
 
 class CudaDevice:
-    """One model, or a part of it, on one card. Not for two threads at once."""
+    """One model, or a part of it, on one card. Any thread may call, but not two at once."""
 
     def __init__(self, library: str | None = None, ordinal: int | None = None) -> None:
         """Open a card. `library` and the errors are those of `driver.Card`."""
@@ -69,6 +69,7 @@ class CudaDevice:
             DeviceMemoryError: no room; the layer then is not there.
             UsageError: the layer has a matrix of a layout that no GPU kernel reads.
         """
+        assert index not in self._layers, f"layer {index} is there already"
         a, f, where, shape = layer.attention, layer.feed_forward, f"layer {index}", shape_of(layer)
         matrices = {"q": a.q, "kv_a": a.kv_a, "k_b": a.k_b, "v_b": a.v_b, "o": a.o}
         for name, matrix in matrices.items():

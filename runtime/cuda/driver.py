@@ -5,11 +5,12 @@ are stable, and loading it takes milliseconds where importing PyTorch takes seco
 stream; `synchronize` waits for it. Each function of the driver returns a code, and any code but success becomes one
 of three errors: NoDeviceError at the start, DeviceMemoryError for memory, DeviceLostError for everything after.
 
-Not for two threads at once.
+Any thread may call, but not two at once: a context belongs to a thread, and goes with whoever calls.
 """
 
 import ctypes
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ class Card:
         self._memory, self._pinned, self._graphs = set[int](), list[int](), list[ctypes.c_void_p]()
         self._context, self._stream, self._module = (ctypes.c_void_p() for _ in range(3))
         self._kernels = dict[str, ctypes.c_void_p]()
+        self._thread = 0  # in which the context is current
         cuda = self._driver_version(ordinal)
         try:
             self._open(ordinal, cuda)
@@ -100,7 +102,6 @@ class Card:
         self.capability = 10 * self._attribute(CAPABILITY_MAJOR) + self._attribute(CAPABILITY_MINOR)
         program = compiled(self.capability, Nvrtc(driver_cuda=cuda))
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
-        self._call("cuCtxSetCurrent", self._context)
         self._call("cuStreamCreate", ctypes.byref(self._stream), NON_BLOCKING)
         self._call("cuModuleLoadData", ctypes.byref(self._module), program.cubin)
         for kernel in signatures():
@@ -226,6 +227,7 @@ class Card:
         """Give everything back; safe after a loss and more than once."""
         if not self._context:
             return
+        self._library.cuCtxSetCurrent(self._context)
         for graph in self._graphs:
             self._library.cuGraphExecDestroy(graph)
         self._library.cuStreamSynchronize(self._stream)
@@ -264,6 +266,9 @@ class Card:
     def _check_alive(self) -> None:
         if self._lost:
             raise DeviceLostError(self._lost)
+        if self._context and self._thread != threading.get_ident():
+            self._thread = threading.get_ident()
+            self._check("cuCtxSetCurrent", self._library.cuCtxSetCurrent(self._context))
 
     def _check(self, name: str, code: int, what: str = "") -> None:
         if code:

@@ -3,6 +3,7 @@
 import ctypes
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,14 @@ def test_one_token_is_one_graph_and_no_waiting_in_between(
     assert fake.calls("cuLaunchKernel") == kernels  # captured once, never launched one by one
     whole_step(2)
     assert fake.calls("cuGraphLaunch") == 3
+
+
+def test_another_thread_may_go_on(fake: FakeDriver, loaded: CudaDevice, weights: Weights) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(2):
+            pool.submit(step, loaded, weights).result()
+            step(loaded, weights)
+    assert fake.calls("cuCtxSetCurrent") == 5
 
 
 def test_experts_on_the_cpu_make_two_graphs_a_layer(fake: FakeDriver, weights: Weights) -> None:

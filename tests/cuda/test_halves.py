@@ -111,8 +111,9 @@ class Pair:
         self.device = CudaDevice(fake.path)
         self.device.load_layer(0, layer, experts)
         self.device.reserve_cache(context)
-        rows, columns = (np.zeros(n, np.uint8) for n in kernels.latent_cache_bytes(context, shape.C, shape.R))
-        self.cache = kernels.latent_cache(rows, columns, context, shape.C, shape.R)
+        sizes = kernels.latent_cache_bytes(context, shape.C, shape.R)
+        self.rows, self.columns = (np.zeros(n, np.uint8) for n in sizes)
+        self.cache = kernels.latent_cache(self.rows, self.columns, context, shape.C, shape.R)
         self.x_TD = np.empty((0, shape.D), np.float32)
 
     def begin(self, seed: int, T: int, start: int) -> None:
@@ -167,6 +168,25 @@ def test_attention_over_several_chunks_of_positions_and_after_going_back(
         pair.begin(seed, T, start)
         pair.attend()
         pair.assert_equal()
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_attention_far_into_a_context(fake: FakeDriver, devices: list[Pair], backwards: bool) -> None:
+    # Beyond 4096 positions the softmax takes a second round; a cache that long is filled by the CPU alone.
+    fake.order(backwards=backwards)
+    s, start = Shape(D=32, H=2, N=32, R=32, C=32, V=32, F=32, shared_F=32, E=2, A=1), 4200
+    pair = Pair(fake, s, layer(7, s), context=start + 10)
+    devices.append(pair)
+    kernels.remember(pair.cache, vector(np.random.default_rng(7), start, s.C + s.R), 0)
+    card, there = pair.device._card, pair.device._layers[0].cache
+    card.upload(there.rows, pair.rows)
+    card.upload(there.columns, pair.columns)
+    card.synchronize()
+    for T in (1, 3):
+        pair.begin(T, T, start)
+        pair.attend()
+        pair.assert_equal()
+        start += T
 
 
 @pytest.mark.parametrize("backwards", [False, True])
