@@ -90,8 +90,10 @@ class CudaDevice:
             table_E = np.zeros(f.routed.count, np.uint64)
             parts |= {"router": f.router.weight_ED, "bias": f.router.bias_E}
             parts |= {f"expert {e}": _run(f.routed, e, f"{where}, experts") for e in chosen}
-        where_they_lie = lambda at: table_E.put(chosen, [at[f"expert {e}"] for e in chosen])  # noqa: E731
-        at = self._place(parts | {"table": table_E}, where, where_they_lie)
+        at = self._place(parts | {"table": table_E}, where)
+        table_E[chosen] = [at[f"expert {e}"] for e in chosen]
+        self._card.upload(at["table"], table_E)
+        self._card.synchronize()
         self._resident[index] = table_E != 0
         self._layers[index] = Place(
             shape=shape,
@@ -128,11 +130,8 @@ class CudaDevice:
         """Upload the last norm and the head. Raises as `load_layer` does."""
         _form(weights.head.layout, "the head")
         at = self._place({"norm": weights.norm_D, "head": weights.head.data}, "the head")
-        self._norm, self._head, self._eps = (
-            at["norm"],
-            _on_card(weights.head, at["head"]),
-            weights.config.rms_eps,
-        )
+        self._norm, self._head = at["norm"], _on_card(weights.head, at["head"])
+        self._eps = weights.config.rms_eps
 
     def reserve_cache(self, context: int) -> None:
         """Room for the latent cache of all layers that were loaded, and for the work on 256 tokens.
@@ -172,12 +171,7 @@ class CudaDevice:
         """Give all memory back."""
         self._card.close()
 
-    def _place(
-        self,
-        parts: dict[str, NDArray[Any]],
-        what: str,
-        before_upload: Callable[[dict[str, int]], None] = lambda at: None,
-    ) -> dict[str, int]:
+    def _place(self, parts: dict[str, NDArray[Any]], what: str) -> dict[str, int]:
         """Upload arrays into one piece of memory, so that there are all or none; their addresses by name."""
         offsets, total = dict[str, int](), 0
         for name, part in parts.items():
@@ -185,7 +179,6 @@ class CudaDevice:
             total += -(-part.nbytes // ALIGNED) * ALIGNED
         base = self._card.allocate(total, what)
         at = {name: base + offset for name, offset in offsets.items()}
-        before_upload(at)
         for name, part in parts.items():
             self._card.upload(at[name], part)
         self._card.synchronize()
@@ -291,8 +284,11 @@ class CudaDevice:
             return
         if calls not in self._graphs:
             self._card.begin_capture()
-            self._run(calls)
-            self._graphs[calls] = self._card.end_capture()
+            try:
+                self._run(calls)
+            finally:  # whoever interrupts leaves no stream that records
+                graph = self._card.end_capture()
+            self._graphs[calls] = graph
         self._card.launch_graph(self._graphs[calls])
 
     def _run(self, calls: tuple[tuple[str, int], ...]) -> None:

@@ -28,8 +28,6 @@ NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no order with anybody else's work
 THIS_THREAD = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 OLDEST_DRIVER = (11, 4)  # the first with cuGraphInstantiateWithFlags
 
-Grid = tuple[int, int, int]
-
 
 class Card:
     """One graphics card with the kernels loaded."""

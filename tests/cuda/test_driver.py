@@ -241,6 +241,20 @@ def test_one_token_is_one_graph_and_no_waiting_in_between(
     assert fake.calls("cuGraphLaunch") == 3
 
 
+def test_an_interruption_while_recording_leaves_the_card_usable(
+    fake: FakeDriver, loaded: CudaDevice, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kimi_lite.runtime.cuda.halves.product", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(loaded, weights)
+    step(loaded, weights)
+    assert np.isfinite(loaded.residual()).all()
+
+
 def test_another_thread_may_go_on(fake: FakeDriver, loaded: CudaDevice, weights: Weights) -> None:
     with ThreadPoolExecutor(1) as pool:
         for _ in range(2):

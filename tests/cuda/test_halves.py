@@ -170,6 +170,18 @@ def test_attention_over_several_chunks_of_positions_and_after_going_back(
         pair.assert_equal()
 
 
+def test_steps_that_nobody_waits_for_do_not_overwrite_each_other(
+    fake: FakeDriver, devices: list[Pair]
+) -> None:
+    # The driver below runs nothing before it is waited for; what a step was given must still be there then.
+    pair = Pair(fake, SHAPES["odd"], layer(8, SHAPES["odd"]))
+    devices.append(pair)
+    for seed, (start, T) in enumerate([(0, 9), (9, 3), (12, 1), (13, 1)]):
+        pair.begin(seed, T, start)
+        pair.attend()
+    pair.assert_equal()
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 def test_attention_far_into_a_context(fake: FakeDriver, devices: list[Pair], backwards: bool) -> None:
     # Beyond 4096 positions the softmax takes a second round; a cache that long is filled by the CPU alone.
