@@ -136,15 +136,17 @@ KERNEL_OF_EIGHT scores(Cache cache, const int* start, int first, int T, int H, R
   }
 }
 
-constexpr int kStaged = 4096;  // weights between two steps of the sum
+constexpr int kStaged = 2048;  // weights of one round of the softmax
 
 // Weights of head blockIdx.x of the slice's token blockIdx.y, not yet divided by their sum: quantized, and what was lost
-// of the first whole group and of the token's own group quantized again. inverse [slice][H]. Shared: kStaged + 32 floats.
+// of the first whole group and of the token's own group quantized again. inverse [slice][H]. The order of sums makes
+// their sum serial, sixteen lanes wide: the first warp adds one round's weights while the others make the next.
+// Shared: 2 · kStaged + 32 floats; at least two warps.
 KERNEL softmax(const int* start, int first, float scale, const float* s, int stride, Rows weights, Rows rest,
                float* inverse) {
   const int n = *start + first + static_cast<int>(blockIdx.y) + 1, padded = ceil_div(n, kGroup) * kGroup;
   const size_t row = static_cast<size_t>(blockIdx.y) * gridDim.x + blockIdx.x;
-  float *staged = shared_floats(), *tops = staged + kStaged;
+  float *staged = shared_floats(), *tops = staged + 2 * kStaged;
   s += row * stride;
   float top = s[0];
   for (int k = threadIdx.x; k < n; k += blockDim.x) top = s[k] > top ? s[k] : top;
@@ -153,20 +155,23 @@ KERNEL softmax(const int* start, int first, float scale, const float* s, int str
   __syncthreads();
   for (int w = 0; w < warps(); ++w) top = tops[w] > top ? tops[w] : top;
   float total = 0.0f;  // of every sixteenth weight
-  for (int base = 0; base < padded; base += kStaged) {
-    const int here = least(kStaged, padded - base);
-    for (int k = warp() * kGroup + lane(); k < here; k += blockDim.x) {
-      const int position = base + k, group = position / kGroup;
-      const float v = position < n ? exponential(scale * (s[position] - top)) : 0.0f;
-      staged[k] = v;
-      const float lost = quantize(v, weights, row, group);
-      if (group == n / kGroup) quantize(lost, rest, row, 1);
-      else if (group == 0) quantize(lost, rest, row, 0);
-    }
-    __syncthreads();
-    if (threadIdx.x < 32)
+  for (int round = 0; round <= ceil_div(padded, kStaged); ++round) {
+    if (warp() == 0) {
+      const float* made = staged + (round + 1) % 2 * kStaged;
+      const int there = round ? least(kStaged, padded - (round - 1) * kStaged) : 0;
 #pragma unroll 8
-      for (int k = lane() % 16; k < here; k += 16) total = total + staged[k];
+      for (int k = lane() % 16; k < there; k += 16) total = total + made[k];
+    } else {
+      const int base = round * kStaged, here = least(kStaged, padded - base);
+      for (int k = (warp() - 1) * kGroup + lane(); k < here; k += (warps() - 1) * kGroup) {
+        const int position = base + k, group = position / kGroup;
+        const float v = position < n ? exponential(scale * (s[position] - top)) : 0.0f;
+        staged[round % 2 * kStaged + k] = v;
+        const float lost = quantize(v, weights, row, group);
+        if (group == n / kGroup) quantize(lost, rest, row, 1);
+        else if (group == 0) quantize(lost, rest, row, 0);
+      }
+    }
     __syncthreads();
   }
   if (threadIdx.x >= 32) return;

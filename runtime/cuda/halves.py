@@ -25,7 +25,7 @@ ROWS, GROUP, CHUNK = 16, 32, 256  # rows of a row block; channels of a group and
 SLICE_BYTES = 64 << 20  # what the scores of the tokens that attend at once may take
 MOST_SLICE = 32  # tokens that attend at once
 MOST_BLOCKS = 512  # along an axis that strides over positions: more than a card runs at once
-STAGED = 4096  # kStaged of attention.cu
+STAGED = 2048  # kStaged of attention.cu
 ALIGNED = 256
 NO_MATRIX = Matrix(0, 0, 0, 0, 0)
 
@@ -202,7 +202,7 @@ def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
             p.cache, at["start"], first, T, s.H, rows["query"], at["s"], w.stride,
         )  # fmt: skip
         card.launch(
-            "softmax", (s.H, n), 256, 4 * (STAGED + 32),
+            "softmax", (s.H, n), 256, 4 * (2 * STAGED + 32),
             at["start"], first, p.scale, at["s"], w.stride, rows["position_weights"], rows["rest"], at["inverse"],
         )  # fmt: skip
         card.launch(

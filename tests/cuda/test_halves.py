@@ -184,7 +184,7 @@ def test_steps_that_nobody_waits_for_do_not_overwrite_each_other(
 
 @pytest.mark.parametrize("backwards", [False, True])
 def test_attention_far_into_a_context(fake: FakeDriver, devices: list[Pair], backwards: bool) -> None:
-    # Beyond 4096 positions the softmax takes a second round; a cache that long is filled by the CPU alone.
+    # The softmax takes 2048 positions a round, and two buffers in turn; a cache so long is filled by the CPU alone.
     fake.order(backwards=backwards)
     s, start = Shape(D=32, H=2, N=32, R=32, C=32, V=32, F=32, shared_F=32, E=2, A=1), 4200
     pair = Pair(fake, s, layer(7, s), context=start + 10)
