@@ -218,6 +218,27 @@ def test_all_experts_here_have_the_cpus_bits(
     pair.assert_equal()
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_layer_of_kimi_vl_a3b_keeps_the_bits_and_a_cards_limits(
+    fake: FakeDriver, devices: list[Pair], dense: bool
+) -> None:
+    # All widths are the published model's; of 64 experts eight. The driver refuses more than 48 kB of shared memory.
+    width = 11264 if dense else 2816
+    s = Shape(D=2048, H=16, N=128, R=64, C=512, V=128, F=1408, shared_F=width, E=8, A=6)
+    pair, start = Pair(fake, s, layer(9, s, dense=dense), context=64), 0
+    devices.append(pair)
+    for T in (9, 1, 34):
+        pair.begin(T, T, start)
+        pair.attend()
+        pair.device.route(0, wanted=False)
+        pair.device.run_experts(0)
+        pair.device.add_experts(0, None)
+        kernels.feed_forward(pair.layer.feed_forward, pair.x_TD)
+        pair.assert_equal()
+        start += T
+
+
 @pytest.mark.parametrize("layout", ["q4g32", "q8g32"])
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("T", [1, 9])
