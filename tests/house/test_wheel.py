@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from kimi_lite.runtime.cuda.program import FILES
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -35,4 +37,5 @@ def test_the_wheel_carries_what_people_run(wheel_names: list[str]) -> None:
     assert (beside in names) == (ROOT / beside).exists()
     assert "kimi_lite/py.typed" in names
     assert any(n.startswith("kimi_lite/runtime/_kernels") for n in names)
+    assert {f"kimi_lite/runtime/cuda/{file}" for file in FILES} <= names  # compiled on the user's machine
     assert not [n for n in names if n.endswith((".safetensors", ".cpp", ".h"))]

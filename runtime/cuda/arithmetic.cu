@@ -1,0 +1,137 @@
+// Numbers: what every kernel shares, in the order of sums that docs/kernels.md fixes.
+//
+// The four files arithmetic, products, attention and experts are one program, in that order. They include nothing and
+// are compiled without contraction, flushing or approximate division, so that each float operation below is the CPU
+// engine's, and its bits are the result's. The tests compile them as plain C++ as well (tests/cuda/shim.h).
+//
+// Dimension key:  T tokens  D hidden  H heads  N, R, C, V no-rope, rope, latent and value width  E experts  A active
+//                 F expert width  K channels of a product  S cached positions
+#ifdef __CUDACC__
+#define KERNEL extern "C" __global__ void
+// A kernel that keeps sums of eight tokens: blocks of up to 128 threads, two of which share a multiprocessor's registers.
+#define KERNEL_OF_EIGHT extern "C" __global__ void __launch_bounds__(128, 2)
+#define DEVICE static __device__ __forceinline__
+extern __shared__ uint4 shared_memory[];
+#endif
+
+using s8 = signed char;
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+constexpr int kRows = 16;   // rows of a row block
+constexpr int kGroup = 32;  // channels that share an activation scale; also the lanes of a warp
+constexpr int kChunk = 8;   // groups between two roundings of the running total
+constexpr u32 kAll = 0xffffffffu;
+
+DEVICE int lane() { return threadIdx.x % 32; }
+DEVICE int warp() { return threadIdx.x / 32; }
+DEVICE int warps() { return blockDim.x / 32; }
+DEVICE int ceil_div(int n, int unit) { return (n + unit - 1) / unit; }
+DEVICE int least(int a, int b) { return a < b ? a : b; }
+DEVICE float* shared_floats() { return reinterpret_cast<float*>(shared_memory); }
+
+#ifdef __CUDACC__
+DEVICE float half_to_float(u16 h) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+}
+DEVICE u16 float_to_half(float f) {  // to nearest, ties to even; subnormals are kept
+  u16 h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
+#endif
+
+DEVICE float largest(float v) {  // of a warp; every lane gets it
+  for (int step = 16; step; step /= 2) {
+    const float other = __shfl_xor_sync(kAll, v, step);
+    v = other > v ? other : v;
+  }
+  return v;
+}
+
+DEVICE int sum_of(int v) {  // of a warp; exact, every lane gets it
+  for (int step = 16; step; step /= 2) v += __shfl_xor_sync(kAll, v, step);
+  return v;
+}
+
+// Sixteen running sums to one, 8 + 8, 4 + 4, 2 + 2, 1 + 1: right in the lowest lane of each sixteen.
+DEVICE float lane_sum(float v) {
+  for (int step = 8; step; step /= 2) v = v + __shfl_down_sync(kAll, v, step, 16);
+  return v;
+}
+
+// e^x by the polynomial of kernels_inl.h, operation for operation.
+DEVICE float exponential(float x) {
+  x = x > -87.0f ? x : -87.0f;
+  x = x < 88.0f ? x : 88.0f;
+  const float n = rintf(x * 1.44269504088896341f);
+  float r = fmaf(n, -0.693359375f, x);
+  r = fmaf(n, 2.12194440e-4f, r);
+  float p = 1.0f / 720;
+  p = fmaf(p, r, 1.0f / 120);
+  p = fmaf(p, r, 1.0f / 24);
+  p = fmaf(p, r, 1.0f / 6);
+  p = fmaf(p, r, 0.5f);
+  p = fmaf(p, r, 1.0f);
+  p = fmaf(p, r, 1.0f);
+  return p * __int_as_float((static_cast<int>(n) + 127) << 23);
+}
+
+DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exponential(0.0f - x)); }
+
+// Activations: rows of `groups` groups of 32 int8 values; per group a scale and -8 times the sum of its values. The three
+// arrays hold all rows, one row after the other.
+struct Rows {
+  s8* q;
+  float* scale;
+  int* sum;
+  int groups;
+};
+
+// One group, a lane each channel. Returns what the rounding lost.
+DEVICE float quantize(float v, const Rows& to, size_t row, int group) {
+  const float most = largest(fabsf(v));
+  const float inverse = most > 0 ? 127.0f / most : 0.0f;
+  const int q = static_cast<int>(rintf(v * inverse));
+  const int sum = sum_of(q);
+  const size_t at = row * to.groups + group;
+  const float scale = most / 127.0f;
+  to.q[at * kGroup + lane()] = static_cast<s8>(q);
+  if (lane() == 0) {
+    to.scale[at] = scale;
+    to.sum[at] = -8 * sum;
+  }
+  return fmaf(-scale, static_cast<float>(q), v);
+}
+
+// 1 / sqrt(mean(x²) + eps) of n values in shared memory. All threads of the block; `at` is a free float of theirs.
+DEVICE float inverse_norm(const float* x, int n, float eps, float* at) {
+  if (threadIdx.x < 32) {
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int k = lane() % 16; k < n; k += 16) sum = fmaf(x[k], x[k], sum);
+    sum = lane_sum(sum);
+    if (threadIdx.x == 0) *at = 1.0f / sqrtf(sum / static_cast<float>(n) + eps);
+  }
+  __syncthreads();
+  return *at;
+}
+
+// A row of D floats a block: normalised, as floats where `out` is given, and quantized. Shared: D + 1 floats.
+KERNEL rms_norm(const float* x, const float* weight, int D, float eps, float* out, Rows rows) {
+  float* staged = shared_floats();
+  const size_t row = blockIdx.x;
+  for (int k = threadIdx.x; k < D; k += blockDim.x) staged[k] = x[row * D + k];
+  __syncthreads();
+  const float r = inverse_norm(staged, D, eps, staged + D);
+  for (int g = warp(); g < D / kGroup; g += warps()) {
+    const int k = g * kGroup + lane();
+    const float v = staged[k] * r * weight[k];
+    if (out) out[row * D + k] = v;
+    quantize(v, rows, row, g);
+  }
+}

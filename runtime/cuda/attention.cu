@@ -1,0 +1,249 @@
+// Absorbed attention over the packed latent cache. Read products.cu first, and native/attention.cpp for the why.
+//
+// The cache holds int8 rows twice: `rows` with positions as rows of the packed layout q8g32, for the scores, and
+// `columns` with latent channels as rows and positions as channels, for the weighted sums. Both are products of
+// products.cu whose "tokens" are eight heads; so each cached byte is read once for eight heads. A decoded token is
+// spread over positions: scores by row blocks, sums by chunks of 256 positions, whose totals `finish` adds in order.
+//
+// Where the first token stands comes from device memory, and grids depend on the context alone: a captured step stays
+// right at every position.
+
+struct Cache {
+  u8 *rows, *columns;
+  int context, C, R;
+};
+DEVICE int row_groups(const Cache& c) { return c.C / kGroup + ceil_div(c.R, kGroup); }
+DEVICE size_t rows_stride(const Cache& c) { return static_cast<size_t>(row_groups(c)) * Q8::bytes; }
+DEVICE size_t columns_stride(const Cache& c) { return static_cast<size_t>(ceil_div(c.context, kGroup)) * Q8::bytes; }
+
+// Stored scale of a group whose largest value is `most`, and the factor that takes a value to its step.
+DEVICE u16 stored_scale(float most, float* inverse) {
+  const u16 half = float_to_half(most * (1.0f / 127.0f));
+  const float scale = half_to_float(half);
+  *inverse = 1.0f / (scale > 1e-30f ? scale : 1e-30f);
+  return half;
+}
+DEVICE int to_step(float v, float inverse) {
+  v = v * inverse;
+  v = v < 127.0f ? v : 127.0f;
+  v = v > -127.0f ? v : -127.0f;
+  return static_cast<int>(rintf(v));
+}
+
+DEVICE float rotated(const float* x, int i, const float* cos, const float* sin) {
+  const int pair = i / 2;
+  const float even = x[2 * pair], odd = x[2 * pair + 1], c = cos[pair], s = sin[pair];
+  return i % 2 ? even * s + odd * c : even * c - odd * s;
+}
+
+// Of token blockIdx.x. Block H of the grid's y: the latent, normalised, and the key, rotated, into the cache. Block h:
+// head h's query, its no-rope part quantized for k_b, its rope part rotated and quantized beside what k_b will give.
+// q [T][H][N + R], kv [T][C + R], cos and sin [T][R / 2]. Shared: C + 1 floats.
+KERNEL latents(const float* q, const float* kv, const float* weight, float eps, const float* cos, const float* sin,
+               const int* start, int N, Cache cache, Rows nope, Rows query) {
+  const int t = blockIdx.x, h = blockIdx.y, H = gridDim.y - 1, C = cache.C, R = cache.R;
+  cos += static_cast<size_t>(t) * (R / 2);
+  sin += static_cast<size_t>(t) * (R / 2);
+  if (h < H) {
+    const size_t row = static_cast<size_t>(t) * H + h;
+    q += row * (N + R);
+    for (int g = warp(); g < N / kGroup + ceil_div(R, kGroup); g += warps()) {
+      const int k = g * kGroup + lane(), i = k - N;
+      if (i < 0 || g < N / kGroup) quantize(q[k], nope, row, g);
+      else quantize(i < R ? rotated(q + N, i, cos, sin) : 0.0f, query, row, C / kGroup + g - N / kGroup);
+    }
+    return;
+  }
+  float* staged = shared_floats();
+  kv += static_cast<size_t>(t) * (C + R);
+  for (int k = threadIdx.x; k < C; k += blockDim.x) staged[k] = kv[k];
+  __syncthreads();
+  const float r = inverse_norm(staged, C, eps, staged + C);
+  const int position = *start + t, row = position % kRows;
+  u8* block = cache.rows + position / kRows * rows_stride(cache);
+  for (int g = warp(); g < row_groups(cache); g += warps()) {
+    const int k = g * kGroup + lane();
+    const float v = k < C ? staged[k] * r * weight[k] : k < C + R ? rotated(kv + C, k - C, cos, sin) : 0.0f;
+    float inverse;
+    const u16 half = stored_scale(largest(fabsf(v)), &inverse);
+    u8* run = block + static_cast<size_t>(g) * Q8::bytes;
+    run[64 * (lane() / 4) + 4 * row + lane() % 4] = static_cast<u8>(to_step(v, inverse));
+    if (lane() == 0) *reinterpret_cast<u16*>(run + 512 + 2 * row) = half;
+  }
+}
+
+// Positions first..first + n - 1 (n at most 32) of channel 32 g + lane, as the 32 columns of a q8g32 row: eight words
+// of four, and the stored scale.
+DEVICE u16 turned(const Cache& cache, int first, int n, int g, u32 (&word)[8]) {
+  float value[kGroup], most = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    value[i] = 0.0f;
+    if (i < n) {
+      const int position = first + i, row = position % kRows;
+      const u8* run = cache.rows + position / kRows * rows_stride(cache) + static_cast<size_t>(g) * Q8::bytes;
+      const float scale = half_to_float(*reinterpret_cast<const u16*>(run + 512 + 2 * row));
+      value[i] = scale * static_cast<float>(static_cast<s8>(run[64 * (lane() / 4) + 4 * row + lane() % 4]));
+    }
+    most = fabsf(value[i]) > most ? fabsf(value[i]) : most;
+  }
+  float inverse;
+  const u16 half = stored_scale(most, &inverse);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    word[j] = 0;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) word[j] |= static_cast<u32>(to_step(value[4 * j + c], inverse) & 255) << 8 * c;
+  }
+  return half;
+}
+
+// Groups of 32 positions that these T tokens completed, into the columns.
+DEVICE void turn_completed(const Cache& cache, int start, int T) {
+  const int wide = cache.C / kGroup, first = start / kGroup, n = ((start + T) / kGroup - first) * wide;
+  for (int i = blockIdx.x * warps() + warp(); i < n; i += gridDim.x * warps()) {
+    const int group = first + i / wide, g = i % wide;
+    u32 word[8];
+    const u16 half = turned(cache, group * kGroup, kGroup, g, word);
+    const int row = lane() % kRows;
+    u8* run = cache.columns + (2 * g + lane() / kRows) * columns_stride(cache) + group * Q8::bytes;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) *reinterpret_cast<u32*>(run + 64 * j + 4 * row) = word[j];
+    *reinterpret_cast<u16*>(run + 512 + 2 * row) = half;
+  }
+}
+
+// Tokens are scored in slices, of which the grid's z counts the tokens; token `first` of T is the slice's first.
+// y: tiles of eight heads, and behind them the turning of columns, which the next kernel reads. s [slice][H][stride].
+KERNEL_OF_EIGHT scores(Cache cache, const int* start, int first, int T, int H, Rows query, float* s, int stride) {
+  const int h0 = blockIdx.y * 8, t = first + blockIdx.z;
+  if (h0 >= H) {
+    if (t == 0) turn_completed(cache, *start, T);
+    return;
+  }
+  const int blocks = ceil_div(*start + t + 1, kRows);
+  int token[8];
+  consecutive(h0, H, token);
+  for (int i = 0; i < 8; ++i) token[i] += t * H;
+  for (int b = blockIdx.x * 8; b < blocks; b += gridDim.x * 8) {
+    const int count = least(8, blocks - b);
+    const size_t wide = rows_stride(cache);
+    const float* out = multiply<8>(kQ8, cache.rows + b * wide, static_cast<int>(wide), count, query, token);
+    for (int i = threadIdx.x; i < count * 8 * kRows; i += blockDim.x) {
+      const int h = h0 + i / kRows % 8, position = (b + i / (8 * kRows)) * kRows + i % kRows;
+      if (h < H) s[(static_cast<size_t>(blockIdx.z) * H + h) * stride + position] = out[i];
+    }
+  }
+}
+
+constexpr int kStaged = 2048;  // weights of one round of the softmax
+
+// Weights of head blockIdx.x of the slice's token blockIdx.y, not yet divided by their sum: quantized, and what was lost
+// of the first whole group and of the token's own group quantized again. inverse [slice][H]. The order of sums makes
+// their sum serial, sixteen lanes wide: the first warp adds one round's weights while the others make the next.
+// Shared: 2 · kStaged + 32 floats; at least two warps.
+KERNEL softmax(const int* start, int first, float scale, const float* s, int stride, Rows weights, Rows rest,
+               float* inverse) {
+  const int n = *start + first + static_cast<int>(blockIdx.y) + 1, padded = ceil_div(n, kGroup) * kGroup;
+  const size_t row = static_cast<size_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+  float *staged = shared_floats(), *tops = staged + 2 * kStaged;
+  s += row * stride;
+  float top = s[0];
+  for (int k = threadIdx.x; k < n; k += blockDim.x) top = s[k] > top ? s[k] : top;
+  top = largest(top);
+  if (lane() == 0) tops[warp()] = top;
+  __syncthreads();
+  for (int w = 0; w < warps(); ++w) top = tops[w] > top ? tops[w] : top;
+  float total = 0.0f;  // of every sixteenth weight
+  for (int round = 0; round <= ceil_div(padded, kStaged); ++round) {
+    if (warp() == 0) {
+      const float* made = staged + (round + 1) % 2 * kStaged;
+      const int there = round ? least(kStaged, padded - (round - 1) * kStaged) : 0;
+#pragma unroll 8
+      for (int k = lane() % 16; k < there; k += 16) total = total + made[k];
+    } else {
+      const int base = round * kStaged, here = least(kStaged, padded - base);
+      for (int k = (warp() - 1) * kGroup + lane(); k < here; k += (warps() - 1) * kGroup) {
+        const int position = base + k, group = position / kGroup;
+        const float v = position < n ? exponential(scale * (s[position] - top)) : 0.0f;
+        staged[round % 2 * kStaged + k] = v;
+        const float lost = quantize(v, weights, row, group);
+        if (group == n / kGroup) quantize(lost, rest, row, 1);
+        else if (group == 0) quantize(lost, rest, row, 0);
+      }
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x >= 32) return;
+  total = lane_sum(total);
+  if (threadIdx.x == 0) inverse[row] = 1.0f / total;
+}
+
+// Weighted sums over whole groups of positions, chunk by chunk: partial [slice][H][chunks][C]. The grid: row blocks of
+// channels, shares of the chunks, tiles of heads of each token.
+KERNEL_OF_EIGHT weigh(Cache cache, const int* start, int first, int H, Rows weights, float* partial, int chunks) {
+  const int tiles = ceil_div(H, 8), h0 = blockIdx.z % tiles * 8, z = blockIdx.z / tiles, quad = threadIdx.x % 4;
+  const int groups = (*start + first + z + 1) / kGroup;
+  int token[8];
+  consecutive(h0, H, token);
+  for (int i = 0; i < 8; ++i) token[i] += z * H;
+  const u8* block = cache.columns + blockIdx.x * columns_stride(cache);
+  const int share = blockDim.x / 4;  // chunks that a block takes at a time
+  for (int chunk = blockIdx.y * share + threadIdx.x / 4; chunk < ceil_div(groups, kChunk); chunk += gridDim.y * share) {
+    float total[8][4];
+    chunk_total<Q8, 8>(block, weights, token, chunk * kChunk, least(groups, (chunk + 1) * kChunk), quad, total);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (h0 + i < H) {
+        const size_t at = (static_cast<size_t>(z) * H + h0 + i) * chunks + chunk;
+        *reinterpret_cast<float4*>(partial + at * cache.C + blockIdx.x * kRows + 4 * quad) =
+            make_float4(total[i][0], total[i][1], total[i][2], total[i][3]);
+      }
+  }
+}
+
+// One group of weights times one group of 32 positions.
+DEVICE float one_group(const u32* word, float scale, const Rows& x, size_t row, int group) {
+  const size_t at = row * x.groups + group;
+  const u32* values = reinterpret_cast<const u32*>(x.q + at * kGroup);
+  int sum = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) sum = __dp4a(static_cast<int>(word[j]), static_cast<int>(values[j]), sum);
+  return 0.0f + fmaf(static_cast<float>(sum), scale * x.scale[at], 0.0f);
+}
+
+// The four parts of a weighted sum, over the softmax's own; quantized for v_b. The grid: groups of 32 channels, tokens
+// of the slice; a warp is a head. u: row t · H + h. Shared: 9 · 32 words.
+KERNEL finish(Cache cache, const int* start, int first, Rows weights, Rows rest, const float* inverse,
+              const float* partial, int chunks, Rows u) {
+  const int g = blockIdx.x, h = warp(), H = warps(), t = first + blockIdx.y;
+  const int n = *start + t + 1, groups = n / kGroup, own = n % kGroup;
+  u32* turned_words = reinterpret_cast<u32*>(shared_memory);  // [8][32], then a scale for each channel
+  if (h == 0 && own) {
+    u32 word[8];
+    const u16 half = turned(cache, groups * kGroup, own, g, word);
+    for (int j = 0; j < 8; ++j) turned_words[j * kGroup + lane()] = word[j];
+    turned_words[8 * kGroup + lane()] = half;
+  }
+  __syncthreads();
+  const size_t row = static_cast<size_t>(blockIdx.y) * H + h;
+  float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  u32 word[8];
+  if (groups) {
+    const float* totals = partial + row * chunks * cache.C + g * kGroup + lane();
+    const size_t wide = cache.C;
+#pragma unroll 8
+    for (int chunk = 0; chunk < ceil_div(groups, kChunk); ++chunk) part[0] = part[0] + totals[chunk * wide];
+    const u8* run = cache.columns + (2 * g + lane() / kRows) * columns_stride(cache);
+    const int channel = lane() % kRows;
+    for (int j = 0; j < 8; ++j) word[j] = *reinterpret_cast<const u32*>(run + 64 * j + 4 * channel);
+    part[1] = one_group(word, half_to_float(*reinterpret_cast<const u16*>(run + 512 + 2 * channel)), rest, row, 0);
+  }
+  if (own) {
+    for (int j = 0; j < 8; ++j) word[j] = turned_words[j * kGroup + lane()];
+    const float scale = half_to_float(static_cast<u16>(turned_words[8 * kGroup + lane()]));
+    part[2] = one_group(word, scale, weights, row, groups);
+    part[3] = one_group(word, scale, rest, row, 1);
+  }
+  quantize(((part[0] + part[1]) + (part[2] + part[3])) * inverse[row], u, static_cast<size_t>(t) * H + h, g);
+}

@@ -1,0 +1,359 @@
+"""`Device` on a card: where everything lies, and which kernels make the halves of a layer.
+
+Calls are not launched one by one. They are gathered until something must be known (logits, a routing that the CPU
+waits for) or can start now (experts that run beside the CPU's), and then queued together. For one token, the gathered
+calls are captured as a CUDA graph the first time and launched as one thereafter: all that differs from token to token,
+the position first of all, is read from device memory. With everything resident that is one graph a token; with experts
+on the CPU, two a layer.
+
+The kernels are in arithmetic.cu, products.cu, attention.cu and experts.cu; docs/gpu-kernels.md has the map. Nothing here
+computes.
+
+Dimension key:  T tokens   D hidden   H heads   N, R, C, V no-rope, rope, latent and value width   E experts   A active
+                F expert width   S cached positions
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kimi_lite.errors import UsageError
+from kimi_lite.formats.packed import join_mlp, matrix_bytes, mlp_bytes, row_block_bytes
+from kimi_lite.runtime import kernels
+from kimi_lite.runtime.cuda import halves
+from kimi_lite.runtime.cuda.device import DeviceMemoryError, Routed
+from kimi_lite.runtime.cuda.driver import Card
+from kimi_lite.runtime.cuda.halves import ALIGNED, MOST_TOKENS, Buffers, Place, Workspace, shape_of
+from kimi_lite.runtime.cuda.program import Cache, Matrix, Mlps
+from kimi_lite.runtime.kernels import Float
+from kimi_lite.runtime.weights import Layer, Weights
+
+FORMS = {"q4g32": 0, "q8g32": 1}  # as in products.cu
+
+
+def open_device() -> "CudaDevice":
+    """The card with most memory. Raises NoDeviceError or another KimiLiteError that says why there is none to use."""
+    return CudaDevice()
+
+
+class CudaDevice:
+    """One model, or a part of it, on one card. Any thread may call, but not two at once."""
+
+    def __init__(self, library: str | None = None, ordinal: int | None = None) -> None:
+        """Open a card. `library` and the errors are those of `driver.Card`."""
+        self._card = Card(library, ordinal)
+        self.name = self._card.name
+        self._layers, self._resident = dict[int, Place](), dict[int, NDArray[np.bool_]]()
+        self._work: Workspace | None = None
+        self._cache_at = 0
+        self._head, self._norm, self._eps = halves.NO_MATRIX, 0, 0.0
+        self._queue = list[tuple[str, int]]()
+        self._graphs = dict[tuple[tuple[str, int], ...], ctypes.c_void_p]()
+        self._T = 0
+        self._host_busy = False  # the card may still read what lies in pinned memory
+        self._waited = False  # the CPU waits for this step's routing
+
+    # ---- what lies on the card
+
+    def free_bytes(self) -> int:
+        """Of memory that an upload could take now."""
+        return self._card.memory_bytes()[0]
+
+    def load_layer(self, index: int, layer: Layer, experts: Sequence[int] | None) -> None:
+        """Upload a layer with these routed experts; None for all.
+
+        Raises:
+            DeviceMemoryError: no room; the layer then is not there.
+            UsageError: the layer has a matrix of a layout that no GPU kernel reads.
+        """
+        assert index not in self._layers, f"layer {index} is there already"
+        a, f, where, shape = layer.attention, layer.feed_forward, f"layer {index}", shape_of(layer)
+        matrices = {"q": a.q, "kv_a": a.kv_a, "k_b": a.k_b, "v_b": a.v_b, "o": a.o}
+        for name, matrix in matrices.items():
+            _form(matrix.layout, f"{where}, {name}")
+        if a.v_b.rows % 32:
+            raise UsageError(f"{where}: values of width {a.v_b.rows}; the GPU kernels need a multiple of 32")
+        parts: dict[str, NDArray[Any]] = {
+            **{name: matrix.data for name, matrix in matrices.items()},
+            "norm": a.norm_D,
+            "kv_norm": a.kv_norm_C,
+            "ffn_norm": f.norm_D,
+            "shared": _run(f.shared, 0, f"{where}, shared experts"),
+        }
+        form, chosen, table_E = 0, list[int](), np.zeros(1, np.uint64)
+        if f.routed is not None and f.router is not None:
+            form = _form(_layout(f.routed, f"{where}, experts"), f"{where}, experts")
+            chosen = list(range(f.routed.count)) if experts is None else sorted(set(experts))
+            table_E = np.zeros(f.routed.count, np.uint64)
+            parts |= {"router": f.router.weight_ED, "bias": f.router.bias_E}
+            parts |= {f"expert {e}": _run(f.routed, e, f"{where}, experts") for e in chosen}
+        at = self._place(parts | {"table": table_E}, where)
+        table_E[chosen] = [at[f"expert {e}"] for e in chosen]
+        self._card.upload(at["table"], table_E)
+        self._card.synchronize()
+        self._resident[index] = table_E != 0
+        self._layers[index] = Place(
+            shape=shape,
+            norm=at["norm"],
+            kv_norm=at["kv_norm"],
+            ffn_norm=at["ffn_norm"],
+            router=at.get("router", 0),
+            bias=at.get("bias", 0),
+            q=_on_card(a.q, at["q"]),
+            kv_a=_on_card(a.kv_a, at["kv_a"]),
+            k_b=_on_card(a.k_b, at["k_b"]),
+            v_b=_on_card(a.v_b, at["v_b"]),
+            o=_on_card(a.o, at["o"]),
+            k_b_bytes=a.k_b.data.size // a.k_b.count,
+            v_b_bytes=a.v_b.data.size // a.v_b.count,
+            mlps=Mlps(
+                at["table"],
+                at["shared"],
+                form,
+                shape.F,
+                _form(_layout(f.shared, where), where),
+                shape.shared_F,
+                shape.D,
+                shape.A,
+            ),
+            eps=a.eps,
+            kv_eps=a.kv_eps,
+            ffn_eps=f.eps,
+            scale=a.scale,
+            routed_scale=f.router.scale if f.router else 0.0,
+        )
+
+    def load_ends(self, weights: Weights) -> None:
+        """Upload the last norm and the head. Raises as `load_layer` does."""
+        _form(weights.head.layout, "the head")
+        at = self._place({"norm": weights.norm_D, "head": weights.head.data}, "the head")
+        self._norm, self._head = at["norm"], _on_card(weights.head, at["head"])
+        self._eps = weights.config.rms_eps
+
+    def reserve_cache(self, context: int) -> None:
+        """Room for the latent cache of all layers that were loaded, and for the work on 256 tokens.
+
+        Raises DeviceMemoryError.
+        """
+        sizes = {
+            index: kernels.latent_cache_bytes(context, place.shape.C, place.shape.R)
+            for index, place in self._layers.items()
+        }
+        self._release_cache()
+        total = sum(rows + columns for rows, columns in sizes.values())
+        at = self._cache_at = self._card.allocate(total, f"the cache of {context} tokens")
+        try:
+            shapes = [place.shape for place in self._layers.values()]
+            self._work = Workspace(self._card, Buffers(shapes, context, self._head.rows), shapes[0].D)
+        except DeviceMemoryError:
+            self._release_cache()
+            raise
+        self._card.clear(at, total)
+        for index, (rows, columns) in sizes.items():
+            place = self._layers[index]
+            place.cache = Cache(at, at + rows, context, place.shape.C, place.shape.R)
+            at += rows + columns
+
+    def _release_cache(self) -> None:
+        if self._work is not None:
+            self._card.free(self._work.base)
+        if self._cache_at:
+            self._card.free(self._cache_at)
+        self._work, self._cache_at, self._graphs = None, 0, {}
+
+    def rewind(self, n: int) -> None:
+        """Forget cached positions from n on: the next `begin` says where it stands, so there is nothing to do."""
+
+    def close(self) -> None:
+        """Give all memory back."""
+        self._card.close()
+
+    def _place(self, parts: dict[str, NDArray[Any]], what: str) -> dict[str, int]:
+        """Upload arrays into one piece of memory, so that there are all or none; their addresses by name."""
+        offsets, total = dict[str, int](), 0
+        for name, part in parts.items():
+            offsets[name] = total
+            total += -(-part.nbytes // ALIGNED) * ALIGNED
+        base = self._card.allocate(total, what)
+        at = {name: base + offset for name, offset in offsets.items()}
+        for name, part in parts.items():
+            self._card.upload(at[name], part)
+        self._card.synchronize()
+        return at
+
+    # ---- a step
+
+    def begin(self, x_TD: Float, cos_TR: Float, sin_TR: Float, start: int) -> None:
+        """Make x the residual stream of T tokens that stand from position `start` on; T is at most 256."""
+        T, w = len(x_TD), self._workspace
+        assert 1 <= T <= MOST_TOKENS, f"{T} tokens in one step; it takes 1 to {MOST_TOKENS}"
+        assert start + T <= w.context, f"{T} tokens after {start} exceed {w.context}"
+        self._flush()
+        self._wait_for_pinned_memory()
+        self._T, self._waited = T, False
+        w.integers("start", 1)[0] = start
+        self._card.upload(w.at["start"], w.integers("start", 1))
+        for name, values in (("x", x_TD), ("cos", cos_TR), ("sin", sin_TR)):
+            pinned = w.floats(name, values.size)
+            pinned[:] = values.reshape(-1)
+            self._card.upload(w.at[name], pinned)
+        self._host_busy = True
+
+    def attend(self, index: int) -> None:
+        """x += attention(norm(x)), the tokens' latents and rotated keys being cached."""
+        self._queue.append(("attend", index))
+
+    def route(self, index: int, *, wanted: bool) -> Routed | None:
+        """norm(x), and which experts act; `wanted` waits for it and brings it to the CPU."""
+        self._queue.append(("route", index))
+        if not wanted:
+            return None
+        self._waited = True
+        self._flush()
+        T, w, shape = self._T, self._workspace, self._layers[index].shape
+        h, weights = w.floats("h", T * shape.D), w.floats("weights", T * shape.A)
+        ids = w.integers("ids", T * shape.A)
+        for name, pinned in (("h", h), ("weights", weights), ("ids", ids)):
+            self._card.download(pinned, w.at[name])
+        self._synchronize()
+        return Routed(
+            h.reshape(T, shape.D).copy(), ids.reshape(T, shape.A).copy(), weights.reshape(T, shape.A).copy()
+        )
+
+    def run_experts(self, index: int) -> None:
+        """Start the shared MLP and the chosen experts that are on the device."""
+        self._queue.append(("run_experts", index))
+        if self._waited:  # the CPU computes the others now: start at once
+            self._flush()
+
+    def add_experts(self, index: int, outputs_MD: Float | None) -> None:
+        """x += the weighted sum over the chosen experts in order of index, plus the shared MLP.
+
+        `outputs_MD` are the outputs of the chosen experts that are not on the device, in the order of ids_TA's entries
+        read row by row, after a `route` that was wanted; None if all are on it.
+        """
+        if outputs_MD is not None and len(outputs_MD):
+            self._flush()
+            self._wait_for_pinned_memory()
+            w, shape = self._workspace, self._layers[index].shape
+            elsewhere = ~self._resident[index][w.integers("ids", self._T * shape.A)]
+            assert len(outputs_MD) == elsewhere.sum(), (
+                f"{len(outputs_MD)} outputs for {elsewhere.sum()} experts"
+            )
+            place, missing = w.integers("place", elsewhere.size), w.floats("missing", outputs_MD.size)
+            place[:] = np.cumsum(elsewhere) - 1
+            missing[:] = outputs_MD.reshape(-1)
+            self._card.upload(w.at["place"], place)
+            self._card.upload(w.at["missing"], missing)
+            self._host_busy = True
+        self._queue.append(("add_experts", index))
+
+    def logits(self) -> Float:
+        """Of the last token: float32 [V]."""
+        self._queue.append(("logits", 0))
+        self._flush()
+        w = self._workspace
+        pinned = w.floats("logits", self._head.rows)
+        self._card.download(pinned, w.at["logits"])
+        self._synchronize()
+        return pinned.copy()
+
+    def residual(self) -> Float:
+        """The residual stream as it is now, float32 [T, D]; waits. For tests and for those who look for a wrong bit."""
+        self._flush()
+        x_TD = np.empty((self._T, self._workspace.D), np.float32)
+        self._card.download(x_TD, self._workspace.at["x"])
+        self._synchronize()
+        return x_TD
+
+    @property
+    def _workspace(self) -> Workspace:
+        assert self._work is not None, "reserve_cache comes first"
+        return self._work
+
+    def _flush(self) -> None:
+        """Queue the gathered calls: kernel by kernel, or for one token as a graph."""
+        calls, self._queue = tuple(self._queue), []
+        if not calls:
+            return
+        if self._T > 1:
+            self._run(calls)
+            return
+        if calls not in self._graphs:
+            self._card.begin_capture()
+            try:
+                self._run(calls)
+            finally:  # whoever interrupts leaves no stream that records
+                graph = self._card.end_capture()
+            self._graphs[calls] = graph
+        self._card.launch_graph(self._graphs[calls])
+
+    def _run(self, calls: tuple[tuple[str, int], ...]) -> None:
+        card, w, T = self._card, self._workspace, self._T
+        for name, index in calls:
+            if name == "logits":
+                halves.logits(card, w, T, self._norm, self._eps, self._head)
+            else:
+                _HALVES[name](card, self._layers[index], w, T)
+
+    def _synchronize(self) -> None:
+        self._card.synchronize()
+        self._host_busy = False
+
+    def _wait_for_pinned_memory(self) -> None:
+        if self._host_busy:
+            self._synchronize()
+
+
+_HALVES: dict[str, Callable[[Card, Place, Workspace, int], None]] = {
+    "attend": halves.attend,
+    "route": halves.route,
+    "run_experts": halves.run_experts,
+    "add_experts": halves.add_experts,
+}
+
+
+def _form(layout: str, what: str) -> int:
+    if layout not in FORMS:
+        raise UsageError(
+            f"{what}: the layout {layout} has no GPU kernel, only {' and '.join(FORMS)} have; run on the CPU, "
+            "or make an int4 file with kimi-lite quantize"
+        )
+    return FORMS[layout]
+
+
+def _on_card(matrix: kernels.Matrix, address: int) -> Matrix:
+    stride = row_block_bytes(matrix.layout, matrix.columns)
+    return Matrix(address, FORMS[matrix.layout], matrix.rows, matrix.columns, stride)
+
+
+def _layout(mlp: kernels.Mlp, what: str) -> str:
+    """The one layout of an MLP's three matrices."""
+    if mlp.matrices is None:
+        return mlp.layout
+    layouts = sorted({matrix.layout for matrix in mlp.matrices})
+    if len(layouts) > 1:
+        raise UsageError(
+            f"{what}: the layouts {' and '.join(layouts)} in one MLP; the GPU kernels need one: run on the CPU, "
+            "or make an int4 file with kimi-lite quantize"
+        )
+    return layouts[0]
+
+
+def _run(mlp: kernels.Mlp, expert: int, what: str) -> NDArray[np.uint8]:
+    """One expert as a packed run."""
+    layout = _layout(mlp, what)
+    _form(layout, what)
+    if mlp.data is not None:
+        size = mlp_bytes(layout, mlp.F, mlp.D)
+        return mlp.data[expert * size : (expert + 1) * size]
+    assert mlp.matrices is not None
+    sizes = (matrix_bytes(layout, matrix.rows, matrix.columns) for matrix in mlp.matrices)
+    gate, up, down = (
+        matrix.data[expert * size : (expert + 1) * size]
+        for matrix, size in zip(mlp.matrices, sizes, strict=True)
+    )
+    return join_mlp(gate, up, down, layout, mlp.D)

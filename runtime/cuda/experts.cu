@@ -1,0 +1,218 @@
+// The mixture of experts: who acts, gate and up, down and the sum. Read products.cu first.
+//
+// All of it runs without the host: ids are made and read on the device. The chosen experts that lie here become jobs,
+// one an expert with the slots (token · A + place) that chose it; the shared MLP is one more. With one token there are A
+// jobs of one slot. An expert that lies elsewhere has no job; its output comes with `missing`. A sum runs over the
+// experts in order of index, then the shared MLP, in one thread.
+
+struct Job { int expert, first, count; };  // slots[first..first + count - 1]
+
+struct Mlps {
+  const u64* experts;   // [E] addresses of packed runs, 0 for one that lies elsewhere; gate and up in turn, then down
+  const u8* shared;     // one run
+  int form, F, shared_form, shared_F, D, A;
+};
+
+// Sigmoid scores of h [T][D] against router [E][D]: sixteen threads an expert, in the CPU's sixteen lanes.
+KERNEL route(const float* h, const float* router, int D, int E, float* scores) {
+  const int e = blockIdx.x * (blockDim.x / 16) + threadIdx.x / 16;
+  const size_t t = blockIdx.y;
+  const float *x = h + t * D, *w = router + static_cast<size_t>(least(e, E - 1)) * D;
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int k = threadIdx.x % 16; k < D; k += 16) sum = fmaf(x[k], w[k], sum);
+  sum = lane_sum(sum);
+  if (threadIdx.x % 16 == 0 && e < E) scores[t * E + e] = sigmoid(sum);
+}
+
+// One block: the A largest of score + bias of every token, ties to the lower index, listed by index; then the jobs [E],
+// those without slots last. Shared: 3 · blockDim words.
+KERNEL choose(const float* scores, const float* bias, int T, int E, int A, float scale, const u64* experts, int* ids,
+              float* weights, Job* jobs, int* slots) {
+  float *biased = shared_floats(), *score = biased + blockDim.x;
+  int* chosen = reinterpret_cast<int*>(score + blockDim.x);
+  const int at_once = blockDim.x / E, place = threadIdx.x / E, e = threadIdx.x % E, row = place * E;
+  for (int first = 0; first < T; first += at_once) {
+    const int t = first + place;
+    const bool mine = place < at_once && t < T;
+    if (mine) {
+      score[threadIdx.x] = scores[static_cast<size_t>(t) * E + e];
+      biased[threadIdx.x] = score[threadIdx.x] + bias[e];
+    }
+    __syncthreads();
+    if (mine) {
+      int better = 0;
+      for (int i = 0; i < E; ++i) {
+        const float other = biased[row + i], own = biased[threadIdx.x];
+        better += other > own || (other == own && i < e);
+      }
+      chosen[threadIdx.x] = better < A;
+    }
+    __syncthreads();
+    if (mine && chosen[threadIdx.x]) {
+      float sum = 0.0f;
+      int before = 0;
+      for (int i = 0; i < E; ++i)
+        if (chosen[row + i]) {
+          sum = sum + score[row + i];
+          before += i < e;
+        }
+      ids[t * A + before] = e;
+      weights[t * A + before] = score[threadIdx.x] / (sum + 1e-20f) * scale;
+    }
+    __syncthreads();
+  }
+  const int own = threadIdx.x;
+  int* count = chosen;
+  if (own < E) {
+    count[own] = 0;
+    if (experts[own])
+      for (int slot = 0; slot < T * A; ++slot) count[own] += ids[slot] == own;
+    jobs[own] = {0, 0, 0};
+  }
+  __syncthreads();
+  if (own >= E || count[own] == 0) return;
+  int job = 0, at = 0;
+  for (int i = 0; i < own; ++i) {
+    job += count[i] > 0;
+    at += count[i];
+  }
+  jobs[job] = {own, at, count[own]};
+  for (int slot = 0; slot < T * A; ++slot)
+    if (ids[slot] == own) slots[at++] = slot;
+}
+
+DEVICE int run_bytes(int form) { return form == kQ4 ? Q4::bytes : Q8::bytes; }
+DEVICE size_t down_at(int form, int F, int D) {  // where down begins in an MLP's run
+  return static_cast<size_t>(2 * (F / kRows)) * (D / kGroup) * run_bytes(form);
+}
+DEVICE const u8* expert_run(const Mlps& m, int expert) { return reinterpret_cast<const u8*>(m.experts[expert]); }
+
+// Chosen field by field, so that neither has to lie in memory.
+DEVICE Rows one_of(bool first, const Rows& a, const Rows& b) {
+  return {first ? a.q : b.q, first ? a.scale : b.scale, first ? a.sum : b.sum, first ? a.groups : b.groups};
+}
+
+// silu(gate) · up of 32 hidden channels, quantized. Blocks: F / 32 for each of E jobs, then the shared MLP's.
+// x: rows of tokens; hidden: rows of slots; shared_hidden: rows of tokens.
+template <int NT>
+DEVICE void gate_up(const Mlps& m, const Job* jobs, const int* slots, int n_jobs, const Rows& x, int T,
+                    const Rows& hidden, const Rows& shared_hidden) {
+  const int wide = m.F / kGroup, j = least(n_jobs, n_jobs ? blockIdx.x / wide : 0), g = blockIdx.x - j * wide;
+  const bool is_shared = j == n_jobs;
+  const Job job = is_shared ? Job{0, 0, T} : jobs[j];
+  if (job.count == 0) return;
+  const int form = is_shared ? m.shared_form : m.form, stride = m.D / kGroup * run_bytes(form);
+  const u8* blocks = (is_shared ? m.shared : expert_run(m, job.expert)) + static_cast<size_t>(4 * g) * stride;
+  for (int first = blockIdx.y * NT; first < job.count; first += gridDim.y * NT) {
+    int token[NT];
+    consecutive(first, job.count, token);
+    if (!is_shared)
+      for (int t = 0; t < NT; ++t) token[t] = slots[job.first + token[t]] / m.A;
+    const float* out = multiply<NT>(form, blocks, stride, 4, x, token);  // gate, up, gate, up: 16 rows each
+    for (int t = warp(); t < least(NT, job.count - first); t += warps()) {
+      const int half = lane() / kRows, row = lane() % kRows;
+      const float gate = out[(2 * half * NT + t) * kRows + row], up = out[((2 * half + 1) * NT + t) * kRows + row];
+      const float v = gate * sigmoid(gate) * up;
+      if (is_shared) quantize(v, shared_hidden, first + t, g);
+      else quantize(v, hidden, slots[job.first + first + t], g);
+    }
+  }
+}
+KERNEL gate_up_1(Mlps m, const Job* jobs, const int* slots, int n_jobs, Rows x, int T, Rows hidden,
+                 Rows shared_hidden) {
+  gate_up<1>(m, jobs, slots, n_jobs, x, T, hidden, shared_hidden);
+}
+KERNEL_OF_EIGHT gate_up_8(Mlps m, const Job* jobs, const int* slots, int n_jobs, Rows x, int T, Rows hidden,
+                          Rows shared_hidden) {
+  gate_up<8>(m, jobs, slots, n_jobs, x, T, hidden, shared_hidden);
+}
+
+// For a few tokens: x += the whole sum. A block has 16 rows of token blockIdx.y and all its experts; their chunks are
+// dealt out like the chunks of one long product. missing [n][D] and place [T · A]: outputs of experts that lie
+// elsewhere. Shared: 16 floats a chunk.
+KERNEL down(Mlps m, const int* ids, const float* weights, Rows hidden, Rows shared_hidden, const float* missing,
+            const int* place, float* x) {
+  const int b = blockIdx.x, t = blockIdx.y;
+  const int chunks = ceil_div(m.F / kGroup, kChunk), shared_chunks = ceil_div(m.shared_F / kGroup, kChunk);
+  const int routed = m.A * chunks;
+  float* parts = shared_floats();
+  for (int i = threadIdx.x; i < (routed + shared_chunks) * 4; i += blockDim.x) {
+    const int quad = i % 4, item = i / 4;
+    const bool is_shared = item >= routed;
+    const int slot = is_shared ? 0 : t * m.A + item / chunks;
+    const u8* run = is_shared ? m.shared : expert_run(m, ids[slot]);
+    if (!run) continue;
+    const Rows in = one_of(is_shared, shared_hidden, hidden);
+    const int form = is_shared ? m.shared_form : m.form, F = is_shared ? m.shared_F : m.F;
+    const int row[1] = {is_shared ? t : slot};
+    float total[1][4];
+    const u8* block = run + down_at(form, F, m.D) + static_cast<size_t>(b) * (F / kGroup) * run_bytes(form);
+    chunk_total<1>(form, block, in, row, is_shared ? item - routed : item % chunks, quad, total);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) parts[item * kRows + 4 * quad + r] = total[0][r];
+  }
+  __syncthreads();
+  if (threadIdx.x >= kRows) return;
+  const int row = b * kRows + threadIdx.x;
+  float sum = 0.0f;
+  for (int a = 0; a < m.A; ++a) {
+    const int slot = t * m.A + a;
+    float part = 0.0f;
+    if (expert_run(m, ids[slot]))
+      for (int c = 0; c < chunks; ++c) part = part + parts[(a * chunks + c) * kRows + threadIdx.x];
+    else
+      part = missing[static_cast<size_t>(place[slot]) * m.D + row];
+    sum = fmaf(weights[slot], part, sum);
+  }
+  float part = 0.0f;
+  for (int c = 0; c < shared_chunks; ++c) part = part + parts[(routed + c) * kRows + threadIdx.x];
+  sum = fmaf(1.0f, part, sum);
+  float* at = x + static_cast<size_t>(t) * m.D + row;
+  *at = *at + sum;
+}
+
+// For many tokens, expert by expert, so that each is read once: outputs [T · A][D] of the slots, then [T][D] of the
+// shared MLP. The grid: row blocks of D, jobs and the shared MLP.
+KERNEL_OF_EIGHT down_jobs(Mlps m, const Job* jobs, const int* slots, Rows hidden, Rows shared_hidden, int T,
+                          float* outputs) {
+  const int n_jobs = gridDim.y - 1, b = blockIdx.x;
+  const bool is_shared = static_cast<int>(blockIdx.y) == n_jobs;
+  const Job job = is_shared ? Job{0, 0, T} : jobs[blockIdx.y];
+  if (job.count == 0) return;
+  const int form = is_shared ? m.shared_form : m.form, F = is_shared ? m.shared_F : m.F;
+  const int stride = F / kGroup * run_bytes(form);
+  const u8* run = is_shared ? m.shared : expert_run(m, job.expert);
+  const u8* block = run + down_at(form, F, m.D) + static_cast<size_t>(b) * stride;
+  const Rows in = one_of(is_shared, shared_hidden, hidden);
+  for (int first = blockIdx.z * 8; first < job.count; first += gridDim.z * 8) {
+    int row[8];
+    consecutive(first, job.count, row);
+    if (!is_shared)
+      for (int t = 0; t < 8; ++t) row[t] = slots[job.first + row[t]];
+    const float* out = multiply<8>(form, block, stride, 1, in, row);
+    for (int i = threadIdx.x; i < 8 * kRows; i += blockDim.x) {
+      const int t = first + i / kRows;
+      if (t >= job.count) continue;
+      const size_t to = is_shared ? static_cast<size_t>(T) * m.A + t : slots[job.first + t];
+      outputs[to * m.D + b * kRows + i % kRows] = out[i];
+    }
+  }
+}
+
+// x [T][D] += the sum over the chosen experts in order of index, then the shared MLP.
+KERNEL combine(Mlps m, const int* ids, const float* weights, const float* outputs, const float* missing,
+               const int* place, int T, float* x) {
+  const int k = blockIdx.x * blockDim.x + threadIdx.x, t = blockIdx.y;
+  if (k >= m.D) return;
+  float sum = 0.0f;
+  for (int a = 0; a < m.A; ++a) {
+    const size_t slot = static_cast<size_t>(t) * m.A + a;
+    const bool here = expert_run(m, ids[slot]);
+    const float part = here ? outputs[slot * m.D + k] : missing[static_cast<size_t>(place[slot]) * m.D + k];
+    sum = fmaf(weights[slot], part, sum);
+  }
+  sum = fmaf(1.0f, outputs[(static_cast<size_t>(T) * m.A + t) * m.D + k], sum);
+  float* at = x + static_cast<size_t>(t) * m.D + k;
+  *at = *at + sum;
+}

@@ -1,0 +1,336 @@
+"""The halves of a layer as launches: which kernel, over which grid, between which buffers.
+
+A grid never depends on a token's position, only on the number of tokens and on the context: so the launches of one
+token can be captured once and repeated. For fewer than FEW tokens the products take one token at a time, which is what
+decode wants; from there on a block of threads takes eight, so that each weight is read once for eight.
+
+Dimension key:  T tokens   D hidden   H heads   N, R, C, V no-rope, rope, latent and value width   E experts
+                A active   F expert width   S cached positions   X C + R, padded to whole groups
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kimi_lite.runtime.cuda.driver import Card
+from kimi_lite.runtime.cuda.program import Cache, Matrix, Mlps, Rows
+from kimi_lite.runtime.kernels import Float
+from kimi_lite.runtime.weights import Layer, Weights
+
+MOST_TOKENS = 256  # of one step
+FEW = 8
+ROWS, GROUP, CHUNK = 16, 32, 256  # rows of a row block; channels of a group and of a chunk
+SLICE_BYTES = 64 << 20  # what the scores of the tokens that attend at once may take
+MOST_SLICE = 32  # tokens that attend at once
+MOST_BLOCKS = 512  # along an axis that strides over positions: more than a card runs at once
+STAGED = 2048  # kStaged of attention.cu
+ALIGNED = 256
+NO_MATRIX = Matrix(0, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer's dimensions. A dense layer has no routed experts: E, A and F are 0."""
+
+    D: int
+    H: int
+    N: int
+    R: int
+    C: int
+    V: int
+    E: int
+    A: int
+    F: int
+    shared_F: int
+
+
+def shape_of(layer: Layer) -> Shape:
+    a, f = layer.attention, layer.feed_forward
+    E, F = (f.routed.count, f.routed.F) if f.routed else (0, 0)
+    C = a.k_b.rows
+    return Shape(
+        D=a.q.columns,
+        H=a.k_b.count,
+        N=a.k_b.columns,
+        R=a.kv_a.rows - C,
+        C=C,
+        V=a.v_b.rows,
+        E=E,
+        A=f.router.n_active if f.router else 0,
+        F=F,
+        shared_F=f.shared.F,
+    )
+
+
+@dataclass
+class Place:
+    """A layer on the card: addresses of float32 vectors, packed matrices, experts, the cache."""
+
+    shape: Shape
+    norm: int
+    kv_norm: int
+    ffn_norm: int
+    router: int
+    bias: int
+    q: Matrix
+    kv_a: Matrix
+    k_b: Matrix
+    v_b: Matrix
+    o: Matrix
+    k_b_bytes: int  # from head to head
+    v_b_bytes: int
+    mlps: Mlps
+    eps: float
+    kv_eps: float
+    ffn_eps: float
+    scale: float  # of the softmax
+    routed_scale: float
+    cache: Cache = field(default_factory=Cache)
+
+
+class Buffers:
+    """What one step of up to 256 tokens needs beside the weights and the cache, sized for the widest layer."""
+
+    def __init__(self, shapes: Sequence[Shape], context: int, vocabulary: int) -> None:
+        T, one = MOST_TOKENS, shapes[0]
+        D, H, C, R = one.D, one.H, one.C, one.R
+        E, A, F, shared_F = (max(getattr(s, name) for s in shapes) for name in ("E", "A", "F", "shared_F"))
+        self.context = context
+        self.stride = _whole(context, GROUP)  # floats, or weights, from head to head
+        self.chunks = -(-context // CHUNK)
+        a_token = H * (self.stride * 6 + self.chunks * C * 4)
+        self.slice = max(1, min(MOST_SLICE, SLICE_BYTES // a_token))
+        self.rows = {  # name: rows, channels
+            "normed": (T, D),
+            "nope": (T * H, one.N),
+            "query": (T * H, _whole(C + R, GROUP)),
+            "position_weights": (self.slice * H, self.stride),
+            "rest": (self.slice * H, 2 * GROUP),
+            "summed": (T * H, C),
+            "values": (T * H, one.V),
+            "hidden": (T * A, F),
+            "shared_hidden": (T, shared_F),
+        }
+        # In words of four bytes. What the host writes or reads lies in pinned memory there.
+        self.shared_with_host = {
+            "start": 1,
+            "x": T * D,
+            "cos": T * R // 2,
+            "sin": T * R // 2,
+            "missing": T * A * D,
+            "place": T * A,
+            "h": T * D,
+            "ids": T * A,
+            "weights": T * A,
+            "logits": vocabulary,
+        }
+        self.words = self.shared_with_host | {
+            "q": T * H * (one.N + R),
+            "kv": T * (C + R),
+            "s": self.slice * H * self.stride,
+            "partial": self.slice * H * self.chunks * C,
+            "inverse": self.slice * H,
+            "scores": T * E,
+            "jobs": 3 * E,
+            "slots": T * A,
+            "outputs": T * (A + 1) * D,
+        }
+        sizes = {name: n * K + 8 * n * (K // GROUP) for name, (n, K) in self.rows.items()}
+        sizes |= {name: 4 * n for name, n in self.words.items()}
+        self.offsets, self.n_bytes = dict[str, int](), 0
+        for name, size in sizes.items():
+            self.offsets[name] = self.n_bytes
+            self.n_bytes += _whole(size, ALIGNED)
+
+
+def workspace_bytes(weights: Weights, context: int) -> int:
+    """What a step of this model takes on a card beside weights and cache, for whoever plans."""
+    return Buffers([shape_of(layer) for layer in weights.layers], context, weights.config.vocab_size).n_bytes
+
+
+class Workspace:
+    """The buffers of a step, on the card and in pinned host memory."""
+
+    def __init__(self, card: Card, buffers: Buffers, D: int) -> None:
+        """Raises DeviceMemoryError."""
+        self.context, self.stride, self.chunks = buffers.context, buffers.stride, buffers.chunks
+        self.slice, self.D = buffers.slice, D
+        self.base = card.allocate(
+            buffers.n_bytes, f"working memory for a context of {buffers.context} tokens"
+        )
+        self.at = {name: self.base + offset for name, offset in buffers.offsets.items()}
+        self.rows = {name: _rows_at(self.at[name], n, K) for name, (n, K) in buffers.rows.items()}
+        host, first = card.pinned(4 * sum(buffers.shared_with_host.values())), 0
+        self.host = dict[str, NDArray[np.uint8]]()
+        for name, n in buffers.shared_with_host.items():
+            self.host[name] = host[first : first + 4 * n]
+            first += 4 * n
+
+    def floats(self, name: str, n: int) -> Float:
+        """The first n values of a pinned buffer."""
+        return self.host[name][: 4 * n].view(np.float32)
+
+    def integers(self, name: str, n: int) -> NDArray[np.int32]:
+        return self.host[name][: 4 * n].view(np.int32)
+
+    def as_rows(self, name: str, n: int, K: int) -> Rows:
+        """A buffer that is large enough, seen as n rows of K channels."""
+        return _rows_at(self.at[name], n, K)
+
+
+def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
+    """x += attention(norm(x)); the tokens are cached."""
+    s, at, rows = p.shape, w.at, w.rows
+    norm(card, w, at["x"], p.norm, p.eps, 0, T)
+    product(card, p.q, p.kv_a, rows["normed"], T, at["q"], at["kv"])
+    card.launch(
+        "latents", (T, s.H + 1), 256, 4 * (s.C + 1),
+        at["q"], at["kv"], p.kv_norm, p.kv_eps, at["cos"], at["sin"], at["start"], s.N, p.cache,
+        rows["nope"], rows["query"],
+    )  # fmt: skip
+    heads(card, p.k_b, p.k_b_bytes, rows["nope"], s.H, T, rows["query"])
+    tiles = -(-s.H // 8)
+    row_chunks = -(-_whole(s.C + s.R, GROUP) // CHUNK)
+    position_blocks = min(MOST_BLOCKS, -(-w.context // (8 * ROWS)))
+    for first in range(0, T, w.slice):
+        n = min(w.slice, T - first)
+        card.launch(
+            "scores", (position_blocks, tiles + 1, n),
+            _threads(8 * 4 * row_chunks, 8), _product_bytes(8, 8, row_chunks),
+            p.cache, at["start"], first, T, s.H, rows["query"], at["s"], w.stride,
+        )  # fmt: skip
+        card.launch(
+            "softmax", (s.H, n), 256, 4 * (2 * STAGED + 32),
+            at["start"], first, p.scale, at["s"], w.stride, rows["position_weights"], rows["rest"], at["inverse"],
+        )  # fmt: skip
+        card.launch(
+            "weigh", (s.C // ROWS, min(32, -(-w.chunks // 8)), tiles * n), 32, 0,
+            p.cache, at["start"], first, s.H, rows["position_weights"], at["partial"], w.chunks,
+        )  # fmt: skip
+        card.launch(
+            "finish", (s.C // GROUP, n), 32 * s.H, 4 * 9 * 32,
+            p.cache, at["start"], first, rows["position_weights"], rows["rest"], at["inverse"], at["partial"],
+            w.chunks, rows["summed"],
+        )  # fmt: skip
+    heads(card, p.v_b, p.v_b_bytes, rows["summed"], s.H, T, rows["values"])
+    product(card, p.o, NO_MATRIX, w.as_rows("values", MOST_TOKENS, s.H * s.V), T, at["x"], 0, add=True)
+
+
+def route(card: Card, p: Place, w: Workspace, T: int) -> None:
+    """norm(x), and which experts act."""
+    s, at = p.shape, w.at
+    norm(card, w, at["x"], p.ffn_norm, p.ffn_eps, at["h"], T)
+    if not s.E:
+        return
+    card.launch("route", (-(-s.E // 8), T), 128, 0, at["h"], p.router, s.D, s.E, at["scores"])
+    threads = max(256, _whole(s.E, 32))
+    card.launch(
+        "choose", (1,), threads, 12 * threads,
+        at["scores"], p.bias, T, s.E, s.A, p.routed_scale, p.mlps.experts, at["ids"], at["weights"],
+        at["jobs"], at["slots"],
+    )  # fmt: skip
+
+
+def run_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
+    """Gate, up and silu of the chosen experts that are here, and of the shared MLP."""
+    s, m, at, NT = p.shape, p.mlps, w.at, _at_once(T)
+    hidden, shared_hidden = _hidden(s, w)
+    n_jobs = _jobs(s, T)
+    blocks = n_jobs * (s.F // GROUP) + s.shared_F // GROUP
+    chunks = -(-s.D // CHUNK)
+    card.launch(
+        f"gate_up_{NT}", (blocks, T if NT == 1 else min(4, -(-T // NT))),
+        _threads(4 * 4 * chunks, NT), _product_bytes(4, NT, chunks),
+        m, at["jobs"], at["slots"], n_jobs, w.rows["normed"], T, hidden, shared_hidden,
+    )  # fmt: skip
+
+
+def add_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
+    """x += down of everything, summed in order of index, the outputs of experts that lie elsewhere included."""
+    s, m, at = p.shape, p.mlps, w.at
+    hidden, shared_hidden = _hidden(s, w)
+    chunks, shared_chunks = -(-s.F // CHUNK), -(-s.shared_F // CHUNK)
+    if T < FEW:
+        items = s.A * chunks + shared_chunks
+        card.launch(
+            "down", (s.D // ROWS, T), _threads(4 * items, 1), 4 * ROWS * items,
+            m, at["ids"], at["weights"], hidden, shared_hidden, at["missing"], at["place"], at["x"],
+        )  # fmt: skip
+        return
+    most = max(chunks, shared_chunks)
+    card.launch(
+        "down_jobs", (s.D // ROWS, _jobs(s, T) + 1, min(4, -(-T // 8))),
+        _threads(4 * most, 8), _product_bytes(1, 8, most),
+        m, at["jobs"], at["slots"], hidden, shared_hidden, T, at["outputs"],
+    )  # fmt: skip
+    card.launch(
+        "combine", (-(-s.D // 256), T), 256, 0,
+        m, at["ids"], at["weights"], at["outputs"], at["missing"], at["place"], T, at["x"],
+    )  # fmt: skip
+
+
+def logits(card: Card, w: Workspace, T: int, weight: int, eps: float, head: Matrix) -> None:
+    """The last norm and the head, of the last token."""
+    norm(card, w, w.at["x"] + 4 * w.D * (T - 1), weight, eps, 0, 1)
+    product(card, head, NO_MATRIX, w.rows["normed"], 1, w.at["logits"], 0)
+
+
+def norm(card: Card, w: Workspace, x: int, weight: int, eps: float, out: int, T: int) -> None:
+    """Rows of x into `normed`, and as floats to `out` if that is not 0."""
+    card.launch("rms_norm", (T,), 256, 4 * (w.D + 1), x, weight, w.D, eps, out, w.rows["normed"])
+
+
+def product(
+    card: Card, a: Matrix, b: Matrix, x: Rows, T: int, ya: int, yb: int, *, add: bool = False
+) -> None:
+    """ya [T, O] (+)= x a; the same for b, in one launch."""
+    chunks, NT = -(-a.columns // CHUNK), _at_once(T)
+    card.launch(
+        f"product_{NT}", (-(-a.rows // ROWS) + -(-b.rows // ROWS), -(-T // NT)),
+        _threads(4 * chunks, NT), _product_bytes(1, NT, chunks),
+        a, b, x, T, ya, yb, int(add),
+    )  # fmt: skip
+
+
+def heads(card: Card, matrix: Matrix, head_bytes: int, x: Rows, H: int, T: int, y: Rows) -> None:
+    """Matrix h times head h's rows, quantized into y."""
+    chunks, NT = -(-matrix.columns // CHUNK), _at_once(T)
+    card.launch(
+        f"heads_{NT}", (matrix.rows // GROUP, H, -(-T // NT)),
+        _threads(2 * 4 * chunks, NT), _product_bytes(2, NT, chunks),
+        matrix, head_bytes, x, T, y,
+    )  # fmt: skip
+
+
+def _at_once(T: int) -> int:
+    """NT of the kernels for T tokens: how many share a weight that is read."""
+    return 1 if T < FEW else 8
+
+
+def _jobs(s: Shape, T: int) -> int:
+    return min(s.E, T * s.A)
+
+
+def _hidden(s: Shape, w: Workspace) -> tuple[Rows, Rows]:
+    return w.as_rows("hidden", MOST_TOKENS * s.A, s.F), w.as_rows("shared_hidden", MOST_TOKENS, s.shared_F)
+
+
+def _rows_at(address: int, n: int, K: int) -> Rows:
+    """n rows of K channels: values, then scales, then sums."""
+    return Rows(address, address + n * K, address + n * K + 4 * n * (K // GROUP), K // GROUP)
+
+
+def _threads(items: int, tokens: int) -> int:
+    """Whole warps; at most 128 threads where eight tokens' sums fill the registers, as the launch bounds there say."""
+    return min(256 if tokens == 1 else 128, _whole(items, 32))
+
+
+def _product_bytes(row_blocks: int, tokens: int, chunks: int) -> int:
+    """Shared memory of `multiply`: the parts of each chunk, and their sums."""
+    return 4 * ROWS * row_blocks * tokens * (chunks + 1)
+
+
+def _whole(n: int, unit: int) -> int:
+    return -(-n // unit) * unit

@@ -1,0 +1,53 @@
+"""The driver without a card, built once for all tests here, and a machine of one's choice around it."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_driver import FakeDriver
+
+ROOT = Path(__file__).parents[2]
+FLAGS = "-std=c++20 -O2 -ffp-contract=off -U_FORTIFY_SOURCE"
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> FakeDriver:
+    if sys.platform != "linux":
+        pytest.skip("the driver without a card is built on Linux: it needs ucontext and mmap")
+    here, out = ROOT / "tests" / "cuda", tmp_path_factory.mktemp("cuda") / "libfake_cuda.so"
+    includes = [f"-I{ROOT / 'runtime' / 'cuda'}", f"-I{here}"]
+    command = [
+        "c++",
+        *FLAGS.split(),
+        "-shared",
+        "-fPIC",
+        *includes,
+        str(here / "fake_cuda.cpp"),
+        "-o",
+        str(out),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return FakeDriver(out)
+
+
+@pytest.fixture
+def fake(built: FakeDriver, compiled_once: None) -> Iterator[FakeDriver]:
+    """An ordinary machine with one card."""
+    built.machine()
+    built.order(backwards=False)
+    yield built
+    built.machine()
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def compiled_once(kernel_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests share compiled kernels among themselves, and nothing with whoever runs them."""
+    monkeypatch.setenv("KIMI_LITE_KERNEL_CACHE", str(kernel_cache))

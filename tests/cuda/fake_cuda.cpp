@@ -1,0 +1,203 @@
+// A driver library without a card: the functions of libcuda that runtime/cuda/driver.py calls, over the shim.
+//
+// It is as strict as a card may be. Work that was queued runs when the stream is waited for and not before, so a host
+// buffer that is reused too early shows. Arguments are copied by the kernel's own C++ types, as the driver copies them.
+// Fresh memory is NaN and ends at a page that nobody may touch. Launches beyond a card's limits are refused. Tests
+// choose the machine with fake_machine and let a function fail with fake_fail.
+#include <sys/mman.h>
+
+#include <map>
+#include <string>
+#include <tuple>
+
+#include "shim.h"
+// clang-format off
+#include "arithmetic.cu"
+#include "products.cu"
+#include "attention.cu"
+#include "experts.cu"
+// clang-format on
+
+namespace {
+using Work = std::function<void()>;
+using Result = int;  // CUresult
+enum { kSuccess = 0, kInvalid = 1, kOutOfMemory = 2, kNoDevice = 100, kNoContext = 201, kNotFound = 500, kSticky = 700 };
+
+template <typename... A, size_t... I>
+Work bound(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+  return [kernel, copy = std::tuple<A...>(*static_cast<A*>(arguments[I])...)] { std::apply(kernel, copy); };
+}
+template <typename... A>
+Work bound(void (*kernel)(A...), void** arguments) { return bound(kernel, arguments, std::index_sequence_for<A...>()); }
+
+struct Function {
+  const char* name;
+  Work (*bind)(void** arguments);
+};
+#define ENTRY(kernel) {#kernel, [](void** arguments) { return bound(kernel, arguments); }}
+const Function kFunctions[] = {
+    ENTRY(rms_norm), ENTRY(product_1), ENTRY(product_8), ENTRY(heads_1),   ENTRY(heads_8), ENTRY(latents),
+    ENTRY(scores),   ENTRY(softmax),   ENTRY(weigh),     ENTRY(finish),    ENTRY(route),   ENTRY(choose),
+    ENTRY(combine),  ENTRY(gate_up_1), ENTRY(gate_up_8), ENTRY(down_jobs), ENTRY(down)};
+
+using Graph = std::vector<Work>;
+Graph stream, captured;
+bool capturing, lost;
+thread_local void* context;  // each thread has to make one current
+int n_devices = 1, version = 13000, capability = 86;
+size_t memory = size_t{1} << 30, used;
+std::map<void*, size_t> blocks;
+std::map<std::string, int> calls, fail_after, fail_code;
+
+// The result that a call of `name` has before it does anything.
+Result called(const char* name) {
+  ++calls[name];
+  if (lost) return kSticky;
+  const std::string start = std::string(name).substr(0, 5);  // of those that need no context
+  if (!context && start != "cuIni" && start != "cuDri" && start != "cuDev" && start != "cuCtx") return kNoContext;
+  const auto at = fail_after.find(name);
+  if (at == fail_after.end() || at->second-- > 0) return kSuccess;
+  const int code = fail_code[name];
+  fail_after.erase(at);
+  lost = code >= kSticky;
+  return code;
+}
+#define CALLED if (const Result r = called(__func__)) return r
+void queue(Work work) { (capturing ? captured : stream).push_back(std::move(work)); }
+constexpr size_t kPage = 4096;
+size_t pages(size_t n) { return (n + kPage - 1) / kPage * kPage; }
+}  // namespace
+
+extern "C" {
+void fake_machine(int devices, int driver_version, int compute_capability, size_t bytes) {
+  n_devices = devices, version = driver_version, capability = compute_capability, memory = bytes;
+  calls.clear(), fail_after.clear(), stream.clear(), captured.clear();
+  lost = capturing = false;
+}
+void fake_fail(const char* name, int code, int after) { fail_code[name] = code, fail_after[name] = after; }
+void fake_order(int backwards) { shim::backwards = backwards; }
+int fake_calls(const char* name) { return calls[name]; }
+size_t fake_used() { return used; }
+int fake_half(int bits) { return float_to_half(__int_as_float(bits)); }
+float fake_float(int half) { return half_to_float(static_cast<u16>(half)); }
+
+Result cuInit(unsigned) { CALLED; return n_devices ? kSuccess : kNoDevice; }
+Result cuDriverGetVersion(int* out) { CALLED; *out = version; return kSuccess; }
+Result cuDeviceGetCount(int* out) { CALLED; *out = n_devices; return kSuccess; }
+Result cuDeviceGet(int* out, int ordinal) { CALLED; *out = ordinal; return kSuccess; }
+Result cuDeviceGetName(char* out, int n, int ordinal) {
+  CALLED;
+  std::snprintf(out, n, "paper card %d", ordinal);
+  return kSuccess;
+}
+Result cuDeviceGetAttribute(int* out, int which, int) {
+  CALLED;
+  if (which != 75 && which != 76) return kInvalid;  // compute capability, major and minor
+  *out = which == 75 ? capability / 10 : capability % 10;
+  return kSuccess;
+}
+Result cuDeviceTotalMem_v2(size_t* out, int ordinal) { CALLED; *out = memory * (ordinal + 1); return kSuccess; }
+Result cuDevicePrimaryCtxRetain(void** out, int) { CALLED; *out = &n_devices; return kSuccess; }
+Result cuDevicePrimaryCtxRelease_v2(int) { CALLED; context = nullptr; return kSuccess; }
+Result cuCtxSetCurrent(void* which) { CALLED; context = which; return kSuccess; }
+Result cuMemGetInfo_v2(size_t* free, size_t* total) { CALLED; *total = memory, *free = memory - used; return kSuccess; }
+Result cuMemAlloc_v2(u64* out, size_t n) {
+  CALLED;
+  if (n == 0) return kInvalid;
+  if (used + n > memory) return kOutOfMemory;
+  const size_t size = pages(n);
+  void* mapped = mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  auto* base = static_cast<char*>(mapped);
+  mprotect(base + size, kPage, PROT_NONE);
+  std::memset(base, 0xff, size);
+  char* at = base + (size - n) / 256 * 256;  // aligned as a card aligns, as near to the end as that allows
+  blocks[at] = n;
+  used += n;
+  *out = reinterpret_cast<u64>(at);
+  return kSuccess;
+}
+Result cuMemFree_v2(u64 address) {
+  CALLED;
+  const auto at = blocks.find(reinterpret_cast<void*>(address));
+  if (at == blocks.end()) return kInvalid;
+  char* base = static_cast<char*>(at->first) - (pages(at->second) - at->second) / 256 * 256;
+  munmap(base, pages(at->second) + kPage);
+  used -= at->second;
+  blocks.erase(at);
+  return kSuccess;
+}
+Result cuMemHostAlloc(void** out, size_t n, unsigned) { CALLED; *out = std::malloc(n); return kSuccess; }
+Result cuMemFreeHost(void* at) { CALLED; std::free(at); return kSuccess; }
+Result cuMemcpyHtoDAsync_v2(u64 to, const void* from, size_t n, void*) {
+  CALLED;
+  queue([=] { std::memcpy(reinterpret_cast<void*>(to), from, n); });
+  return kSuccess;
+}
+Result cuMemcpyDtoHAsync_v2(void* to, u64 from, size_t n, void*) {
+  CALLED;
+  queue([=] { std::memcpy(to, reinterpret_cast<void*>(from), n); });
+  return kSuccess;
+}
+Result cuMemsetD8Async(u64 at, unsigned char value, size_t n, void*) {
+  CALLED;
+  queue([=] { std::memset(reinterpret_cast<void*>(at), value, n); });
+  return kSuccess;
+}
+Result cuStreamCreate(void** out, unsigned) { CALLED; *out = &stream; return kSuccess; }
+Result cuStreamDestroy_v2(void*) { CALLED; return kSuccess; }
+Result cuStreamSynchronize(void*) {
+  CALLED;
+  if (capturing) return 900;  // the operation is not permitted when the stream is capturing
+  Graph work;
+  work.swap(stream);
+  for (const Work& each : work) each();
+  return kSuccess;
+}
+Result cuModuleLoadData(void** out, const void* image) {
+  CALLED;
+  if (std::memcmp(image, "\177ELF", 4)) return 200;  // no image of a kernel
+  *out = &calls;
+  return kSuccess;
+}
+Result cuModuleUnload(void*) { CALLED; return kSuccess; }
+Result cuModuleGetFunction(const Function** out, void*, const char* name) {
+  CALLED;
+  for (const Function& each : kFunctions)
+    if (std::string(each.name) == name) {
+      *out = &each;
+      return kSuccess;
+    }
+  return kNotFound;
+}
+Result cuLaunchKernel(const Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                      unsigned shared, void*, void** arguments, void** extra) {
+  CALLED;
+  if (!gx || !gy || !gz || gy > 65535 || gz > 65535) return kInvalid;
+  if (!bx || bx > 1024 || bx % 32 || by != 1 || bz != 1 || shared > kSharedLimit || extra) return kInvalid;
+  queue([=, work = f->bind(arguments)] { shim::launch({gx, gy, gz}, bx, shared, work); });
+  return kSuccess;
+}
+Result cuStreamBeginCapture_v2(void*, int) { CALLED; capturing = true; captured.clear(); return kSuccess; }
+Result cuStreamEndCapture(void*, Graph** out) {
+  CALLED;
+  capturing = false;
+  *out = new Graph(captured);
+  return kSuccess;
+}
+Result cuGraphInstantiateWithFlags(Graph** out, const Graph* graph, u64) {
+  CALLED;
+  *out = new Graph(*graph);
+  return kSuccess;
+}
+Result cuGraphLaunch(const Graph* graph, void*) {
+  CALLED;
+  for (const Work& each : *graph) queue(each);
+  return kSuccess;
+}
+Result cuGraphDestroy(Graph* graph) { CALLED; delete graph; return kSuccess; }
+Result cuGraphExecDestroy(Graph* graph) { CALLED; delete graph; return kSuccess; }
+Result cuGetErrorString(int code, const char** out) {
+  *out = code == kSticky ? "an illegal memory access was encountered" : "something else";
+  return kSuccess;
+}
+}

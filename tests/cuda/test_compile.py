@@ -1,0 +1,97 @@
+"""The device program through NVIDIA's own compilers, for every generation of cards: it compiles, nothing spills."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kimi_lite.runtime.cuda import program
+from kimi_lite.runtime.cuda.program import Nvrtc
+
+CARDS = {75: "RTX 20", 80: "A100", 86: "RTX 30", 89: "RTX 40", 90: "H100", 120: "RTX 50"}
+REGISTERS = 1 << 16  # of a multiprocessor, and the most that one block can have
+
+
+@pytest.mark.parametrize("target", CARDS)
+def test_nvrtc_compiles_every_kernel(target: int) -> None:
+    nvrtc = Nvrtc()
+    assert nvrtc.target_for(target) == target
+    cubin = nvrtc.compile(program.source(), target)
+    assert cubin.startswith(b"\x7fELF")
+    for kernel in program.signatures():
+        assert f".text.{kernel}\0".encode() in cubin, f"{kernel} is not in the code for sm_{target}"
+
+
+def test_no_step_is_contracted_approximated_or_flushed() -> None:
+    # Without a rounding mode in its name, a product or a sum may be fused with the next by the assembler.
+    nvrtc = Nvrtc()
+    words = ptx(nvrtc).decode()
+    steps = set(re.findall(r"\b(?:add|sub|mul|fma|mad|div|sqrt|rsqrt|rcp|ex2|lg2)\.[\w.]*f32\b", words))
+    assert steps == {
+        "add.rn.f32",
+        "sub.rn.f32",
+        "mul.rn.f32",
+        "fma.rn.f32",
+        "div.rn.f32",
+        "sqrt.rn.f32",
+        "rcp.rn.f32",
+    }
+
+
+def ptx(nvrtc: Nvrtc) -> bytes:
+    """What NVRTC hands to the assembler."""
+    library, made, size = ctypes.CDLL(nvrtc.path), ctypes.c_void_p(), ctypes.c_size_t()
+    options = [b"--gpu-architecture=compute_86", *(option.encode() for option in program.OPTIONS)]
+    array = (ctypes.c_char_p * len(options))(*options)
+    library.nvrtcCreateProgram(ctypes.byref(made), program.source().encode(), b"kernels.cu", 0, None, None)
+    assert library.nvrtcCompileProgram(made, len(options), array) == 0
+    library.nvrtcGetPTXSize(made, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetPTX(made, text)
+    library.nvrtcDestroyProgram(ctypes.byref(made))
+    return text.value
+
+
+def test_a_card_between_two_targets_takes_the_older_of_its_own_generation() -> None:
+    nvrtc = Nvrtc()
+    assert nvrtc.target_for(121) in (120, 121)
+    assert nvrtc.target_for(125) // 10 == 12
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("target", CARDS)
+def test_nvcc_spills_nothing_and_every_block_fits_a_multiprocessor(target: int, tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("spills were not looked at: that needs nvcc, of the CUDA toolkit")
+    (tmp_path / "kernels.cu").write_text(program.source())
+    command = [
+        nvcc,
+        *program.OPTIONS,
+        f"-arch=sm_{target}",
+        "-cubin",
+        "-Xptxas",
+        "-v",
+        "kernels.cu",
+        "-o",
+        "out",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout + done.stderr
+    assert "warning" not in words
+    found = re.findall(
+        r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        words,
+        re.DOTALL,
+    )
+    assert {kernel for kernel, *_ in found} == set(program.signatures())
+    for kernel, stores, loads, registers in found:
+        assert (stores, loads) == ("0", "0"), f"{kernel} spills on sm_{target}"
+        # They are given out in eights. finish has 32 threads a head; the bounds of kernels of eight are 128.
+        per_thread, of_eight = -(-int(registers) // 8) * 8, f"KERNEL_OF_EIGHT {kernel}(" in program.source()
+        threads = 512 if kernel == "finish" else 128 if of_eight else 256
+        assert per_thread * threads <= REGISTERS, f"{kernel}: {registers} registers"

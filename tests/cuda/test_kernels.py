@@ -1,0 +1,201 @@
+"""Single kernels, run thread by thread on the CPU, against the CPU engine and against formulas in numpy: equal bits."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_driver import FakeDriver
+from numpy.typing import NDArray
+
+from kimi_lite.formats.packed import pack_quantized, row_block_bytes
+from kimi_lite.runtime import kernels
+from kimi_lite.runtime.cuda import halves
+from kimi_lite.runtime.cuda.cuda import FORMS
+from kimi_lite.runtime.cuda.driver import Card
+from kimi_lite.runtime.cuda.program import Matrix, Rows
+
+F32 = NDArray[np.float32]
+
+
+@pytest.fixture
+def card(fake: FakeDriver) -> Iterator[Card]:
+    card = Card(fake.path)
+    yield card
+    card.close()
+    assert fake.used() == 0
+
+
+def put(card: Card, array: NDArray[Any]) -> int:
+    at = card.allocate(array.nbytes, "a test")
+    card.upload(at, array)
+    card.synchronize()
+    return at
+
+
+def get(card: Card, at: int, shape: tuple[int, ...], dtype: Any = np.float32) -> NDArray[Any]:
+    out = np.empty(shape, dtype)
+    card.download(out, at)
+    card.synchronize()
+    return out
+
+
+def empty_rows(card: Card, n: int, K: int) -> Rows:
+    at = card.allocate(n * K + n * K // 4, "a test")
+    return Rows(at, at + n * K, at + n * K + n * K // 8, K // 32)
+
+
+def int8_rows(x_XK: F32) -> tuple[NDArray[np.int8], F32, NDArray[np.int32]]:
+    """Quantized rows by their definition: values, scales, and -8 times the sums."""
+    grouped_XG32 = x_XK.reshape(len(x_XK), -1, 32)
+    most_XG = np.abs(grouped_XG32).max(-1)
+    with np.errstate(divide="ignore"):
+        inverse_XG = np.where(most_XG > 0, np.float32(127) / most_XG, np.float32(0))
+    q_XG32 = np.rint(grouped_XG32 * inverse_XG[..., None])
+    return q_XG32.astype(np.int8), most_XG / np.float32(127), -8 * q_XG32.astype(np.int32).sum(-1)
+
+
+def fetched(card: Card, rows: Rows, n: int) -> tuple[NDArray[np.int8], F32, NDArray[np.int32]]:
+    G = rows.groups
+    return (
+        get(card, rows.q, (n, G, 32), np.int8),
+        get(card, rows.scale, (n, G)),
+        get(card, rows.sum, (n, G), np.int32),
+    )
+
+
+def packed(rng: np.random.Generator, layout: str, O: int, I: int, count: int = 1) -> kernels.Matrix:
+    low, high = (0, 16) if layout == "q4g32" else (-127, 128)
+    data = [
+        pack_quantized(
+            rng.integers(low, high, (O, I)).astype(np.int8),
+            rng.normal(0, 0.01, (O, I // 32)).astype(np.float16),
+            layout,
+        )
+        for _ in range(count)
+    ]
+    return kernels.Matrix(layout, np.concatenate(data), O, I, count)
+
+
+def uploaded(card: Card, m: kernels.Matrix) -> Matrix:
+    stride = row_block_bytes(m.layout, m.columns)
+    return Matrix(put(card, m.data), FORMS[m.layout], m.rows, m.columns, stride)
+
+
+def norm(card: Card, x_TD: F32, weight_D: F32, eps: float) -> tuple[F32, Rows]:
+    T, D = x_TD.shape
+    rows, out = empty_rows(card, T, D), card.allocate(x_TD.nbytes, "a test")
+    card.launch("rms_norm", (T,), 256, 4 * (D + 1), put(card, x_TD), put(card, weight_D), D, eps, out, rows)
+    return get(card, out, (T, D)), rows
+
+
+def test_the_shims_half_precision_is_numpys(fake: FakeDriver) -> None:
+    halves_X = np.arange(1 << 16, dtype=np.uint16)
+    finite_X = halves_X[np.isfinite(halves_X.view(np.float16))]
+    assert all(fake.float(int(h)) == float(h.view(np.float16)) for h in finite_X)
+    # Every border between two halves, and what lies just beside it.
+    middle_X = (finite_X[:-1].view(np.float16).astype(np.float64) + finite_X[1:].view(np.float16)) / 2
+    border_X = middle_X[:: 1 << 4].astype(np.float32)
+    for x_X in (
+        border_X,
+        np.nextafter(border_X, np.float32(np.inf)),
+        np.nextafter(border_X, np.float32(-np.inf)),
+    ):
+        with np.errstate(over="ignore"):
+            expected_X = x_X.astype(np.float16).view(np.uint16)
+        assert [fake.half(int(b)) for b in x_X.view(np.int32)] == expected_X.tolist()
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("D", [32, 288])
+def test_norm_gives_the_cpus_floats_and_their_int8_rows(
+    card: Card, fake: FakeDriver, D: int, backwards: bool
+) -> None:
+    fake.order(backwards=backwards)
+    rng = np.random.default_rng(D)
+    x_TD, weight_D = rng.standard_normal((3, D), dtype=np.float32), rng.standard_normal(D, dtype=np.float32)
+    x_TD[1, :32] = 0  # a group of zeros has scale 0
+    x_TD[2] = 0
+    ours_TD, rows = norm(card, x_TD, weight_D, 1e-5)
+    expected_TD = kernels.rms_norm(x_TD, weight_D, 1e-5)
+    np.testing.assert_array_equal(ours_TD.view(np.int32), expected_TD.view(np.int32))
+    for found, formula in zip(fetched(card, rows, 3), int8_rows(expected_TD), strict=True):
+        np.testing.assert_array_equal(found, formula)
+
+
+@pytest.mark.parametrize("layout", ["q4g32", "q8g32"])
+@pytest.mark.parametrize(("O", "I"), [(16, 32), (17, 64), (45, 288), (33, 1408), (16, 2304)])
+@pytest.mark.parametrize("T", [1, 3, 8, 33])
+def test_products_are_the_cpus(card: Card, layout: str, O: int, I: int, T: int) -> None:
+    rng = np.random.default_rng(O * I + T)
+    matrix, other = packed(rng, layout, O, I), packed(rng, "q8g32", 20, I)
+    x_TI, before_TO = (
+        rng.standard_normal((T, I), dtype=np.float32),
+        rng.standard_normal((T, O), dtype=np.float32),
+    )
+    normed_TI, rows = norm(card, x_TI, np.ones(I, np.float32), 1e-5)
+    ya, yb = put(card, before_TO), card.allocate(T * 20 * 4, "a test")
+    halves.product(card, uploaded(card, matrix), uploaded(card, other), rows, T, ya, yb, add=False)
+    product_TO = kernels.linear(matrix, normed_TI)
+    np.testing.assert_array_equal(get(card, ya, (T, O)), product_TO)
+    np.testing.assert_array_equal(get(card, yb, (T, 20)), kernels.linear(other, normed_TI))
+    card.upload(ya, before_TO)
+    halves.product(card, uploaded(card, matrix), halves.NO_MATRIX, rows, T, ya, 0, add=True)
+    np.testing.assert_array_equal(get(card, ya, (T, O)), before_TO + product_TO)
+
+
+@pytest.mark.parametrize("layout", ["q4g32", "q8g32"])
+@pytest.mark.parametrize(("T", "H", "O", "I"), [(1, 3, 64, 96), (3, 2, 32, 32), (9, 2, 96, 288)])
+def test_products_of_heads_are_the_cpus_and_come_quantized(
+    card: Card, layout: str, T: int, H: int, O: int, I: int
+) -> None:
+    rng = np.random.default_rng(T * O)
+    matrix = packed(rng, layout, O, I, H)
+    x_XI = rng.standard_normal((T * H, I), dtype=np.float32)
+    normed_XI, rows = norm(card, x_XI, np.ones(I, np.float32), 1e-5)
+    y = empty_rows(card, T * H, O)
+    halves.heads(card, uploaded(card, matrix), matrix.data.size // H, rows, H, T, y)
+    expected_THO = kernels.linear_heads(matrix, normed_XI.reshape(T, H, I))
+    for found, formula in zip(
+        fetched(card, y, T * H), int8_rows(expected_THO.reshape(T * H, O)), strict=True
+    ):
+        np.testing.assert_array_equal(found, formula)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(
+    ("T", "E", "A", "D"), [(1, 8, 3, 256), (33, 8, 3, 64), (5, 67, 6, 96), (2, 300, 8, 32)]
+)
+def test_routing_is_the_cpus_and_deals_the_slots_of_resident_experts_out(
+    card: Card, fake: FakeDriver, T: int, E: int, A: int, D: int, backwards: bool
+) -> None:
+    fake.order(backwards=backwards)
+    rng = np.random.default_rng(T * E)
+    h_TD, router_ED = (
+        rng.standard_normal((T, D), dtype=np.float32),
+        rng.standard_normal((E, D), dtype=np.float32),
+    )
+    bias_E = rng.normal(0, 0.1, E).astype(np.float32)
+    router_ED[E // 2 :] = router_ED[: E - E // 2]  # ties
+    bias_E[E // 2 :] = bias_E[: E - E // 2]
+    resident_E = rng.random(E) < 0.7
+    scores, n_slots = card.allocate(4 * T * E, "a test"), T * A
+    ids, weights, slots = (card.allocate(4 * n_slots, "a test") for _ in range(3))
+    jobs = card.allocate(12 * E, "a test")
+    card.launch("route", (-(-E // 8), T), 128, 0, put(card, h_TD), put(card, router_ED), D, E, scores)
+    threads = max(256, -(-E // 32) * 32)
+    table = put(card, resident_E.astype(np.uint64))
+    card.launch(
+        "choose", (1,), threads, 12 * threads, scores, put(card, bias_E), T, E, A, 2.446, table, ids, weights, jobs, slots
+    )  # fmt: skip
+    expected_TA, expected_weights_TA = kernels.route(h_TD, router_ED, bias_E, A, 2.446)
+    np.testing.assert_array_equal(get(card, ids, (T, A), np.int32), expected_TA)
+    np.testing.assert_array_equal(get(card, weights, (T, A)), expected_weights_TA)
+    slots_X, at = get(card, slots, (n_slots,), np.int32), 0
+    acting = [e for e in range(E) if resident_E[e] and (expected_TA == e).any()]
+    found = get(card, jobs, (E, 3), np.int32)
+    for expert, (job_expert, first, count) in zip(acting, found[: len(acting)], strict=True):
+        assert (job_expert, first) == (expert, at)
+        np.testing.assert_array_equal(slots_X[first : first + count], np.flatnonzero(expected_TA == expert))
+        at += count
+    assert not found[len(acting) :, 2].any()
