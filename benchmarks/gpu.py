@@ -41,11 +41,11 @@ from kimi_lite.errors import DoesNotFitError
 from kimi_lite.plan import measure_cpu
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cost import sizes_of
+from kimi_lite.runtime.cuda.device import MOST_TOKENS
 from kimi_lite.runtime.cuda.find import find_device
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
-from kimi_lite.runtime.model import PREFILL_CHUNK
 from kimi_lite.runtime.placement import MARGIN, gb, parse_size, predict
 from kimi_lite.runtime.speeds import ASSUMED, Speeds
 from kimi_lite.runtime.weights import open_weights
@@ -155,8 +155,8 @@ class Bench:
             row.predicted_prefill = self.predicted_prefill(model)
         engine.rewind(0)
         before, ids = time.monotonic(), random_tokens(engine, depth)
-        for start in range(0, depth, PREFILL_CHUNK):
-            engine.append(ids[start : start + PREFILL_CHUNK])
+        for start in range(0, depth, MOST_TOKENS):
+            engine.append(ids[start : start + MOST_TOKENS])
             if depth != self.a.depths[0] and self.left() < 0:
                 model.close()
                 row.why_not = f"the time was up after {len(engine.tokens)} tokens"
@@ -190,8 +190,8 @@ class Bench:
         return round(float(self.a.prompt / statistics.median(seconds)), 2)
 
     def predicted_prefill(self, model: HybridModel) -> float:
-        starts = range(0, self.a.prompt, PREFILL_CHUNK)
-        steps = [(start, min(PREFILL_CHUNK, self.a.prompt - start)) for start in starts]
+        starts = range(0, self.a.prompt, MOST_TOKENS)
+        steps = [(start, min(MOST_TOKENS, self.a.prompt - start)) for start in starts]
         seconds = sum(predict(model.plan, self.speeds, T=T, start=start).seconds for start, T in steps)
         return round(float(self.a.prompt / seconds), 2)
 

@@ -17,10 +17,10 @@ from kimi_lite.bench import decode_speed, prefill_speed, warm_up
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cost import sizes_of
+from kimi_lite.runtime.cuda.device import MOST_TOKENS
 from kimi_lite.runtime.cuda.find import find_device
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine, choose_context
-from kimi_lite.runtime.model import PREFILL_CHUNK
 from kimi_lite.runtime.placement import Plan, StepTime, gb, make_plan, predict, predict_cpu, ranges
 from kimi_lite.runtime.speeds import Speeds
 from kimi_lite.runtime.usage import default_directory, load_usage
@@ -84,8 +84,8 @@ def plan_report(
         )
     mark = "" if plan is None else " for an assumed card" if assumed else " with the card's speeds assumed"
     yield f"predicted{mark}, not measured:"
-    deep = context - PREFILL_CHUNK
-    for T, start in ((1, 0), (1, deep), (PREFILL_CHUNK, 0)) if deep > 0 else ((1, 0),):
+    deep = context - MOST_TOKENS
+    for T, start in ((1, 0), (1, deep), (MOST_TOKENS, 0)) if deep > 0 else ((1, 0),):
         step = (
             predict_cpu(sizes, speeds, T=T, start=start)
             if plan is None
@@ -106,7 +106,7 @@ def measure_cpu(weights: Weights) -> tuple[float, float]:
     layers = [layer.feed_forward for layer in weights.layers if layer.feed_forward.routed is not None]
     sizes = [layer for layer in sizes_of(weights).layers if layer.n_experts]
     rng, found = np.random.default_rng(0), []
-    for T in (1, PREFILL_CHUNK):
+    for T in (1, MOST_TOKENS):
         x_TD = rng.standard_normal((T, weights.config.hidden_size), np.float32)
         work, spent, i = 0.0, 0.0, 0
         while spent < MEASURE_S or i < 2:
@@ -171,7 +171,7 @@ def _measured(path: Path, context: int, vram: int | None) -> Iterator[str]:
     """The whole model, where it runs."""
     engine = Engine(path, context=context, vram=vram)
     yield f"measured on {engine.placement}:"
-    n = min(PREFILL_CHUNK, context - DECODED - 1)
+    n = min(MOST_TOKENS, context - DECODED - 1)
     if n < 1:
         yield f"  nothing: a context of {context} tokens is too short for it"
         return

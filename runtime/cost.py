@@ -18,13 +18,12 @@ Dimension key:  T tokens   D hidden   E routed experts   A active   C latent   R
 from dataclasses import dataclass
 
 from kimi_lite.formats.packed import matrix_bytes
+from kimi_lite.runtime.cuda.halves import Buffers, Shape, shape_of
 from kimi_lite.runtime.kernels import Matrix, Mlp, latent_cache_bytes, packed_as
-from kimi_lite.runtime.model import PREFILL_CHUNK
 from kimi_lite.runtime.speeds import Speeds
 from kimi_lite.runtime.weights import Layer, Weights
 
 ATTEND_LAUNCHES, ROUTE_LAUNCHES, EXPERT_LAUNCHES, ADD_LAUNCHES, HEAD_LAUNCHES = 6, 1, 2, 1, 2
-ATTEND_AT_ONCE, MOST_SCORES = 32, 64 << 20  # tokens whose scores are kept at one moment, and their bytes
 MANY_POSITIONS = 1 << 15  # over which the cache's whole groups average out
 
 
@@ -87,8 +86,7 @@ class Sizes:
     head_bytes: int  # with the last norm
     head_macs: int
     V: int
-    activation_bytes: int  # of the longest step, and logits
-    score_bytes: int  # for each position that may be attended to
+    shapes: tuple[Shape, ...]
 
     @property
     def fixed_bytes(self) -> int:
@@ -99,8 +97,8 @@ class Sizes:
         return sum(layer.n_experts * layer.expert_bytes for layer in self.layers)
 
     def workspace_bytes(self, context: int) -> int:
-        """Activations, and the scores of the tokens that attend at once."""
-        return self.activation_bytes + min(MOST_SCORES, context * self.score_bytes)
+        """What the longest step takes beside weights and cache."""
+        return Buffers(self.shapes, context, self.V).n_bytes
 
     def cache_bytes(self, context: int) -> int:
         return round(sum(layer.cache_bytes for layer in self.layers) * context)
@@ -116,23 +114,12 @@ class Sizes:
 
 def sizes_of(weights: Weights) -> Sizes:
     """What a model file takes, layer by layer."""
-    c = weights.config
-    kinds = tuple(layer_size(layer) for layer in weights.layers)
-    H, F = c.n_heads, c.expert_hidden_size
-    # Floats of one token at its widest: residual and its norm, q, kv_a, queries and sums in latent space, values; and
-    # for each acting expert (shared ones count as experts) its hidden values, its input and its output.
-    attention = 3 * c.hidden_size + H * (c.nope_dim + c.rope_dim) + c.kv_rank + c.rope_dim
-    attention += 2 * H * c.kv_rank + H * c.value_dim
-    experts = (c.n_active + c.n_shared) * F + 2 * c.n_active * c.hidden_size
-    widest = attention + max(experts, c.dense_hidden_size)
     return Sizes(
-        kinds,
+        tuple(layer_size(layer) for layer in weights.layers),
         head_bytes=matrix_size(weights.head) + weights.norm_D.nbytes,
         head_macs=_macs(weights.head),
-        V=c.vocab_size,
-        activation_bytes=4 * (PREFILL_CHUNK * widest + c.vocab_size),
-        # A float, an int8 weight in two digits, and a share of the sums that every 256 positions begin with.
-        score_bytes=ATTEND_AT_ONCE * H * (4 + 2 + 4 * c.kv_rank // 256),
+        V=weights.config.vocab_size,
+        shapes=tuple(shape_of(layer) for layer in weights.layers),
     )
 
 

@@ -42,7 +42,7 @@ Place = tuple[EncodedImage, int] | None  # the picture and the row that an image
 class BaseEngine:
     """One open model. Not for two threads at once."""
 
-    chunk = PREFILL_CHUNK
+    chunk = PREFILL_CHUNK  # tokens of a step
     placement = ""  # where the model runs, for people
     image_side: GgufFile | None = None  # the model's file, if it holds the image side too
 
@@ -201,6 +201,10 @@ class Engine(BaseEngine):
     @property
     def placement(self) -> str:  # type: ignore[override]
         return self.model.placement
+
+    @property
+    def chunk(self) -> int:  # type: ignore[override]
+        return self.model.chunk
 
     def generate(
         self,

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from kimi_lite.errors import DoesNotFitError, KimiLiteError, KimiLiteWarning
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cost import sizes_of
-from kimi_lite.runtime.cuda.device import Device, DeviceMemoryError, NoDeviceError, Routed
+from kimi_lite.runtime.cuda.device import MOST_TOKENS, Device, DeviceMemoryError, NoDeviceError, Routed
 from kimi_lite.runtime.cuda.find import NothingToTryError, find_device
 from kimi_lite.runtime.kernels import FeedForwardLayer, Float
 from kimi_lite.runtime.model import CpuModel, OnLayer, Spliced, embedded, rope_tables
@@ -34,6 +34,8 @@ SECOND_TRY = 0.95  # of what is free when the first plan has failed: what took t
 
 class HybridModel:
     """A text model on a card as far as a plan says, and its cache there."""
+
+    chunk = MOST_TOKENS
 
     def __init__(self, weights: Weights, device: Device, plan: Plan) -> None:
         """Upload. Raises DeviceMemoryError if the card has less room than the plan was made for."""

@@ -27,7 +27,7 @@ OnLayer = Callable[[int], None]  # hears after each layer how many are done
 class CpuModel:
     """A text model all on the CPU, and its cache."""
 
-    placement = "the CPU"
+    placement, chunk = "the CPU", PREFILL_CHUNK
 
     def __init__(self, weights: Weights, context: int) -> None:
         """Room for `context` positions, as virtual memory."""

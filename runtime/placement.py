@@ -136,7 +136,7 @@ def _shares(sizes: Sizes, usage: Counts | None) -> list[np.ndarray]:
 def _too_small(sizes: Sizes, device: str, free: int, cap: int | None, context: int) -> str:
     budget = free if cap is None else min(free, cap)
     limit = f"{gb(free)} are free" if cap is None or cap >= free else f"--vram allows {gb(cap)}"
-    fits = bisect_right(range(context), budget, key=lambda n: _least(sizes, budget, n)) - 1
+    fits = bisect_right(range(1, context), budget, key=lambda n: _least(sizes, budget, n))
     shorter = f"a context of {fits} tokens would fit (--context {fits}); " if fits >= 1 else ""
     return (
         f"{device}: {gb(_least(sizes, budget, context))} are needed at least, for the weights that every token reads "

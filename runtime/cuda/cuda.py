@@ -24,9 +24,9 @@ from kimi_lite.errors import UsageError
 from kimi_lite.formats.packed import join_mlp, matrix_bytes, mlp_bytes, row_block_bytes
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cuda import halves
-from kimi_lite.runtime.cuda.device import DeviceMemoryError, Routed
+from kimi_lite.runtime.cuda.device import MOST_TOKENS, DeviceMemoryError, Routed
 from kimi_lite.runtime.cuda.driver import Card
-from kimi_lite.runtime.cuda.halves import ALIGNED, MOST_TOKENS, Buffers, Place, Workspace, shape_of
+from kimi_lite.runtime.cuda.halves import ALIGNED, Buffers, Place, Workspace, shape_of
 from kimi_lite.runtime.cuda.program import Cache, Matrix, Mlps
 from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.weights import Layer, Weights

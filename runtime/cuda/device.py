@@ -23,6 +23,9 @@ class NoDeviceError(UsageError):
     """There is no card to use; the text says why."""
 
 
+MOST_TOKENS = 256  # of one step
+
+
 class DeviceMemoryError(DoesNotFitError):
     """The device has no room for what was asked; nothing of it was kept."""
 
@@ -64,7 +67,7 @@ class Device(Protocol):
         """Forget cached positions from n on."""
 
     def begin(self, x_TD: Float, cos_TR: Float, sin_TR: Float, start: int) -> None:
-        """Make x the residual stream of T tokens that stand from position `start` on."""
+        """Make x the residual stream of T tokens, at most MOST_TOKENS, that stand from position `start` on."""
 
     def attend(self, index: int) -> None:
         """x += attention(norm(x)), the tokens' latents and rotated keys being cached."""

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from kimi_lite.runtime.cuda.device import MOST_TOKENS
 from kimi_lite.runtime.cuda.driver import Card
 from kimi_lite.runtime.cuda.program import Cache, Matrix, Mlps, Rows
 from kimi_lite.runtime.kernels import Float
-from kimi_lite.runtime.weights import Layer, Weights
+from kimi_lite.runtime.weights import Layer
 
-MOST_TOKENS = 256  # of one step
 FEW = 8
 ROWS, GROUP, CHUNK = 16, 32, 256  # rows of a row block; channels of a group and of a chunk
 SLICE_BYTES = 64 << 20  # what the scores of the tokens that attend at once may take
@@ -143,11 +143,6 @@ class Buffers:
         for name, size in sizes.items():
             self.offsets[name] = self.n_bytes
             self.n_bytes += _whole(size, ALIGNED)
-
-
-def workspace_bytes(weights: Weights, context: int) -> int:
-    """What a step of this model takes on a card beside weights and cache, for whoever plans."""
-    return Buffers([shape_of(layer) for layer in weights.layers], context, weights.config.vocab_size).n_bytes
 
 
 class Workspace:

@@ -11,11 +11,11 @@ import pytest
 from fake_driver import FakeDriver
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.runtime.cost import sizes_of
 from kimi_lite.runtime.cuda import program
 from kimi_lite.runtime.cuda.cuda import CudaDevice
 from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError, NoDeviceError
 from kimi_lite.runtime.cuda.driver import Card
-from kimi_lite.runtime.cuda.halves import workspace_bytes
 from kimi_lite.runtime.cuda.program import NoCompilerError, Nvrtc
 from kimi_lite.runtime.kernels import latent_cache_bytes
 from kimi_lite.runtime.weights import Weights, open_weights
@@ -155,7 +155,7 @@ def test_what_a_planner_is_told_is_what_is_taken(fake: FakeDriver, weights: Weig
     before = fake.used()
     device.reserve_cache(context)
     caches = c.n_layers * sum(latent_cache_bytes(context, c.kv_rank, c.rope_dim))
-    assert fake.used() - before == caches + workspace_bytes(weights, context)
+    assert fake.used() - before == caches + sizes_of(weights).workspace_bytes(context)
     device.close()
 
 

@@ -1,5 +1,6 @@
 """Plans from sizes alone, the profile that they go by, and their predictions against a simulated card's clock."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from kimi_lite.api import nano_path
 from kimi_lite.errors import DoesNotFitError, UsageError
 from kimi_lite.quantize.convert import quantize
 from kimi_lite.runtime.cost import LayerSize, Sizes, sizes_of
+from kimi_lite.runtime.cuda.halves import Shape
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
@@ -47,7 +49,9 @@ def full_size() -> Sizes:
 
     head = 163840 * D
     layers = (layer(0, 11264), *[layer(E, 2 * F)] * 26)
-    return Sizes(layers, head * 9 // 16, head, 163840, 66 << 20, 32 * 16 * 14)
+    dense = Shape(D=D, H=H, N=N, R=R, C=C, V=V, E=0, A=0, F=0, shared_F=11264)
+    shapes = (dense, *[replace(dense, E=E, A=A, F=F, shared_F=2 * F)] * 26)
+    return Sizes(layers, head * 9 // 16, head, 163840, shapes)
 
 
 def plan(sizes: Sizes, free: int, context: int = 32768, **options: object) -> Plan:
@@ -135,7 +139,7 @@ def test_a_short_profile_decides_little() -> None:
 def test_what_cannot_fit_is_refused_with_the_context_that_would() -> None:
     sizes = full_size()
     with pytest.raises(
-        DoesNotFitError, match=r"card: 5\.01 GB are needed.*cache of 131072 tokens \(4\.09 GB\)"
+        DoesNotFitError, match=r"card: 4\.98 GB are needed.*cache of 131072 tokens \(4\.09 GB\)"
     ) as caught:
         plan(sizes, 4_000_000_000, context=131072)
     fits = int(str(caught.value).partition("--context ")[2].partition(")")[0])

@@ -1,0 +1,61 @@
+"""Plans carried out on the card's own code, over a driver without a card: the CPU engine's bits, in the memory that was planned."""
+
+import gc
+
+import numpy as np
+import pytest
+from fake_driver import FakeDriver
+
+from kimi_lite.api import nano_path
+from kimi_lite.errors import KimiLiteWarning
+from kimi_lite.runtime.cost import sizes_of
+from kimi_lite.runtime.cuda.cuda import CudaDevice
+from kimi_lite.runtime.engine import Engine
+from kimi_lite.runtime.hybrid import HybridModel
+from kimi_lite.runtime.placement import MARGIN
+from kimi_lite.runtime.weights import open_weights
+
+CONTEXT = 100
+
+
+@pytest.fixture
+def card(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    monkeypatch.setattr("kimi_lite.runtime.hybrid.find_device", lambda: CudaDevice(fake.path))
+    monkeypatch.setenv("KIMI_LITE_EXPERT_USAGE", "off")
+    return fake
+
+
+def engine_with(n_experts: int) -> tuple[Engine, int]:
+    """An engine with so many experts on the card, and the memory that it may take there."""
+    sizes = sizes_of(open_weights(nano_path()))
+    needed = sizes.fixed_bytes + sizes.cache_bytes(CONTEXT) + sizes.workspace_bytes(CONTEXT)
+    cap = round((needed + (n_experts + 0.5) * sizes.layers[-1].expert_bytes) / (1 - MARGIN))
+    engine = Engine(nano_path(), context=CONTEXT, vram=cap)
+    assert isinstance(engine.model, HybridModel)
+    assert engine.model.plan.n_resident == n_experts
+    return engine, cap
+
+
+@pytest.mark.parametrize("n_experts", [0, 9, 24])
+def test_every_plan_has_the_bits_of_the_cpu_and_stays_within_its_memory(
+    card: FakeDriver, n_experts: int
+) -> None:
+    (engine, cap), cpu = engine_with(n_experts), Engine(nano_path(), context=CONTEXT)
+    assert 0 < card.used() <= cap
+    rng = np.random.default_rng(n_experts)
+    for n in (20, 1, 13, 1, 1):
+        ids = [int(i) for i in rng.integers(0, 800, n)]
+        assert np.array_equal(engine.append(ids), cpu.append(ids))
+    del engine
+    gc.collect()
+    assert card.used() == 0  # with the engine, its memory went
+
+
+def test_a_launch_that_fails_in_mid_answer_is_survived(card: FakeDriver) -> None:
+    (engine, _), cpu = engine_with(9), Engine(nano_path(), context=CONTEXT)
+    engine.append([1, 2, 3])
+    cpu.append([1, 2, 3])
+    card.fail("cuGraphLaunch", 719, after=2)
+    with pytest.warns(KimiLiteWarning, match="the CPU goes on and reads 3 tokens again"):
+        logits_V = engine.append([4])
+    assert np.array_equal(logits_V, cpu.append([4]))
