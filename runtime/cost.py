@@ -3,14 +3,14 @@
 The planner (placement.py) adds these up in expectation; the simulated card charges them for what really was routed.
 A kernel takes as long as the slower of its memory traffic and its arithmetic:
 
-    attend   attention's weights, and the cached rows of all positions      6 launches
-    route    norm, router                                                   1 launch
-    experts  the shared MLP and the chosen experts that lie there           2 launches
+    attend   attention's weights, and the cached rows of all positions      10 launches
+    route    norm, router, choice                                           3 launches
+    experts  the shared MLP and the chosen experts that lie there           1 launch
     add      the weighted sum                                               1 launch
     head     last norm, head                                                2 launches
 
-Launches are those of the fused kernels that a layer comes down to. Whatever crosses between card and CPU costs a hand-off
-and its bytes over PCIe. Nothing here is measured: all speeds come from speeds.py.
+docs/gpu-kernels.md lists the launches; the second half of the experts is the sum's. Whatever crosses between card and CPU
+costs a hand-off and its bytes over PCIe. Nothing here is measured: all speeds come from speeds.py.
 
 Dimension key:  T tokens   D hidden   E routed experts   A active   C latent   R rope   H heads   V vocabulary
 """
@@ -23,7 +23,7 @@ from kimi_lite.runtime.kernels import Matrix, Mlp, latent_cache_bytes, packed_as
 from kimi_lite.runtime.speeds import Speeds
 from kimi_lite.runtime.weights import Layer, Weights
 
-ATTEND_LAUNCHES, ROUTE_LAUNCHES, EXPERT_LAUNCHES, ADD_LAUNCHES, HEAD_LAUNCHES = 6, 1, 2, 1, 2
+ATTEND_LAUNCHES, ROUTE_LAUNCHES, EXPERT_LAUNCHES, ADD_LAUNCHES, HEAD_LAUNCHES = 10, 3, 1, 1, 2
 MANY_POSITIONS = 1 << 15  # over which the cache's whole groups average out
 
 
