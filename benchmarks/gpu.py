@@ -139,7 +139,7 @@ class Bench:
             return row
         started = time.perf_counter()
         try:
-            engine = Engine(self.a.file, context=context, vram=cap, threads=self.a.threads)
+            engine = Engine(self.a.file, context=context, vram=cap, threads=self.a.threads, prove=False)
         except DoesNotFitError as error:
             row.why_not = str(error)
             return row

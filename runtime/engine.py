@@ -180,12 +180,19 @@ class Engine(BaseEngine):
     """A model on the kernels of this package: on the CPU, or over a card as far as it fits."""
 
     def __init__(
-        self, path: Path, *, context: int | None = None, threads: int | None = None, vram: int | None = 0
+        self,
+        path: Path,
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        vram: int | None = 0,
+        prove: bool = True,
     ) -> None:
         """Map `path` and reserve room for `context` tokens: by default the model's own limit, at most 32768.
 
         Args:
             vram: bytes of a card's memory that may be taken; 0 for the CPU alone, None for a card if one works.
+            prove: run a few tokens on card and CPU first, and use no card that differs.
 
         Raises:
             ModelFileError: the file is missing, damaged or another model's.
@@ -196,7 +203,7 @@ class Engine(BaseEngine):
         super().__init__(path, self.weights.config, self.weights.vocab, context)
         self.image_side = self.weights.image_side
         kernels.set_threads(threads)
-        self.model: CpuModel | HybridModel = place(self.weights, self.context, vram)
+        self.model: CpuModel | HybridModel = place(self.weights, self.context, vram, prove)
 
     @property
     def placement(self) -> str:  # type: ignore[override]

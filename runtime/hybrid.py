@@ -5,7 +5,8 @@ which of them were chosen and runs them while the card runs the shared MLP and i
 index. So an expert's place changes when it is done and never what comes out: a plan is a matter of speed.
 
 `place` finds a card, makes a plan and carries it out. Another program may take memory in between: then one more plan is
-made for what is left, and after that it is said.
+made for what is left, and after that it is said. Because the bits are the CPU's, a card can prove itself: before it answers
+anything, a few tokens are run on both, and a card that differs is not used.
 
 Dimension key:  T tokens   D hidden   A active experts   M chosen experts that are not on the card   E routed experts
 """
@@ -21,7 +22,14 @@ from numpy.typing import NDArray
 from kimi_lite.errors import DoesNotFitError, KimiLiteError, KimiLiteWarning
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cost import sizes_of
-from kimi_lite.runtime.cuda.device import MOST_TOKENS, Device, DeviceMemoryError, NoDeviceError, Routed
+from kimi_lite.runtime.cuda.device import (
+    MOST_TOKENS,
+    Device,
+    DeviceMemoryError,
+    DeviceWrongError,
+    NoDeviceError,
+    Routed,
+)
 from kimi_lite.runtime.cuda.find import NothingToTryError, find_device
 from kimi_lite.runtime.kernels import FeedForwardLayer, Float
 from kimi_lite.runtime.model import CpuModel, OnLayer, Spliced, embedded, rope_tables
@@ -29,6 +37,7 @@ from kimi_lite.runtime.placement import Plan, make_plan
 from kimi_lite.runtime.usage import default_directory, load_usage
 from kimi_lite.runtime.weights import Weights
 
+PROOF = (9, 1)  # tokens of the steps by which a card proves itself: the kernels for many, and those for one
 SECOND_TRY = 0.95  # of what is free when the first plan has failed: what took the memory may be growing
 
 
@@ -110,12 +119,13 @@ def _run_missing(f: FeedForwardLayer, routed: Routed, here_E: NDArray[np.bool_])
     return kernels.expert_outputs(f.routed, routed.h_TD, experts_M, tokens_M.astype(np.int32))
 
 
-def place(weights: Weights, context: int, vram: int | None) -> CpuModel | HybridModel:
+def place(weights: Weights, context: int, vram: int | None, prove: bool = True) -> CpuModel | HybridModel:
     """A model where it runs best.
 
     Args:
         vram: bytes of a card's memory that may be taken; 0 for the CPU alone; None for a card if one works, else the
             CPU, with a warning if there is a driver. KIMI_LITE_DEVICE asks for a card as `vram` does.
+        prove: hold the card against the CPU before it is used.
 
     Raises:
         NoDeviceError: a card was asked for and there is none.
@@ -124,7 +134,10 @@ def place(weights: Weights, context: int, vram: int | None) -> CpuModel | Hybrid
     if vram == 0:
         return CpuModel(weights, context)
     try:
-        return _on_card(weights, context, vram)
+        model = _on_card(weights, context, vram)
+        if prove:
+            _prove(model)
+        return model
     except KimiLiteError as error:
         if vram is not None and isinstance(error, NoDeviceError):
             raise NoDeviceError(f"a card was asked for, but {error}; --vram 0 runs on the CPU") from None
@@ -173,3 +186,22 @@ def _load(weights: Weights, device: Device, plan: Plan) -> HybridModel:
     except BaseException:
         _close(device)
         raise
+
+
+def _prove(model: HybridModel) -> None:
+    """Hold the card against the CPU, bit for bit. Raises DeviceWrongError, the card then being closed."""
+    weights, context = model.weights, min(sum(PROOF), model.plan.context)
+    cpu, counts = CpuModel(weights, context), [layer.feed_forward.used_E for layer in weights.layers]
+    before = [None if used_E is None else used_E.copy() for used_E in counts]
+    for n in PROOF:
+        ids_T = np.arange(cpu.cache.n, min(cpu.cache.n + n, context), dtype=np.int32)
+        if len(ids_T) and not np.array_equal(model.forward(ids_T), cpu.forward(ids_T)):
+            model.close()
+            raise DeviceWrongError(
+                f"{model.device.name} computes other values than the CPU, so it is not used; please report this with the "
+                "output of `kimi-lite doctor`"
+            )
+    model.rewind(0)
+    for used_E, kept_E in zip(counts, before, strict=True):  # a proof is no use by a person
+        if used_E is not None and kept_E is not None:
+            used_E[:] = kept_E

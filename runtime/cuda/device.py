@@ -30,6 +30,10 @@ class DeviceMemoryError(DoesNotFitError):
     """The device has no room for what was asked; nothing of it was kept."""
 
 
+class DeviceWrongError(KimiLiteError):
+    """The device gives other bits than the CPU."""
+
+
 class DeviceLostError(KimiLiteError):
     """The device failed, or its driver did; nothing on it can be used any more."""
 

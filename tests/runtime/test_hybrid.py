@@ -21,10 +21,17 @@ from kimi_lite.api import nano_path
 from kimi_lite.errors import DoesNotFitError, KimiLiteError, KimiLiteWarning, UsageError
 from kimi_lite.runtime.cost import sizes_of
 from kimi_lite.runtime.cuda import find
-from kimi_lite.runtime.cuda.device import Device, DeviceLostError, DeviceMemoryError, NoDeviceError
+from kimi_lite.runtime.cuda.device import (
+    Device,
+    DeviceLostError,
+    DeviceMemoryError,
+    DeviceWrongError,
+    NoDeviceError,
+)
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine
-from kimi_lite.runtime.hybrid import HybridModel
+from kimi_lite.runtime.hybrid import PROOF, HybridModel
+from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.model import CpuModel
 from kimi_lite.runtime.placement import MARGIN
 from kimi_lite.runtime.reference.pictures import scene
@@ -35,6 +42,10 @@ GREEDY = SamplingOptions()
 CONTEXT = 700
 CARD = 64_000_000
 QUESTIONS = ("What is 38 + 47?", 'Reverse "planet".')
+
+
+# Pieces of work of the two steps by which a card proves itself: 4 layers of 4, and the head.
+PROVEN = len(PROOF) * (4 * 4 + 1)
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +153,7 @@ def test_a_card_that_fails_costs_a_warning_and_no_token(
     weights: Weights, monkeypatch: pytest.MonkeyPatch, lost_after: int
 ) -> None:
     expected = kimi_lite.load(context=CONTEXT, vram=0).ask(QUESTIONS[1])
-    simulated(monkeypatch, lambda: SimulatedDevice(CARD, lost_after=lost_after))
+    simulated(monkeypatch, lambda: SimulatedDevice(CARD, lost_after=PROVEN + lost_after))
     model = kimi_lite.load(context=CONTEXT, vram=cap_for(weights, 9))
     with pytest.warns(
         KimiLiteWarning, match=r"does not answer any more; the CPU goes on( and reads \d+ tok|$)"
@@ -164,7 +175,7 @@ def test_a_card_that_cannot_even_be_closed_or_runs_out_of_memory_is_left_alike(
 ) -> None:
     class Failing(SimulatedDevice):
         def attend(self, index: int) -> None:
-            if index == 2 and len(self._x_TD) == 1:
+            if index == 2 and self._start == 40:
                 raise DeviceMemoryError("no memory for the scores")
             super().attend(index)
 
@@ -180,6 +191,27 @@ def test_a_card_that_cannot_even_be_closed_or_runs_out_of_memory_is_left_alike(
         logits_V = hybrid.append([5])
     assert np.array_equal(logits_V, cpu.append([5]))
     assert hybrid.tokens == cpu.tokens
+
+
+def test_a_card_that_computes_other_values_is_not_used(
+    weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(SimulatedDevice):
+        def add_experts(self, index: int, outputs_MD: Float | None) -> None:
+            super().add_experts(index, outputs_MD)
+            if len(self._x_TD) == 1:  # the kernels for one token only
+                self._x_TD[0, 7] += 0.1
+
+    simulated(monkeypatch, lambda: Wrong(CARD))
+    with pytest.raises(DeviceWrongError, match="computes other values than the CPU"):
+        Engine(nano_path(), context=CONTEXT, vram=CARD)
+    with pytest.warns(KimiLiteWarning, match="the CPU runs, because the card cannot: .*other values"):
+        assert isinstance(Engine(nano_path(), context=CONTEXT, vram=None).model, CpuModel)
+    for context in (1, 2, 10):  # a proof is as long as there is room
+        simulated(monkeypatch, lambda: SimulatedDevice(CARD))
+        engine = Engine(nano_path(), context=context, vram=CARD)
+        assert isinstance(engine.model, HybridModel)
+        assert engine.model.n == 0
 
 
 def test_memory_comes_back_when_the_model_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +231,7 @@ def test_a_card_that_fails_after_a_picture_reads_the_picture_again(
     scene("blue", "circle", 1, (3, 3), np.random.default_rng(1))[0].save(disc)
     expected = kimi_lite.load(context=CONTEXT, vram=0).ask("What colour is it?", images=[disc])
     # A step is 4 layers of 4 pieces and the head; the picture and the question are one step, so this is in the second.
-    simulated(monkeypatch, lambda: SimulatedDevice(CARD, lost_after=25))
+    simulated(monkeypatch, lambda: SimulatedDevice(CARD, lost_after=PROVEN + 25))
     model = kimi_lite.load(context=CONTEXT, vram=cap_for(weights, 9))
     with pytest.warns(KimiLiteWarning, match="the CPU goes on"):
         assert model.ask("What colour is it?", images=[disc]).text == expected.text
