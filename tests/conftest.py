@@ -5,3 +5,4 @@ import tempfile
 
 os.environ["KIMI_LITE_IMAGE_CACHE"] = tempfile.mkdtemp(prefix="kimi-lite-tests-")
 os.environ["KIMI_LITE_EXPERT_USAGE"] = tempfile.mkdtemp(prefix="kimi-lite-tests-")
+os.environ["KIMI_LITE_KERNEL_CACHE"] = tempfile.mkdtemp(prefix="kimi-lite-tests-")

@@ -61,6 +61,7 @@ Weights weights(const std::string& type, const Bytes& data, size_t offset, size_
 NB_MODULE(_kernels, m) {
   m.doc() = "CPU kernels on packed and ggml weights. See docs/kernels.md.";
   bind_vision(m);
+  nb::set_leak_warnings(false);  // a model that lives until the interpreter ends is no leak to tell a person about
   nb::class_<Weights>(m, "Weights", "One matrix, where it lies; keeps its bytes alive.")
       .def("__init__",
            [](Weights* self, const std::string& type, const Bytes& data, size_t offset, size_t stride, int rows, int columns) {

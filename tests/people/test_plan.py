@@ -48,7 +48,8 @@ def test_without_a_card_the_plan_is_the_cpu_and_says_why() -> None:
 
 
 def test_an_assumed_card_is_marked_and_its_places_add_up() -> None:
-    done = command("plan", str(nano_path()), "--context", "500", "--vram", "7.65M", "--measure")
+    arguments = ("plan", str(nano_path()), "--context", "500", "--vram", "7.65M", "--measure")
+    done = command(*arguments, KIMI_LITE_EXPERT_USAGE="off")
     assert done.returncode == 0, done.stderr
     assert "card      assumed, of 7.65 MB" in done.stdout
     assert ASSUMED in done.stdout
