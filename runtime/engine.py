@@ -12,6 +12,7 @@ only: the cache is computed again on the CPU from the tokens that it stood for, 
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ Progress = Callable[[int, int], None]  # prompt tokens done, in all
 Place = tuple[EncodedImage, int] | None  # the picture and the row that an image token stands for
 
 
-class BaseEngine:
+class BaseEngine(ABC):
     """One open model. Not for two threads at once."""
 
     chunk = PREFILL_CHUNK  # tokens of a step
@@ -62,9 +63,12 @@ class BaseEngine:
         """What each cached token stands for: its id, or picture and row."""
         return _meaning(self.tokens, self.places)
 
+    @abstractmethod
     def forward(self, ids: Sequence[int], places: Sequence[Place], on_layer: OnLayer) -> NDArray[np.float32]:
         """One step of at most `chunk` tokens after the cached ones; the logits [V] that follow the last."""
-        raise NotImplementedError
+
+    def answered(self) -> None:  # noqa: B027
+        """An answer has ended, however it did."""
 
     def rewind(self, n: int) -> None:
         """Keep the first n cached tokens."""
@@ -151,23 +155,26 @@ class BaseEngine:
         Afterwards `finish_reason` is "stop", "length" (max_tokens), "context" (no room left) or "cancelled".
         """
         self.finish_reason = "cancelled"
-        sampler = Sampler(options, self.n_named)
-        logits_V = self.prefill(prompt, on_progress, pictures)
-        n = 0
-        while True:
-            token = sampler.draw(logits_V, self.tokens)
-            if token in self.stop_ids:
-                self.finish_reason = "stop"
-                return
-            yield token
-            n += 1
-            if max_tokens is not None and n >= max_tokens:
-                self.finish_reason = "length"
-                return
-            if len(self.tokens) + 1 >= self.context:
-                self.finish_reason = "context"
-                return
-            logits_V = self.append([token])
+        try:
+            sampler = Sampler(options, self.n_named)
+            logits_V = self.prefill(prompt, on_progress, pictures)
+            n = 0
+            while True:
+                token = sampler.draw(logits_V, self.tokens)
+                if token in self.stop_ids:
+                    self.finish_reason = "stop"
+                    return
+                yield token
+                n += 1
+                if max_tokens is not None and n >= max_tokens:
+                    self.finish_reason = "length"
+                    return
+                if len(self.tokens) + 1 >= self.context:
+                    self.finish_reason = "context"
+                    return
+                logits_V = self.append([token])
+        finally:
+            self.answered()
 
     @property
     def n_named(self) -> int:
@@ -213,22 +220,9 @@ class Engine(BaseEngine):
     def chunk(self) -> int:  # type: ignore[override]
         return self.model.chunk
 
-    def generate(
-        self,
-        prompt: Sequence[int],
-        options: SamplingOptions,
-        *,
-        max_tokens: int | None = None,
-        on_progress: Progress | None = None,
-        pictures: Sequence[EncodedImage] = (),
-    ) -> Iterator[int]:
-        """As `BaseEngine.generate`; which experts the answer used is remembered for the next plan."""
-        try:
-            yield from super().generate(
-                prompt, options, max_tokens=max_tokens, on_progress=on_progress, pictures=pictures
-            )
-        finally:
-            save_usage(self.weights, default_directory())
+    def answered(self) -> None:
+        """Which experts the answer used is remembered for the next plan."""
+        save_usage(self.weights, default_directory())
 
     def forward(self, ids: Sequence[int], places: Sequence[Place], on_layer: OnLayer) -> NDArray[np.float32]:
         """One step; on the CPU from here on, if the card fails."""

@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kimi_lite.runtime.directories import cache_directory
+
 MAGIC = b"KLIMAGE1"
 HEAD = struct.Struct("<8sII32s")
 MEMORY_BYTES = 64 << 20  # 16 pictures of 1024 tokens at full width
@@ -32,14 +34,7 @@ Rows = NDArray[np.float16]
 
 def default_directory() -> Path | None:
     """Where entries go: the user's cache directory, KIMI_LITE_IMAGE_CACHE, or nowhere."""
-    named = os.environ.get("KIMI_LITE_IMAGE_CACHE")
-    if named == "off":
-        return None
-    if named:
-        return Path(named)
-    import platformdirs
-
-    return platformdirs.user_cache_path("kimi-lite") / "images"
+    return cache_directory("images", "KIMI_LITE_IMAGE_CACHE")
 
 
 class ImageCache:

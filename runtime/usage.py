@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kimi_lite.runtime.directories import cache_directory
 from kimi_lite.runtime.weights import Weights
 
 MAGIC = b"KLUSAGE1"
@@ -37,14 +38,7 @@ Counts = NDArray[np.int64]
 
 def default_directory() -> Path | None:
     """Where entries go: the user's cache directory, KIMI_LITE_EXPERT_USAGE, or nowhere."""
-    named = os.environ.get("KIMI_LITE_EXPERT_USAGE")
-    if named == "off":
-        return None
-    if named:
-        return Path(named)
-    import platformdirs
-
-    return platformdirs.user_cache_path("kimi-lite") / "experts"
+    return cache_directory("experts", "KIMI_LITE_EXPERT_USAGE")
 
 
 def load_usage(weights: Weights, directory: Path | None) -> Counts:

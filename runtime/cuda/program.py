@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_lite.errors import KimiLiteError
+from kimi_lite.runtime.directories import cache_directory
 
 FILES = ("arithmetic.cu", "products.cu", "attention.cu", "experts.cu")  # in the order of reading
 # The CPU engine's bits: no contraction, IEEE division and roots, subnormal numbers kept.
@@ -232,23 +233,16 @@ class Program:
     from_cache: bool
 
 
-def cache_directory() -> Path | None:
+def kernel_directory() -> Path | None:
     """Where compiled programs are kept: the user's cache directory, KIMI_LITE_KERNEL_CACHE, or nowhere."""
-    named = os.environ.get("KIMI_LITE_KERNEL_CACHE")
-    if named == "off":
-        return None
-    if named:
-        return Path(named)
-    import platformdirs
-
-    return platformdirs.user_cache_path("kimi-lite") / "kernels"
+    return cache_directory("kernels", "KIMI_LITE_KERNEL_CACHE")
 
 
 def compiled(capability: int, nvrtc: Nvrtc) -> Program:
     """The program for a card of this compute capability (times ten), from the cache or from the compiler."""
     target = nvrtc.target_for(capability)
     what = "\n".join((source(), *OPTIONS, str(target), str(nvrtc.version)))
-    folder = cache_directory()
+    folder = kernel_directory()
     path = folder and folder / f"{hashlib.sha256(what.encode()).hexdigest()}.cubin"
     cubin = _read(path)
     if cubin is not None:

@@ -1,7 +1,6 @@
 """The halves of a layer on a driver without a card, at odd shapes, against the CPU engine: equal bits."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,23 +11,9 @@ from kimi_lite.errors import UsageError
 from kimi_lite.formats.packed import join_mlp, mlp_bytes, pack_quantized
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cuda.cuda import CudaDevice
+from kimi_lite.runtime.cuda.halves import Shape
 from kimi_lite.runtime.kernels import AttentionLayer, FeedForwardLayer, Float, Matrix, Mlp, Router
 from kimi_lite.runtime.weights import Layer
-
-
-@dataclass(frozen=True)
-class Shape:
-    D: int
-    H: int
-    N: int
-    R: int
-    C: int
-    V: int
-    F: int
-    shared_F: int
-    E: int
-    A: int
-
 
 # One chunk and a bit of D, one head more than a tile, half a group of rope; a latent and a down of two chunks.
 SHAPES = {

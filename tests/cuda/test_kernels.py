@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from fake_driver import FakeDriver
 from numpy.typing import NDArray
+from random_matrix import packed
 
-from kimi_lite.formats.packed import pack_quantized, row_block_bytes
+from kimi_lite.formats.packed import row_block_bytes
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cuda import halves
 from kimi_lite.runtime.cuda.cuda import FORMS
@@ -62,19 +63,6 @@ def fetched(card: Card, rows: Rows, n: int) -> tuple[NDArray[np.int8], F32, NDAr
         get(card, rows.scale, (n, G)),
         get(card, rows.sum, (n, G), np.int32),
     )
-
-
-def packed(rng: np.random.Generator, layout: str, O: int, I: int, count: int = 1) -> kernels.Matrix:
-    low, high = (0, 16) if layout == "q4g32" else (-127, 128)
-    data = [
-        pack_quantized(
-            rng.integers(low, high, (O, I)).astype(np.int8),
-            rng.normal(0, 0.01, (O, I // 32)).astype(np.float16),
-            layout,
-        )
-        for _ in range(count)
-    ]
-    return kernels.Matrix(layout, np.concatenate(data), O, I, count)
 
 
 def uploaded(card: Card, m: kernels.Matrix) -> Matrix:

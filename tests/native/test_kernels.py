@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from numpy_model import cached, int8_groups, turned, two_digits, unpack
+from random_matrix import packed
 from tolerance import U32, gamma
 
-from kimi_lite.formats.packed import pack_quantized
 from kimi_lite.runtime import _kernels, kernels
 from kimi_lite.runtime.kernels import Matrix, Mlp
 
@@ -28,19 +28,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     assert kernels.isa() == request.param
     yield request.param
     kernels.use_isa(before)
-
-
-def packed(rng: np.random.Generator, layout: str, O: int, I: int, count: int = 1) -> Matrix:
-    low, high = (0, 16) if layout == "q4g32" else (-127, 128)
-    data = [
-        pack_quantized(
-            rng.integers(low, high, (O, I)).astype(np.int8),
-            rng.normal(0, 0.01, (O, I // 32)).astype(np.float16),
-            layout,
-        )
-        for _ in range(count)
-    ]
-    return Matrix(layout, np.concatenate(data), O, I, count)
 
 
 def bound(w_OI: NDArray[Any], x_TI: NDArray[Any]) -> NDArray[Any]:
