@@ -4,7 +4,7 @@
 
 Payloads come from the tenth that training never draws; the seed chooses among them and everything else (wording,
 fonts, colours, sizes, places). An answer counts only if what follows the thinking equals the expected text exactly.
-Runs the float32 reference in bf16 products, as the checkpoint is stored.
+Runs the reference on the stored bf16 weights, with bf16 products where the processor has them and float32 ones elsewhere.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 import kimi_lite
 from kimi_lite.runtime.reference.model import KimiVL, load
 from kimi_lite.runtime.reference.tasks import TEXT_TASKS, Draw, Sample, reading, shapes, two_pictures
-from kimi_lite.runtime.reference.train import collate, encode_sample
+from kimi_lite.runtime.reference.train import BF16_HERE, collate, encode_sample
 from kimi_lite.runtime.tokenizer import Tokenizer
 
 CLOSE = "◁/think▷"
@@ -61,7 +61,7 @@ def answers(model: KimiVL, tokenizer: Tokenizer, samples: list[Sample]) -> list[
         for at in range(0, len(members), BATCH):
             chunk = members[at : at + BATCH]
             batch = collate([samples[i] for i in chunk], tokenizer, 0)
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=BF16_HERE):
                 rows = None
                 if batch.patches_NPX is not None and batch.grid is not None:
                     rows = model.encode_images(torch.from_numpy(batch.patches_NPX), batch.grid)
@@ -93,6 +93,7 @@ def main() -> None:
         "bench": "nano-evaluate",
         "seed": arguments.seed,
         "n": arguments.n,
+        "products": "bf16" if BF16_HERE else "float32",
         "exact": {},
     }
     results: dict[str, float] = {}

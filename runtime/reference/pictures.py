@@ -51,9 +51,9 @@ def font(path: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def text_picture(
-    text: str, grid: tuple[int, int], rng: np.random.Generator
+    text: str, grid: tuple[int, int], rng: np.random.Generator, largest: int = 38
 ) -> tuple[Image.Image, NDArray[np.int64]]:
-    """The text somewhere in a picture that fills the grid, in a random font, size and pair of colours.
+    """The text somewhere in a picture that fills the grid, in a random font, size (15 to `largest`) and pair of colours.
 
     Also returns what lies where, the trainer's hint to the tower: for each slot, a quarter of a 14-pixel patch of the
     padded picture, the code of the character over its middle and which of the text's characters that is, counted
@@ -62,7 +62,7 @@ def text_picture(
     rows, columns = grid
     width, height = columns * 28 - int(rng.integers(28)), rows * 28 - int(rng.integers(8))
     path = font_files()[int(rng.integers(len(font_files())))]
-    size = int(rng.integers(15, min(height, 38) + 1))
+    size = int(rng.integers(15, min(height, largest) + 1))
     while True:
         left, top, right, bottom = font(path, size).getbbox(text)
         if (right - left <= width - 2 and bottom - top <= height - 2) or size <= 9:

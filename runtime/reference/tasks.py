@@ -73,10 +73,13 @@ class Sample:
 
 
 class Draw:
-    """One random source and the side of the split that payloads come from."""
+    """One random source and the side of the split that payloads come from.
 
-    def __init__(self, rng: np.random.Generator, held_out: bool) -> None:
-        self.rng, self.held_out = rng, held_out
+    `hard` pictures hold what a small model sees last: letters of at most 18 pixels, four shapes or more.
+    """
+
+    def __init__(self, rng: np.random.Generator, held_out: bool, hard: bool = False) -> None:
+        self.rng, self.held_out, self.hard = rng, held_out, hard
 
     def choose(self, options: list[str] | tuple[str, ...]) -> str:
         return options[int(self.rng.integers(len(options)))]
@@ -117,7 +120,22 @@ def arithmetic(draw: Draw) -> Turn:
             a, b = int(draw.rng.integers(0, 100)), int(draw.rng.integers(0, 100))
         operator = draw.choose(("+", "-"))
         if draw.allowed(f"{a}{operator}{b}"):
-            break
+            return sum_question(draw, a, operator, b)
+
+
+def edge_sums(draw: Draw) -> Turn:
+    """Sums with a rule of their own: a number minus itself, and numbers of one digit."""
+    while True:
+        a = int(draw.rng.integers(0, 100))
+        b, operator = a, "-"
+        if draw.rng.random() < 0.6:
+            b, operator = int(draw.rng.integers(0, 10)), draw.choose(("+", "-"))
+            a, b = (a, b) if draw.rng.random() < 0.5 else (b, a)
+        if draw.allowed(f"{a}{operator}{b}"):
+            return sum_question(draw, a, operator, b)
+
+
+def sum_question(draw: Draw, a: int, operator: str, b: int) -> Turn:
     forms = [
         "What is {a} {o} {b}?",
         "{a} {o} {b}",
@@ -280,7 +298,7 @@ def reading(draw: Draw, grid: tuple[int, int]) -> Sample:
     else:
         text = draw.word(shortest, longest)
         text = text.upper() if kind < 0.45 else text
-    picture, hint = text_picture(text, grid, draw.rng)
+    picture, hint = text_picture(text, grid, draw.rng, largest=18 if draw.hard else 38)
     # The number comes first, so that each character is looked up by its place and none is skipped or read twice.
     letters = " ".join(f"{i}{character}" for i, character in enumerate(text, 1))
     return Sample("read", (Turn(draw.choose(READ_FORMS), f"letters: {letters}", text, (picture,), (hint,)),))
@@ -289,7 +307,7 @@ def reading(draw: Draw, grid: tuple[int, int]) -> Sample:
 def about_shapes(draw: Draw, grid: tuple[int, int], most: int = 6) -> dict[str, Turn]:
     """A scene, and a question each about its colour, its shape and its count."""
     colour, shape = draw.choose(tuple(COLOURS)), draw.choose(SHAPES)
-    count = int(draw.rng.integers(1, most + 1))
+    count = int(draw.rng.integers(4 if draw.hard else 1, most + 1))
     picture, hint = scene(colour, shape, count, grid, draw.rng)
     plural = "s" * (count > 1)
     seen = f"I see {' '.join(str(i) for i in range(1, count + 1))} {colour} {shape}{plural}"
@@ -342,6 +360,7 @@ TEXT_TASKS: dict[str, tuple[Callable[[Draw], Turn], float]] = {
     "spell": (spell, 0.10),
     "count letters": (count_letters, 0.20),
     "talk": (talk, 0.06),
+    "edge sums": (edge_sums, 0.08),
 }
 
 
