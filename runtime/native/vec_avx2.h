@@ -77,74 +77,12 @@ static inline void store_four(uint8_t* p, V a, V b, V c, V d) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), four_8(a.a, b.a, c.a, d.a));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), four_8(a.b, b.b, c.b, d.b));
 }
-static inline I iset(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-template <int n> static inline I ishl(I x) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
 static inline I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 static inline V itof(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
-static inline I iadd(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 using L = I;
 static inline L lload(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
 }
-static inline L llow(L w) {
-  const __m256i m = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(w.a, m), _mm256_and_si256(w.b, m)};
-}
-static inline L lhigh(L w) {
-  const __m256i m = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(_mm256_srli_epi16(w.a, 4), m), _mm256_and_si256(_mm256_srli_epi16(w.b, 4), m)};
-}
-static inline L lor(L x, L y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
-// Shifts run over 16-bit lanes; the masks keep only bits that came from the same byte.
-template <int j> static inline __m256i bit_8(__m256i x) {
-  return _mm256_and_si256(j < 4 ? _mm256_slli_epi16(x, j < 4 ? 4 - j : 0) : _mm256_srli_epi16(x, j < 4 ? 0 : j - 4), _mm256_set1_epi8(16));
-}
-template <int j> static inline __m256i two_8(__m256i x) {
-  return _mm256_and_si256(j < 2 ? _mm256_slli_epi16(x, j < 2 ? 4 - 2 * j : 0) : _mm256_srli_epi16(x, j < 2 ? 0 : 2 * j - 4), _mm256_set1_epi8(48));
-}
-template <int j> static inline L lbit(L x) { return {bit_8<j>(x.a), bit_8<j>(x.b)}; }
-template <int j> static inline L ltwo(L x) { return {two_8<j>(x.a), two_8<j>(x.b)}; }
-static inline L lcode(L x) {
-  const __m256i codes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNonLinear)));
-  return {_mm256_shuffle_epi8(codes, x.a), _mm256_shuffle_epi8(codes, x.b)};
-}
-static inline int32_t four(const int8_t* x) { int32_t r; __builtin_memcpy(&r, x, 4); return r; }
-#if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
-// VNNI at 256 bits: four byte products a lane and step. Newer processors without AVX-512 have it in one encoding, those
-// with AVX-512 in another.
-static inline __m256i dot_8(__m256i acc, __m256i w, __m256i x) {
-#ifdef __AVXVNNI__
-  return _mm256_dpbusd_avx_epi32(acc, w, x);
-#else
-  return _mm256_dpbusd_epi32(acc, w, x);
-#endif
-}
-static inline I dot_u7(I acc, L w, const int8_t* x) {
-  const __m256i b = _mm256_set1_epi32(four(x));
-  return {dot_8(acc.a, w.a, b), dot_8(acc.b, w.b, b)};
-}
-static inline I dot_s8(I acc, L w, const int8_t* x) {
-  // Unsigned weights are wanted: w + 128. The caller takes 128 * (sum of activations) off again, exactly.
-  const __m256i b = _mm256_set1_epi32(four(x)), top = _mm256_set1_epi8(-128);
-  return {dot_8(acc.a, _mm256_xor_si256(w.a, top), b), dot_8(acc.b, _mm256_xor_si256(w.b, top), b)};
-}
-static constexpr int32_t bias_s8 = 128;
-#else
-static inline I dot_u7(I acc, L w, const int8_t* x) {
-  // Two products of at most 127 * 127 fit in int16, so maddubs cannot saturate: 32258 < 32767.
-  const __m256i b = _mm256_set1_epi32(four(x)), ones = _mm256_set1_epi16(1);
-  return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(_mm256_maddubs_epi16(w.a, b), ones)),
-          _mm256_add_epi32(acc.b, _mm256_madd_epi16(_mm256_maddubs_epi16(w.b, b), ones))};
-}
-static inline I dot_s8(I acc, L w, const int8_t* x) {
-  // |w| as unsigned and w's sign moved onto x: 2 * 128 * 127 = 32512 < 32767, so maddubs cannot saturate.
-  const __m256i b = _mm256_set1_epi32(four(x)), ones = _mm256_set1_epi16(1);
-  const __m256i pa = _mm256_maddubs_epi16(_mm256_abs_epi8(w.a), _mm256_sign_epi8(b, w.a));
-  const __m256i pb = _mm256_maddubs_epi16(_mm256_abs_epi8(w.b), _mm256_sign_epi8(b, w.b));
-  return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(pa, ones)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(pb, ones))};
-}
-static constexpr int32_t bias_s8 = 0;
-#endif
-static constexpr int kBatch = 4;  // a vector is two registers, of which there are 16
+#define KIMI_PRODUCT_VECTOR "vec_avx2_products.h"
 #undef TWO
