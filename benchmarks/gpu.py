@@ -13,6 +13,9 @@ Bandwidths of this very card are measured through PyTorch if it is there with CU
 --pcie, else assumed; claims that need them are not judged by an assumption. llama.cpp is measured by its own `llama-bench`
 with as few layers' experts on the CPU as fit the same cap.
 
+Where bitsandbytes is installed, the largest cap is measured again at the first depth with each format of `--gpu-dense`:
+whether the card passes the proof of it, what memory it takes, and how fast it decodes beside our own kernels.
+
 Prints a table and the claims, and appends one JSON line to benchmarks/results/DATE-gpu.jsonl. On a simulated card
 (KIMI_LITE_DEVICE) times are those of its virtual clock, and nothing is appended.
 """
@@ -37,11 +40,11 @@ from full_shape import commit
 
 import kimi_lite
 from kimi_lite.bench import machine, random_tokens
-from kimi_lite.errors import DoesNotFitError
+from kimi_lite.errors import DoesNotFitError, UsageError
 from kimi_lite.plan import measure_cpu
-from kimi_lite.runtime import kernels
+from kimi_lite.runtime import dense, kernels
 from kimi_lite.runtime.cost import sizes_of
-from kimi_lite.runtime.cuda.device import MOST_TOKENS
+from kimi_lite.runtime.cuda.device import MOST_TOKENS, DeviceWrongError
 from kimi_lite.runtime.cuda.find import find_device
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine
@@ -72,6 +75,8 @@ class Row:
     ceiling: float | None = None  # the prediction without launches and hand-offs
     gb_per_s: float | None = None  # that the card reads while decoding
     bits: str = ""  # a digest of all logits
+    gpu_dense: str | None = None
+    proven: bool | None = None  # for gpu_dense: whether the card's products and bits are as they must be
     why_not: str = ""
 
     @property
@@ -129,8 +134,8 @@ class Bench:
         longest: int = max(depth, self.a.prompt if depth == self.a.depths[0] else 0)
         return longest + int(self.a.tokens) + SPARE
 
-    def measure(self, cap: int, depth: int) -> Row:
-        row, context = Row(cap, depth), self.context(depth)
+    def measure(self, cap: int, depth: int, gpu_dense: str | None = None) -> Row:
+        row, context = Row(cap, depth, gpu_dense=gpu_dense), self.context(depth)
         if context > self.weights.config.context_length:
             row.why_not = f"the model's context ends at {self.weights.config.context_length}"
         elif depth != self.a.depths[0] and self.left() < depth / self.prefill_tok_per_s:
@@ -139,13 +144,24 @@ class Bench:
             return row
         started = time.perf_counter()
         try:
-            engine = Engine(self.a.file, context=context, vram=cap, threads=self.a.threads, prove=False)
-        except DoesNotFitError as error:
+            engine = Engine(
+                self.a.file,
+                context=context,
+                vram=cap,
+                threads=self.a.threads,
+                prove=gpu_dense is not None,
+                gpu_dense=gpu_dense,
+            )
+        except DeviceWrongError as error:
+            row.why_not, row.proven = str(error), False
+            return row
+        except (DoesNotFitError, UsageError) as error:
             row.why_not = str(error)
             return row
         model = engine.model
         assert isinstance(model, HybridModel)
         row.load_s = round(time.perf_counter() - started, 2)
+        row.proven = None if gpu_dense is None else True
         row.taken = max(0, self.free - model.device.free_bytes())
         row.resident, row.experts = model.plan.n_resident, model.plan.n_experts
         clock = self.clock(model)
@@ -163,7 +179,12 @@ class Bench:
                 return row
         self.prefill_tok_per_s = depth / (time.monotonic() - before)
         row.decode = self.decode(engine, clock)
+        row.taken = max(row.taken, self.free - model.device.free_bytes())  # PyTorch takes some while it works
         middle = depth + self.a.tokens // 2
+        if gpu_dense:  # the planner speaks of our kernels
+            row.predicted_prefill = None
+            model.close()
+            return row
         row.predicted_decode = round(predict(model.plan, self.speeds, start=middle).tok_per_s, 2)
         free_of_overhead = replace(self.speeds, launch_us=0, hand_off_us=0)
         row.ceiling = round(predict(model.plan, free_of_overhead, start=middle).tok_per_s, 2)
@@ -247,7 +268,12 @@ def card_bandwidths() -> tuple[float, float]:
 
 
 def judge(
-    bench: Bench, rows: Sequence[Row], cpu_bits: str, cpu_decode: float, llama: Sequence[Row]
+    bench: Bench,
+    rows: Sequence[Row],
+    cpu_bits: str,
+    cpu_decode: float,
+    llama: Sequence[Row],
+    others: Sequence[Row],
 ) -> list[Claim]:
     """The claims of docs/gpu.md, in its order."""
     done = [row for row in rows if row.decode is not None]
@@ -333,6 +359,23 @@ def judge(
                     ("prefill", r.prefill, peer.prefill),
                 )
                 if ours and other
+            ],
+        ),
+        claim(
+            "With --gpu-dense, products are within their bound and all else has the CPU's bits.",
+            [(r.proven, f"{r.gpu_dense} {r.why_not}".strip()) for r in others if r.proven is not None],
+        ),
+        claim(
+            "With --gpu-dense, no more memory is taken than --vram allows.",
+            [(r.taken <= r.cap, f"{r.gpu_dense}: {gb(r.taken)} of {gb(r.cap)}") for r in others if r.decode],
+        ),
+        claim(
+            "With --gpu-dense, decoding is no faster than with our own kernels.",
+            [
+                (r.decode <= own.decode, f"{r.gpu_dense}: {r.decode} to {own.decode}")
+                for r in others
+                for own in done
+                if r.decode and own.decode and (own.cap, own.depth) == (r.cap, r.depth)
             ],
         ),
     ]
@@ -435,7 +478,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             print(f"{gb(cap)} after {depth}: {row.why_not or row.decode}", file=sys.stderr)
         if a.llama_bench and a.gguf:
             llama += llama_rows(bench, depth)
-    claims = judge(bench, rows, cpu_bits, cpu_decode, llama)
+    depth, others = a.depths[0], list[Row]()
+    for layout in dense.LAYOUTS if not dense.why_not() else ():
+        others.append(row := bench.measure(bench.caps(depth)[-1], depth, layout))
+        print(f"dense weights in {layout}: {row.why_not or row.decode}", file=sys.stderr)
+    claims = judge(bench, rows, cpu_bits, cpu_decode, llama, others)
     clock = (
         "of a simulated card: its clock is virtual, and says nothing of any real one"
         if bench.simulated
@@ -444,6 +491,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     show(rows, f"kimi-lite, {clock}")
     if llama:
         show(llama, "llama.cpp")
+    for row in others:
+        show([row], f"kimi-lite with --gpu-dense {row.gpu_dense}, {clock}")
     print()
     for claim in claims:
         print(f"{claim.verdict:12}  {claim.says}  {'; '.join(claim.evidence)}")
@@ -460,6 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "cpu_decode": cpu_decode,
         "rows": [asdict(row) for row in rows],
         "llama": [asdict(row) for row in llama],
+        "gpu_dense": [asdict(row) for row in others],
         "claims": [asdict(claim) for claim in claims],
     }
     line = json.dumps(result)

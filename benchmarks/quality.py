@@ -11,6 +11,9 @@ tensors every token reads between 4 and 8 bits. bf16 shows what the runtime's ow
 import argparse
 import json
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +45,49 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return np.asarray(x - np.log(np.exp(x).sum()))
 
 
+@dataclass(frozen=True)
+class Question:
+    """A held-out prompt with its right reply, and what the reference says after each of their tokens."""
+
+    ids: list[int]
+    first: int  # where the reply begins
+    logits_TV: np.ndarray
+
+
+def questions(checkpoint: Path, seed: int, n: int) -> list[Question]:
+    """n held-out text prompts a task."""
+    model, tokenizer = load(checkpoint)
+    out = []
+    for samples in held_out(seed, n).values():
+        for sample in (s for s in samples if not s.pictures):
+            ids, learned = encode_sample(sample, tokenizer, 0)
+            with torch.inference_mode():
+                logits_TV = model(torch.tensor(ids)[None])[0].numpy()
+            out.append(Question(ids, learned.index(True), logits_TV))
+    return out
+
+
+def compared(
+    asked: Sequence[Question], append: Callable[[list[int]], np.ndarray], rewind: Callable[[], None]
+) -> dict[str, float]:
+    """KL divergence of a model's answers from the reference's, token by token, and how often both say the same."""
+    divergences, agree = [], []
+    for q in asked:
+        rewind()
+        ours_V = append(q.ids[: q.first])
+        for t in range(q.first, len(q.ids)):
+            p_V, q_V = log_softmax(q.logits_TV[t - 1]), log_softmax(ours_V)
+            divergences.append(float((np.exp(p_V) * (p_V - q_V)).sum()))
+            agree.append(int(q.logits_TV[t - 1].argmax()) == int(ours_V.argmax()))
+            ours_V = append([q.ids[t]])
+    return {
+        "tokens": len(agree),
+        "kl_mean": round(float(np.mean(divergences)), 6),
+        "kl_p99": round(float(np.percentile(divergences, 99)), 5),
+        "top1": round(float(np.mean(agree)), 5),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -51,15 +97,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--json", type=Path, help="append one JSON line a recipe to this file")
     arguments = parser.parse_args()
-    model, tokenizer = load(arguments.checkpoint)
-    prompts, truth = [], []
-    for task, samples in held_out(arguments.seed, arguments.n).items():
-        for sample in (s for s in samples if not s.pictures):
-            ids, learned = encode_sample(sample, tokenizer, 0)
-            with torch.inference_mode():
-                logits_TV = model(torch.tensor(ids)[None])[0].numpy()
-            prompts.append((task, ids, learned.index(True)))
-            truth.append(logits_TV)
+    asked = questions(arguments.checkpoint, arguments.seed, arguments.n)
     for name, (target, eight_bits) in RECIPES.items():
         with tempfile.TemporaryDirectory() as folder:
             kept, plan.EIGHT_BITS = plan.EIGHT_BITS, eight_bits
@@ -68,33 +106,22 @@ def main() -> None:
             finally:
                 plan.EIGHT_BITS = kept
             engine = Engine(Path(folder) / "model.gguf")
-            divergences, agree = [], []
-            for (_, ids, first), logits_TV in zip(prompts, truth, strict=True):
-                engine.rewind(0)
-                ours_V = engine.append(ids[:first])
-                for t in range(first, len(ids)):
-                    p, q = log_softmax(logits_TV[t - 1]), log_softmax(ours_V)
-                    divergences.append(float((np.exp(p) * (p - q)).sum()))
-                    agree.append(int(logits_TV[t - 1].argmax()) == int(ours_V.argmax()))
-                    ours_V = engine.append([ids[t]])
-            mean = float(np.mean(divergences))
-            print(
-                f"{name:48} {result.bits_per_weight:5.2f} bits a weight   KL {mean:.5f}   "
-                f"99th percentile {np.percentile(divergences, 99):.4f}   top-1 {np.mean(agree):.3%}"
-            )
+            found = compared(asked, engine.append, partial(engine.rewind, 0))
+        record = {
+            "bench": "quality",
+            "model": arguments.checkpoint.name,
+            "seed": arguments.seed,
+            "prompts": len(asked),
+            "tokens": found.pop("tokens"),
+            "recipe": name,
+            "bits_per_weight": round(result.bits_per_weight, 3),
+            **found,
+        }
+        print(
+            f"{name:48} {result.bits_per_weight:5.2f} bits a weight   KL {found['kl_mean']:.5f}   "
+            f"99th percentile {found['kl_p99']:.4f}   top-1 {found['top1']:.3%}"
+        )
         if arguments.json:
-            record = {
-                "bench": "quality",
-                "model": arguments.checkpoint.name,
-                "seed": arguments.seed,
-                "prompts": len(prompts),
-                "tokens": len(agree),
-                "recipe": name,
-                "bits_per_weight": round(result.bits_per_weight, 3),
-                "kl_mean": round(mean, 6),
-                "kl_p99": round(float(np.percentile(divergences, 99)), 5),
-                "top1": round(float(np.mean(agree)), 5),
-            }
             with arguments.json.open("a") as out:
                 out.write(json.dumps(record) + "\n")
 

@@ -49,6 +49,9 @@ class Stats:
     context_used: int
     image_tokens: int = 0  # of the pictures that came with this question
     encode_s: float = 0.0  # spent on them
+    gpu_dense: str | None = (
+        None  # the format in which bitsandbytes multiplied the dense weights on a card, if it did
+    )
 
     @property
     def decode_tok_per_s(self) -> float:
@@ -327,6 +330,7 @@ class Model:
             len(engine.tokens),
             sum(picture.n_tokens for picture in _pictures(messages[-1])),
             encode_s,
+            engine.gpu_dense,
         )
         yield Event("done", reason=reason, stats=stats)
 
@@ -342,6 +346,7 @@ def load(
     offline: bool = False,
     engine: str = "kimi-lite",
     gpu_layers: int | None = None,
+    gpu_dense: str | None = None,
 ) -> Model:
     """Open a packed int4 or GGUF file; without a path, the small model that ships with kimi-lite.
 
@@ -354,6 +359,8 @@ def load(
         offline: refuse pictures from the web.
         engine: "kimi-lite", or "llama.cpp" for standard GGUF files on any graphics card that llama.cpp drives.
         gpu_layers: for llama.cpp, how many layers go to the graphics card; by default all.
+        gpu_dense: "nf4", "int8" or "bf16": bitsandbytes multiplies the dense weights on a card, in that format. Answers
+            then differ a little from the CPU's. By default our own kernels multiply the file's own weights.
 
     Raises:
         ModelFileError: a file is missing, damaged or another model's.
@@ -365,7 +372,7 @@ def load(
         raise UsageError("--engine llama.cpp needs a standard GGUF file; name one: the small model is packed")
     path = Path(path) if path is not None else nano_path()
     vram = parse_size(vram) if isinstance(vram, str) else vram
-    runs = _open_engine(engine, path, context, threads, vram, gpu_layers)
+    runs = _open_engine(engine, path, context, threads, vram, gpu_layers, gpu_dense)
     beside = mmproj_beside(path)
     found = Path(mmproj) if mmproj is not None else beside if beside.exists() else runs.image_side
     encoder = None
@@ -382,10 +389,13 @@ def _open_engine(
     threads: int | None,
     vram: int | None,
     gpu_layers: int | None,
+    gpu_dense: str | None,
 ) -> BaseEngine:
     if name == "llama.cpp":
         if vram is not None:
             raise UsageError("--vram is for kimi-lite's own engine; llama.cpp takes --gpu-layers")
+        if gpu_dense is not None:
+            raise UsageError("--gpu-dense is for kimi-lite's own engine; llama.cpp runs the file as it is")
         from kimi_lite.runtime.llama_engine import LlamaEngine
 
         return LlamaEngine(path, context=context, threads=threads, gpu_layers=gpu_layers)
@@ -393,7 +403,7 @@ def _open_engine(
         raise UsageError(f"the engine is {name!r}; expected kimi-lite or llama.cpp")
     if gpu_layers is not None:
         raise UsageError("--gpu-layers is for --engine llama.cpp; give both, or neither")
-    return Engine(path, context=context, threads=threads, vram=vram)
+    return Engine(path, context=context, threads=threads, vram=vram, gpu_dense=gpu_dense)
 
 
 def nano_path() -> Path:

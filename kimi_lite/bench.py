@@ -97,6 +97,7 @@ def measure(
     threads: Sequence[int | None] = (None,),
     context: int | None = None,
     vram: int | None = 0,
+    gpu_dense: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Open a model file and measure it: each prompt length and each depth, for each number of threads.
@@ -106,6 +107,7 @@ def measure(
         decode: tokens to decode at each depth; 0 for none.
         context: tokens to reserve; by default what the longest row needs.
         vram: bytes of a card's memory that may be taken; 0 for the CPU alone, None for a card if one works.
+        gpu_dense: a format in which bitsandbytes multiplies the dense weights on the card.
         progress: told what is measured next.
 
     Raises:
@@ -127,7 +129,7 @@ def measure(
             f"ask for less, or for more with --context (this model: up to {limit})"
         )
     started = time.perf_counter()
-    engine = Engine(path, context=context or needed, threads=threads[0], vram=vram)
+    engine = Engine(path, context=context or needed, threads=threads[0], vram=vram, gpu_dense=gpu_dense)
     load_s = time.perf_counter() - started
     rows = list[Speed]()
     for n_threads in threads:

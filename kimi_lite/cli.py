@@ -36,6 +36,13 @@ Vram = Annotated[
         "is used if one works."
     ),
 ]
+GpuDense = Annotated[
+    str | None,
+    typer.Option(
+        help="Multiply the dense weights on the card by bitsandbytes, in nf4, int8 or bf16; by default our own kernels "
+        "multiply the file's."
+    ),
+]
 Temperature = Annotated[
     float, typer.Option(help="0 repeats exactly; the makers recommend 0.6 to 0.8 for Thinking.")
 ]
@@ -110,6 +117,7 @@ def ask(
     vram: Vram = None,
     engine: EngineName = "kimi-lite",
     gpu_layers: GpuLayers = None,
+    gpu_dense: GpuDense = None,
     show_thinking: Annotated[
         bool | None,
         typer.Option(
@@ -148,6 +156,7 @@ def ask(
         offline=offline,
         engine=engine,
         gpu_layers=gpu_layers,
+        gpu_dense=gpu_dense,
     )
     if not quiet:
         _say_placement(opened.engine.placement)
@@ -186,6 +195,8 @@ def ask(
             "prompt_tokens": done.stats.prompt_tokens,
             "tokens": done.stats.tokens,
         }
+        if done.stats.gpu_dense:
+            reply["gpu_dense"] = done.stats.gpu_dense
         print(json.dumps(reply, ensure_ascii=False))
     elif not quiet:
         printer.statistics(done.stats)
@@ -228,6 +239,7 @@ def chat(
     vram: Vram = None,
     engine: EngineName = "kimi-lite",
     gpu_layers: GpuLayers = None,
+    gpu_dense: GpuDense = None,
     hide_thinking: Annotated[
         bool, typer.Option("--hide-thinking", help="Do not print the thinking.")
     ] = False,
@@ -252,6 +264,7 @@ def chat(
         offline=offline,
         engine=engine,
         gpu_layers=gpu_layers,
+        gpu_dense=gpu_dense,
     )
     _say_placement(opened.engine.placement)
     opened.conversation.system = system
@@ -355,6 +368,7 @@ def bench(
         int | None, typer.Option(help="Tokens of context to reserve; by default what the rows need.")
     ] = None,
     vram: Vram = None,
+    gpu_dense: GpuDense = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the table.")] = False,
 ) -> None:
     """Measure prefill and decoding, against how fast this machine can read the model's bytes."""
@@ -371,6 +385,7 @@ def bench(
         threads=_numbers("--threads", threads, 1) or (None,),
         context=context,
         vram=_size(vram),
+        gpu_dense=gpu_dense,
         progress=lambda text: print(f"{text} …", file=sys.stderr) if sys.stderr.isatty() else None,
     )
     if as_json:
@@ -399,6 +414,7 @@ def _numbers(option: str, text: str | None, least: int) -> list[int] | None:
 def plan(
     model: Model = None,
     vram: Vram = None,
+    gpu_dense: GpuDense = None,
     context: Context = None,
     threads: Threads = None,
     measure: Annotated[
@@ -431,7 +447,12 @@ def plan(
     if model is None:
         print(REAL_MODEL, file=sys.stderr)
     lines = plan_report(
-        model or nano_path(), vram=_size(vram), context=context, speeds=speeds, measure=measure
+        model or nano_path(),
+        vram=_size(vram),
+        gpu_dense=gpu_dense,
+        context=context,
+        speeds=speeds,
+        measure=measure,
     )
     for line in lines:
         print(line)

@@ -13,7 +13,7 @@ import kimi_lite
 from kimi_lite.api import mmproj_beside, nano_path
 from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.formats.packed import LAYOUTS
-from kimi_lite.runtime import kernels
+from kimi_lite.runtime import dense, kernels
 from kimi_lite.runtime.cache import LatentCache
 from kimi_lite.runtime.cuda.find import find_device
 from kimi_lite.runtime.image_cache import ImageCache, default_directory
@@ -38,6 +38,7 @@ def machine_report() -> Iterator[str]:
     elif isas[0] != BEST_ISA:
         yield f"          this processor has no {BEST_ISA}, for which the fastest kernels are written"
     yield _graphics()
+    yield _gpu_dense()
     directory = default_directory()
     yield f"pictures  on the same kernels; encoded ones are kept in {directory or 'memory only'}"
     for package, extra, what in (
@@ -48,7 +49,17 @@ def machine_report() -> Iterator[str]:
         if find_spec(package) is None:
             yield f"          not in use: {what}, which need pip install 'kimi-lite[{extra}]'"
     yield from llama_report()
-    for package in ("numpy", "gguf", "tiktoken", "pillow", "pypdfium2", "av", "pillow_heif", "torch"):
+    for package in (
+        "numpy",
+        "gguf",
+        "tiktoken",
+        "pillow",
+        "pypdfium2",
+        "av",
+        "pillow_heif",
+        "torch",
+        "bitsandbytes",
+    ):
         if find_spec({"pillow": "PIL"}.get(package, package)) is None:
             continue
         try:
@@ -69,6 +80,13 @@ def _graphics() -> str:
     except kimi_lite.KimiLiteError as error:
         return f"graphics  not in use: {error}"
     return f"graphics  {device.name}, {gb(free)} free; in use unless --vram 0"
+
+
+def _gpu_dense() -> str:
+    """What --gpu-dense would run on; asked without importing PyTorch."""
+    if why := dense.why_not():
+        return f"gpu-dense not in use: {why}"
+    return "gpu-dense bitsandbytes is here for --gpu-dense, whose products differ from the CPU's; in use only if asked for"
 
 
 def llama_report() -> Iterator[str]:

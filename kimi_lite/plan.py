@@ -15,7 +15,7 @@ import numpy as np
 
 from kimi_lite.bench import decode_speed, prefill_speed, warm_up
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.runtime import kernels
+from kimi_lite.runtime import dense, kernels
 from kimi_lite.runtime.cost import sizes_of
 from kimi_lite.runtime.cuda.device import MOST_TOKENS
 from kimi_lite.runtime.cuda.find import find_device
@@ -31,7 +31,13 @@ DECODED = 32
 
 
 def plan_report(
-    path: Path, *, vram: int | None, context: int | None, speeds: Speeds, measure: bool
+    path: Path,
+    *,
+    vram: int | None,
+    context: int | None,
+    speeds: Speeds,
+    measure: bool,
+    gpu_dense: str | None = None,
 ) -> Iterator[str]:
     """Lines for people. `speeds` are assumed, but for what `measure` finds out about the CPU.
 
@@ -40,7 +46,9 @@ def plan_report(
         DoesNotFitError: the card, or `vram`, is too small.
     """
     weights = open_weights(path, pack=measure)  # only to be measured must a standard GGUF be packed
-    sizes, context = sizes_of(weights), choose_context(weights.config, path, context)
+    dense.check(gpu_dense, installed=measure)
+    context = choose_context(weights.config, path, context)
+    sizes = sizes_of(weights if vram == 0 else dense.outline(weights, gpu_dense))
     yield (
         f"{path.name}: {len(sizes.layers)} layers, {gb(sizes.fixed_bytes)} that every token reads, "
         f"{sum(layer.n_experts for layer in sizes.layers)} routed experts of {gb(sizes.routed_bytes)} in all"
@@ -65,6 +73,8 @@ def plan_report(
                 cap=vram,
                 usage=load_usage(weights, default_directory()),
             )
+            if gpu_dense:
+                yield f"          dense weights in {gpu_dense} by bitsandbytes; predicted as if our kernels read so many bytes"
     if measure:
         gb_s, gmac_s = measure_cpu(weights)
         speeds = replace(speeds, cpu_gb_s=gb_s, cpu_gmac_s=gmac_s)
@@ -93,7 +103,7 @@ def plan_report(
         )
         yield _step_line(step, start, cpu_only=plan is None)
     if measure and (plan is None or not assumed):
-        yield from _measured(path, context, 0 if plan is None else vram)
+        yield from _measured(path, context, 0 if plan is None else vram, None if plan is None else gpu_dense)
     elif measure:
         yield "measured  nothing of the card: it is not here"
 
@@ -167,9 +177,9 @@ def _step_line(step: StepTime, start: int, *, cpu_only: bool) -> str:
     )
 
 
-def _measured(path: Path, context: int, vram: int | None) -> Iterator[str]:
+def _measured(path: Path, context: int, vram: int | None, gpu_dense: str | None) -> Iterator[str]:
     """The whole model, where it runs."""
-    engine = Engine(path, context=context, vram=vram)
+    engine = Engine(path, context=context, vram=vram, gpu_dense=gpu_dense)
     yield f"measured on {engine.placement}:"
     n = min(MOST_TOKENS, context - DECODED - 1)
     if n < 1:

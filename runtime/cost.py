@@ -18,12 +18,18 @@ Dimension key:  T tokens   D hidden   E routed experts   A active   C latent   R
 from dataclasses import dataclass
 
 from kimi_lite.formats.packed import matrix_bytes
+from kimi_lite.runtime import dense
+from kimi_lite.runtime.cuda.device import MOST_TOKENS
 from kimi_lite.runtime.cuda.halves import Buffers, Shape, shape_of
 from kimi_lite.runtime.kernels import Matrix, Mlp, latent_cache_bytes, packed_as
 from kimi_lite.runtime.speeds import Speeds
 from kimi_lite.runtime.weights import Layer, Weights
 
 ATTEND_LAUNCHES, ROUTE_LAUNCHES, EXPERT_LAUNCHES, ADD_LAUNCHES, HEAD_LAUNCHES = 10, 3, 1, 1, 2
+TORCH_BYTES = (
+    256_000_000  # assumed: code of PyTorch, cuBLAS and bitsandbytes on the card, and cuBLAS's working memory
+)
+TORCH_ROWS = 4  # copies of a product's rows that live at the same time, as if all were float32
 MANY_POSITIONS = 1 << 15  # over which the cache's whole groups average out
 
 
@@ -87,6 +93,7 @@ class Sizes:
     head_macs: int
     V: int
     shapes: tuple[Shape, ...]
+    torch_bytes: int = 0  # what PyTorch takes for its own, where it multiplies the dense weights
 
     @property
     def fixed_bytes(self) -> int:
@@ -98,7 +105,7 @@ class Sizes:
 
     def workspace_bytes(self, context: int) -> int:
         """What the longest step takes beside weights and cache."""
-        return Buffers(self.shapes, context, self.V).n_bytes
+        return Buffers(self.shapes, context, self.V).n_bytes + self.torch_bytes
 
     def cache_bytes(self, context: int) -> int:
         return round(sum(layer.cache_bytes for layer in self.layers) * context)
@@ -120,6 +127,22 @@ def sizes_of(weights: Weights) -> Sizes:
         head_macs=_macs(weights.head),
         V=weights.config.vocab_size,
         shapes=tuple(shape_of(layer) for layer in weights.layers),
+        torch_bytes=_torch_bytes(weights),
+    )
+
+
+def _torch_bytes(weights: Weights) -> int:
+    """What PyTorch takes on a card beside our memory: its libraries, and what a product works with.
+
+    A product may unpack its matrix to bfloat16, and holds rows in a few precisions. The head has one row: no kernel
+    unpacks it for that.
+    """
+    if weights.head.layout not in dense.LAYOUTS:
+        return 0
+    shapes = map(shape_of, weights.layers)
+    widths = {(s.D, width) for s in shapes for width in (s.H * (s.N + s.R), s.C + s.R, s.H * s.V, s.shared_F)}
+    return TORCH_BYTES + max(
+        2 * D * width + 4 * TORCH_ROWS * MOST_TOKENS * (D + width) for D, width in widths
     )
 
 
@@ -156,6 +179,8 @@ def mlp_size(mlp: Mlp) -> int:
 
 def matrix_size(matrix: Matrix) -> int:
     """Bytes of a matrix as it runs: packed, if its type has a packed layout."""
+    if matrix.layout in dense.LAYOUTS:
+        return dense.n_bytes(matrix.layout, matrix.rows, matrix.columns)
     layout = packed_as(matrix.layout)
     return matrix.count * matrix_bytes(layout, matrix.rows, matrix.columns) if layout else matrix.data.size
 

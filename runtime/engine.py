@@ -8,7 +8,8 @@ have one id, so they are told apart by their picture's digest.
 (llama_engine.py) on llama.cpp.
 
 Where `Engine` runs, on the CPU or over a card, changes no bit, so a card that fails in the middle of an answer costs time
-only: the cache is computed again on the CPU from the tokens that it stood for, and the answer goes on.
+only: the cache is computed again on the CPU from the tokens that it stood for, and the answer goes on. With `gpu_dense` it
+goes on with the file's own weights, which the warning says.
 """
 
 import warnings
@@ -45,6 +46,9 @@ class BaseEngine(ABC):
 
     chunk = PREFILL_CHUNK  # tokens of a step
     placement = ""  # where the model runs, for people
+    gpu_dense: str | None = (
+        None  # the format in which bitsandbytes multiplies dense weights on a card, if it does
+    )
     image_side: GgufFile | None = None  # the model's file, if it holds the image side too
 
     def __init__(self, path: Path, config: TextConfig, vocab: Vocab, context: int | None) -> None:
@@ -194,27 +198,34 @@ class Engine(BaseEngine):
         threads: int | None = None,
         vram: int | None = 0,
         prove: bool = True,
+        gpu_dense: str | None = None,
     ) -> None:
         """Map `path` and reserve room for `context` tokens: by default the model's own limit, at most 32768.
 
         Args:
             vram: bytes of a card's memory that may be taken; 0 for the CPU alone, None for a card if one works.
             prove: run a few tokens on card and CPU first, and use no card that differs.
+            gpu_dense: "nf4", "int8" or "bf16": bitsandbytes multiplies the dense weights on the card, in that format.
 
         Raises:
             ModelFileError: the file is missing, damaged or another model's.
-            UsageError: `context` is not positive or beyond the model's limit, or `vram` needs a card and there is none.
+            UsageError: `context` is not positive or beyond the model's limit, or `vram` or `gpu_dense` needs a card, or
+                `gpu_dense` a package, and there is none.
             DoesNotFitError: the card's memory, or `vram`, is too small.
         """
         self.weights = open_weights(path)
         super().__init__(path, self.weights.config, self.weights.vocab, context)
         self.image_side = self.weights.image_side
         kernels.set_threads(threads)
-        self.model: CpuModel | HybridModel = place(self.weights, self.context, vram, prove)
+        self.model: CpuModel | HybridModel = place(self.weights, self.context, vram, prove, gpu_dense)
 
     @property
     def placement(self) -> str:  # type: ignore[override]
         return self.model.placement
+
+    @property
+    def gpu_dense(self) -> str | None:  # type: ignore[override]
+        return self.model.gpu_dense if isinstance(self.model, HybridModel) else None
 
     @property
     def chunk(self) -> int:  # type: ignore[override]
@@ -242,7 +253,8 @@ class Engine(BaseEngine):
     def _leave_card(self, error: DeviceLostError | DeviceMemoryError) -> None:
         """Compute the cache again on the CPU, and stay there."""
         again = f" and reads {len(self.tokens)} tokens again" if self.tokens else ""
-        warnings.warn(f"{error}; the CPU goes on{again}", KimiLiteWarning, stacklevel=4)
+        other = f", with the file's own dense weights in place of {self.gpu_dense}" if self.gpu_dense else ""
+        warnings.warn(f"{error}; the CPU goes on{again}{other}", KimiLiteWarning, stacklevel=4)
         cpu = CpuModel(self.weights, self.context)
         for start in range(0, len(self.tokens), PREFILL_CHUNK):
             ids = self.tokens[start : start + PREFILL_CHUNK]

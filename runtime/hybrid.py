@@ -8,6 +8,10 @@ index. So an expert's place changes when it is done and never what comes out: a 
 made for what is left, and after that it is said. Because the bits are the CPU's, a card can prove itself: before it answers
 anything, a few tokens are run on both, and a card that differs is not used.
 
+Dense weights in one of dense.py's layouts are multiplied by PyTorch and bitsandbytes, which is another arithmetic than the
+CPU's. Such a card proves itself in two steps: each of those products is as near to the exact one as its arithmetic can
+be; and with the card's products in their place, the CPU's engine has the card's bits.
+
 Dimension key:  T tokens   D hidden   A active experts   M chosen experts that are not on the card   E routed experts
 """
 
@@ -15,12 +19,16 @@ import contextlib
 import os
 import warnings
 import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_lite.errors import DoesNotFitError, KimiLiteError, KimiLiteWarning
-from kimi_lite.runtime import kernels
+from kimi_lite.errors import DoesNotFitError, KimiLiteError, KimiLiteWarning, UsageError
+from kimi_lite.runtime import dense, kernels
+from kimi_lite.runtime.cache import LatentCache
 from kimi_lite.runtime.cost import sizes_of
 from kimi_lite.runtime.cuda.device import (
     MOST_TOKENS,
@@ -31,7 +39,7 @@ from kimi_lite.runtime.cuda.device import (
     Routed,
 )
 from kimi_lite.runtime.cuda.find import NothingToTryError, find_device
-from kimi_lite.runtime.kernels import FeedForwardLayer, Float
+from kimi_lite.runtime.kernels import FeedForwardLayer, Float, Matrix
 from kimi_lite.runtime.model import CpuModel, OnLayer, Spliced, embedded, rope_tables
 from kimi_lite.runtime.placement import Plan, make_plan
 from kimi_lite.runtime.usage import default_directory, load_usage
@@ -46,17 +54,31 @@ class HybridModel:
 
     chunk = MOST_TOKENS
 
-    def __init__(self, weights: Weights, device: Device, plan: Plan) -> None:
-        """Upload. Raises DeviceMemoryError if the card has less room than the plan was made for."""
+    def __init__(self, weights: Weights, device: Device, plan: Plan, gpu_dense: str | None = None) -> None:
+        """Upload, dense weights in the layout `gpu_dense` of dense.py, or for None as they are.
+
+        Raises DeviceMemoryError if the card has less room than the plan was made for.
+        """
         self.weights, self.device, self.plan, self.n = weights, device, plan, 0
+        self.gpu_dense = gpu_dense
+        self.uploaded: dict[
+            int | None, dict[str, Matrix]
+        ] = {}  # what was quantized for it, until it is proven
         self._here: list[NDArray[np.bool_] | None] = []  # [E] of each layer; None: nothing is missing
         for index, layer in enumerate(weights.layers):
             experts = plan.experts(index)
+            if gpu_dense:
+                layer = dense.quantized(layer, gpu_dense)
+                self.uploaded[index] = dense.dense(layer)
             device.load_layer(index, layer, experts)
             here_E = np.zeros(plan.sizes.layers[index].n_experts, bool)
             here_E[list(plan.resident[index])] = True
             self._here.append(None if experts is None else here_E)
-        device.load_ends(weights)
+        head = weights.head
+        if gpu_dense:
+            head = dense.quantized_matrix(head, gpu_dense)
+            self.uploaded[None] = {"head": head}
+        device.load_ends(replace(weights, head=head))
         device.reserve_cache(plan.context)
         self._closing = weakref.finalize(self, _close, device)
 
@@ -65,12 +87,16 @@ class HybridModel:
         """Where it runs, for people."""
         p = self.plan
         rest = "" if p.whole else ", the others on the CPU"
-        return f"{p.device} with {p.n_resident} of {p.n_experts} experts{rest}"
+        by_others = f"; dense weights in {self.gpu_dense} by bitsandbytes" if self.gpu_dense else ""
+        return f"{p.device} with {p.n_resident} of {p.n_experts} experts{rest}{by_others}"
 
     def forward(
         self, ids_T: NDArray[np.int32], pictures: Spliced | None = None, on_layer: OnLayer | None = None
     ) -> Float:
-        """What `CpuModel.forward` does, bit for bit. Raises DeviceLostError or DeviceMemoryError; a card may fail."""
+        """What `CpuModel.forward` does, bit for bit, unless dense weights are in another layout.
+
+        Raises DeviceLostError or DeviceMemoryError; a card may fail.
+        """
         c, T, device = self.weights.config, len(ids_T), self.device
         assert self.n + T <= self.plan.context, f"{T} tokens after {self.n} exceed {self.plan.context}"
         x_TD = embedded(self.weights, ids_T, pictures)
@@ -119,43 +145,60 @@ def _run_missing(f: FeedForwardLayer, routed: Routed, here_E: NDArray[np.bool_])
     return kernels.expert_outputs(f.routed, routed.h_TD, experts_M, tokens_M.astype(np.int32))
 
 
-def place(weights: Weights, context: int, vram: int | None, prove: bool = True) -> CpuModel | HybridModel:
+def place(
+    weights: Weights, context: int, vram: int | None, prove: bool = True, gpu_dense: str | None = None
+) -> CpuModel | HybridModel:
     """A model where it runs best.
 
     Args:
         vram: bytes of a card's memory that may be taken; 0 for the CPU alone; None for a card if one works, else the
             CPU, with a warning if there is a driver. KIMI_LITE_DEVICE asks for a card as `vram` does.
         prove: hold the card against the CPU before it is used.
+        gpu_dense: a layout of dense.py for the dense weights on the card, which is asked for by that.
 
     Raises:
         NoDeviceError: a card was asked for and there is none.
+        UsageError: `gpu_dense` is no such layout, or nothing here multiplies it.
         DoesNotFitError: the card's memory, or `vram`, is too small, or was taken while the model was loaded.
     """
+    dense.check(gpu_dense)
+    if vram == 0 and gpu_dense:
+        raise UsageError(
+            "--gpu-dense is for weights on a card, and --vram 0 keeps all on the CPU; leave one out"
+        )
     if vram == 0:
         return CpuModel(weights, context)
+    asked = vram is not None or gpu_dense is not None
     try:
-        model = _on_card(weights, context, vram)
-        if prove:
+        model = _on_card(weights, context, vram, gpu_dense)
+        if prove and gpu_dense:
+            _prove_dense(model)
+        elif prove:
             _prove(model)
+        model.uploaded.clear()
         return model
     except KimiLiteError as error:
-        if vram is not None and isinstance(error, NoDeviceError):
-            raise NoDeviceError(f"a card was asked for, but {error}; --vram 0 runs on the CPU") from None
-        if vram is not None or os.environ.get("KIMI_LITE_DEVICE"):
+        if asked and isinstance(error, NoDeviceError):
+            without = " without --gpu-dense" if gpu_dense else ""
+            raise NoDeviceError(
+                f"a card was asked for, but {error}; --vram 0{without} runs on the CPU"
+            ) from None
+        if asked or os.environ.get("KIMI_LITE_DEVICE"):
             raise
         if not isinstance(error, NothingToTryError):
             warnings.warn(f"the CPU runs, because the card cannot: {error}", KimiLiteWarning, stacklevel=2)
     return CpuModel(weights, context)
 
 
-def _on_card(weights: Weights, context: int, vram: int | None) -> HybridModel:
+def _on_card(weights: Weights, context: int, vram: int | None, gpu_dense: str | None) -> HybridModel:
+    outline = dense.outline(weights, gpu_dense)
     device = find_device()
     try:
-        return _load(weights, device, _plan(weights, device, context, vram, 1))
+        return _load(weights, device, _plan(outline, device, context, vram, 1), gpu_dense)
     except DeviceMemoryError:
         device = find_device()
     try:
-        return _load(weights, device, _plan(weights, device, context, vram, SECOND_TRY))
+        return _load(weights, device, _plan(outline, device, context, vram, SECOND_TRY), gpu_dense)
     except DoesNotFitError as error:
         raise DoesNotFitError(
             f"the card's memory was taken by another program while the model was loaded, and a second, smaller plan "
@@ -179,10 +222,10 @@ def _plan(weights: Weights, device: Device, context: int, vram: int | None, shar
         raise
 
 
-def _load(weights: Weights, device: Device, plan: Plan) -> HybridModel:
+def _load(weights: Weights, device: Device, plan: Plan, gpu_dense: str | None) -> HybridModel:
     """Raises DeviceMemoryError, or whatever else the device says; it is closed then."""
     try:
-        return HybridModel(weights, device, plan)
+        return HybridModel(weights, device, plan, gpu_dense)
     except BaseException:
         _close(device)
         raise
@@ -190,18 +233,64 @@ def _load(weights: Weights, device: Device, plan: Plan) -> HybridModel:
 
 def _prove(model: HybridModel) -> None:
     """Hold the card against the CPU, bit for bit. Raises DeviceWrongError, the card then being closed."""
-    weights, context = model.weights, min(sum(PROOF), model.plan.context)
-    cpu, counts = CpuModel(weights, context), [layer.feed_forward.used_E for layer in weights.layers]
+    cpu = CpuModel(model.weights, min(sum(PROOF), model.plan.context))
+    _same_bits(model, cpu.forward)
+
+
+def _prove_dense(model: HybridModel) -> None:
+    """Hold each dense product against the exact one, and all else against the CPU, bit for bit.
+
+    Raises DeviceWrongError, the card then being closed.
+    """
+    weights, device = model.weights, model.device
+    cache = LatentCache(weights.config, min(sum(PROOF), model.plan.context))
+
+    def run(index: int | None, name: str, x_TI: Float) -> Float:
+        y_TO = device.run_dense(index, name, x_TI)
+        if name == "silu":
+            exact_TO, bound_TO = dense.silu_bound(x_TI)
+        else:
+            exact_TO, bound_TO = dense.bound(model.uploaded[index][name], x_TI)
+        if not (np.abs(y_TO - exact_TO) <= bound_TO).all():  # nor may anything be not a number
+            raise _wrong(
+                model, f"products of {model.gpu_dense} weights ({name}) beyond what rounding explains"
+            )
+        return y_TO
+
+    def forward(ids_T: NDArray[np.int32]) -> Float:
+        """`CpuModel.forward` with the card's dense products."""
+        x_TD = embedded(weights, ids_T, None)
+        cos_TR, sin_TR = rope_tables(weights.config, cache.n, len(ids_T))
+        for index, layer in enumerate(weights.layers):
+            f, multiply = layer.feed_forward, partial(run, index)
+            dense.attend(layer.attention, x_TD, cos_TR, sin_TR, cache.layers[index], cache.n, multiply)
+            h_TD = kernels.rms_norm(x_TD, f.norm_D, f.eps)
+            dense.combine(f, h_TD, dense.mlp(h_TD, multiply), x_TD)
+        cache.n += len(ids_T)
+        return run(None, "head", kernels.rms_norm(x_TD[-1:], weights.norm_D, weights.config.rms_eps)).reshape(
+            -1
+        )
+
+    _same_bits(model, forward)
+
+
+def _same_bits(model: HybridModel, forward: Callable[[NDArray[np.int32]], Float]) -> None:
+    """Hold the card against `forward` for the steps of PROOF. Raises DeviceWrongError, the card then being closed."""
+    counts = [layer.feed_forward.used_E for layer in model.weights.layers]
     before = [None if used_E is None else used_E.copy() for used_E in counts]
     for n in PROOF:
-        ids_T = np.arange(cpu.cache.n, min(cpu.cache.n + n, context), dtype=np.int32)
-        if len(ids_T) and not np.array_equal(model.forward(ids_T), cpu.forward(ids_T)):
-            model.close()
-            raise DeviceWrongError(
-                f"{model.device.name} computes other values than the CPU, so it is not used; please report this with the "
-                "output of `kimi-lite doctor`"
-            )
+        ids_T = np.arange(model.n, min(model.n + n, model.plan.context), dtype=np.int32)
+        if len(ids_T) and not np.array_equal(model.forward(ids_T), forward(ids_T)):
+            raise _wrong(model, "other values than the CPU")
     model.rewind(0)
     for used_E, kept_E in zip(counts, before, strict=True):  # a proof is no use by a person
         if used_E is not None and kept_E is not None:
             used_E[:] = kept_E
+
+
+def _wrong(model: HybridModel, what: str) -> DeviceWrongError:
+    """The card is closed, and this says why."""
+    model.close()
+    return DeviceWrongError(
+        f"{model.device.name} computes {what}, so it is not used; please report this with the output of `kimi-lite doctor`"
+    )

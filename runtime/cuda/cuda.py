@@ -4,7 +4,8 @@ Calls are not launched one by one. They are gathered until something must be kno
 waits for) or can start now (experts that run beside the CPU's), and then queued together. For one token, the gathered
 calls are captured as a CUDA graph the first time and launched as one thereafter: all that differs from token to token,
 the position first of all, is read from device memory. With everything resident that is one graph a token; with experts
-on the CPU, two a layer.
+on the CPU, two a layer. Dense products by PyTorch (dense.py) are queued between our kernels on the same stream; then
+nothing is captured, because what PyTorch allocates and waits for does not belong into a graph of ours.
 
 The kernels are in arithmetic.cu, products.cu, attention.cu and experts.cu; docs/gpu-kernels.md has the map. Nothing here
 computes.
@@ -22,8 +23,9 @@ from numpy.typing import NDArray
 
 from kimi_lite.errors import UsageError
 from kimi_lite.formats.packed import join_mlp, matrix_bytes, mlp_bytes, row_block_bytes
-from kimi_lite.runtime import kernels
+from kimi_lite.runtime import dense, kernels
 from kimi_lite.runtime.cuda import halves
+from kimi_lite.runtime.cuda.dense_products import Torch, TorchProducts
 from kimi_lite.runtime.cuda.device import MOST_TOKENS, DeviceMemoryError, Routed
 from kimi_lite.runtime.cuda.driver import Card
 from kimi_lite.runtime.cuda.halves import ALIGNED, Buffers, Place, Workspace, shape_of
@@ -32,6 +34,7 @@ from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.weights import Layer, Weights
 
 FORMS = {"q4g32": 0, "q8g32": 1}  # as in products.cu
+INSTEAD = "run on the CPU with --vram 0, or make an int4 file of the published checkpoint: kimi-lite quantize CHECKPOINT model.gguf"
 
 
 def open_device() -> "CudaDevice":
@@ -50,6 +53,8 @@ class CudaDevice:
         self._work: Workspace | None = None
         self._cache_at = 0
         self._head, self._norm, self._eps = halves.NO_MATRIX, 0, 0.0
+        self._torch: Torch | None = None  # opened with the first layer that it multiplies for
+        self._dense = dict[int | None, TorchProducts]()  # by layer; the head's for None
         self._queue = list[tuple[str, int]]()
         self._graphs = dict[tuple[tuple[str, int], ...], ctypes.c_void_p]()
         self._T = 0
@@ -71,18 +76,21 @@ class CudaDevice:
         """
         assert index not in self._layers, f"layer {index} is there already"
         a, f, where, shape = layer.attention, layer.feed_forward, f"layer {index}", shape_of(layer)
-        matrices = {"q": a.q, "kv_a": a.kv_a, "k_b": a.k_b, "v_b": a.v_b, "o": a.o}
+        by_torch = dense.dense(layer) if dense.is_dense(layer) else {}
+        every = {"q": a.q, "kv_a": a.kv_a, "k_b": a.k_b, "v_b": a.v_b, "o": a.o}
+        matrices = {name: matrix for name, matrix in every.items() if name not in by_torch}
         for name, matrix in matrices.items():
             _form(matrix.layout, f"{where}, {name}")
         if a.v_b.rows % 32:
             raise UsageError(f"{where}: values of width {a.v_b.rows}; the GPU kernels need a multiple of 32")
         parts: dict[str, NDArray[Any]] = {
-            **{name: matrix.data for name, matrix in matrices.items()},
+            **{name: matrix.data for name, matrix in (matrices | by_torch).items()},
             "norm": a.norm_D,
             "kv_norm": a.kv_norm_C,
             "ffn_norm": f.norm_D,
-            "shared": _run(f.shared, 0, f"{where}, shared experts"),
         }
+        if not by_torch:
+            parts["shared"] = _run(f.shared, 0, f"{where}, shared experts")
         form, chosen, table_E = 0, list[int](), np.zeros(1, np.uint64)
         if f.routed is not None and f.router is not None:
             form = _form(_layout(f.routed, f"{where}, experts"), f"{where}, experts")
@@ -95,6 +103,9 @@ class CudaDevice:
         self._card.upload(at["table"], table_E)
         self._card.synchronize()
         self._resident[index] = table_E != 0
+        on_card = {name: _on_card(matrix, at[name]) for name, matrix in matrices.items()}
+        if by_torch:
+            self._dense[index] = TorchProducts(self._torch_here(), by_torch, at, shape)
         self._layers[index] = Place(
             shape=shape,
             norm=at["norm"],
@@ -102,20 +113,20 @@ class CudaDevice:
             ffn_norm=at["ffn_norm"],
             router=at.get("router", 0),
             bias=at.get("bias", 0),
-            q=_on_card(a.q, at["q"]),
-            kv_a=_on_card(a.kv_a, at["kv_a"]),
-            k_b=_on_card(a.k_b, at["k_b"]),
-            v_b=_on_card(a.v_b, at["v_b"]),
-            o=_on_card(a.o, at["o"]),
+            q=on_card.get("q", halves.NO_MATRIX),
+            kv_a=on_card.get("kv_a", halves.NO_MATRIX),
+            k_b=on_card["k_b"],
+            v_b=on_card["v_b"],
+            o=on_card.get("o", halves.NO_MATRIX),
             k_b_bytes=a.k_b.data.size // a.k_b.count,
             v_b_bytes=a.v_b.data.size // a.v_b.count,
             mlps=Mlps(
                 at["table"],
-                at["shared"],
+                at.get("shared", 0),
                 form,
                 shape.F,
-                _form(_layout(f.shared, where), where),
-                shape.shared_F,
+                0 if by_torch else _form(_layout(f.shared, where), where),
+                0 if by_torch else shape.shared_F,
                 shape.D,
                 shape.A,
             ),
@@ -124,14 +135,32 @@ class CudaDevice:
             ffn_eps=f.eps,
             scale=a.scale,
             routed_scale=f.router.scale if f.router else 0.0,
+            dense=self._dense.get(index),
         )
 
     def load_ends(self, weights: Weights) -> None:
         """Upload the last norm and the head. Raises as `load_layer` does."""
-        _form(weights.head.layout, "the head")
-        at = self._place({"norm": weights.norm_D, "head": weights.head.data}, "the head")
-        self._norm, self._head = at["norm"], _on_card(weights.head, at["head"])
-        self._eps = weights.config.rms_eps
+        head = weights.head
+        by_torch = head.layout in dense.LAYOUTS
+        if not by_torch:
+            _form(head.layout, "the head")
+        at = self._place({"norm": weights.norm_D, "head": head.data}, "the head")
+        self._norm, self._eps = at["norm"], weights.config.rms_eps
+        if by_torch:
+            self._dense[None] = TorchProducts(self._torch_here(), {"head": head}, at)
+            self._head = Matrix(0, 0, head.rows, head.columns, 0)
+        else:
+            self._head = _on_card(head, at["head"])
+
+    def run_dense(self, index: int | None, name: str, x_TI: Float) -> Float:
+        """One dense product by PyTorch, of rows that the host has."""
+        self._flush()
+        return self._dense[index].run(name, x_TI)
+
+    def _torch_here(self) -> Torch:
+        if self._torch is None:
+            self._torch = dense.backend().TorchOnCard(self._card.ordinal, self._card.stream)
+        return self._torch
 
     def reserve_cache(self, context: int) -> None:
         """Room for the latent cache of all layers that were loaded, and for the work on 256 tokens.
@@ -275,11 +304,11 @@ class CudaDevice:
         return self._work
 
     def _flush(self) -> None:
-        """Queue the gathered calls: kernel by kernel, or for one token as a graph."""
+        """Queue the gathered calls: kernel by kernel, or for one token, if all is ours, as a graph."""
         calls, self._queue = tuple(self._queue), []
         if not calls:
             return
-        if self._T > 1:
+        if self._T > 1 or self._dense:
             self._run(calls)
             return
         if calls not in self._graphs:
@@ -294,7 +323,10 @@ class CudaDevice:
     def _run(self, calls: tuple[tuple[str, int], ...]) -> None:
         card, w, T = self._card, self._workspace, self._T
         for name, index in calls:
-            if name == "logits":
+            if name == "logits" and None in self._dense:
+                halves.last_norm(card, w, T, self._norm, self._eps)
+                self._dense[None].logits(w, self._head.rows)
+            elif name == "logits":
                 halves.logits(card, w, T, self._norm, self._eps, self._head)
             else:
                 _HALVES[name](card, self._layers[index], w, T)
@@ -319,8 +351,8 @@ _HALVES: dict[str, Callable[[Card, Place, Workspace, int], None]] = {
 def _form(layout: str, what: str) -> int:
     if layout not in FORMS:
         raise UsageError(
-            f"{what}: the layout {layout} has no GPU kernel, only {' and '.join(FORMS)} have; run on the CPU, "
-            "or make an int4 file with kimi-lite quantize"
+            f"{what}: the layout {layout} has no GPU kernel, only {' and '.join(FORMS)} have (int4 files, and GGUF files "
+            f"of Q4_0 or Q8_0); {INSTEAD}"
         )
     return FORMS[layout]
 
@@ -337,8 +369,7 @@ def _layout(mlp: kernels.Mlp, what: str) -> str:
     layouts = sorted({matrix.layout for matrix in mlp.matrices})
     if len(layouts) > 1:
         raise UsageError(
-            f"{what}: the layouts {' and '.join(layouts)} in one MLP; the GPU kernels need one: run on the CPU, "
-            "or make an int4 file with kimi-lite quantize"
+            f"{what}: the layouts {' and '.join(layouts)} in one MLP; the GPU kernels need one: {INSTEAD}"
         )
     return layouts[0]
 

@@ -2,7 +2,8 @@
 
 `CudaDevice` keeps this contract on a card, `SimulatedDevice` on CPU threads with the timing of a card. Scheduling,
 placement and what happens on bad days know this page only. Products, norms and sums follow the order of
-docs/kernels.md, so that a device gives the bits of the CPU engine, wherever an expert lies.
+docs/kernels.md, so that a device gives the bits of the CPU engine, wherever an expert lies; but for dense weights in the
+layouts of dense.py, which PyTorch and bitsandbytes multiply.
 
 Dimension key:  T tokens   D hidden   R rope   A active experts   V vocabulary   M experts that ran on the CPU
 """
@@ -91,6 +92,13 @@ class Device(Protocol):
 
     def logits(self) -> Float:
         """Of the last token: float32 [V]."""
+
+    def run_dense(self, index: int | None, name: str, x_TI: Float) -> Float:
+        """One product of a layer's dense weights, or of the head for None, where they are of a layout of dense.py; waits.
+
+        `name` is q, kv_a, o, gate, up, down, or head; `silu` is the step between: silu of the first half of each row
+        times the second. For the proof: the card must give here what it computes in a step of as many tokens.
+        """
 
     def close(self) -> None:
         """Give all memory back."""

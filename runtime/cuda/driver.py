@@ -107,6 +107,16 @@ class Card:
             self._call("cuModuleGetFunction", ctypes.byref(handle), self._module, kernel.encode())
             self._kernels[kernel] = handle
 
+    @property
+    def ordinal(self) -> int:
+        """Which card it is of those that CUDA_VISIBLE_DEVICES leaves, as PyTorch counts them too."""
+        return self._device.value
+
+    @property
+    def stream(self) -> int:
+        """The address of the stream on which all work is queued."""
+        return self._stream.value or 0
+
     def memory_bytes(self) -> tuple[int, int]:
         """Free and in all."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()

@@ -130,9 +130,10 @@ KERNEL_OF_EIGHT gate_up_8(Mlps m, const Job* jobs, const int* slots, int n_jobs,
 
 // For a few tokens: x += the whole sum. A block has 16 rows of token blockIdx.y and all its experts; their chunks are
 // dealt out like the chunks of one long product. missing [n][D] and place [T · A]: outputs of experts that lie
-// elsewhere. Shared: 16 floats a chunk.
+// elsewhere. shared [T][D]: the shared MLP's outputs, if it ran elsewhere; then its width here is 0. Shared memory: 16
+// floats a chunk.
 KERNEL down(Mlps m, const int* ids, const float* weights, Rows hidden, Rows shared_hidden, const float* missing,
-            const int* place, float* x) {
+            const int* place, const float* shared, float* x) {
   const int b = blockIdx.x, t = blockIdx.y;
   const int chunks = ceil_div(m.F / kGroup, kChunk), shared_chunks = ceil_div(m.shared_F / kGroup, kChunk);
   const int routed = m.A * chunks;
@@ -165,20 +166,20 @@ KERNEL down(Mlps m, const int* ids, const float* weights, Rows hidden, Rows shar
       part = missing[static_cast<size_t>(place[slot]) * m.D + row];
     sum = fmaf(weights[slot], part, sum);
   }
-  float part = 0.0f;
+  float* at = x + static_cast<size_t>(t) * m.D + row;
+  float part = shared ? shared[static_cast<size_t>(t) * m.D + row] : 0.0f;
   for (int c = 0; c < shared_chunks; ++c) part = part + parts[(routed + c) * kRows + threadIdx.x];
   sum = fmaf(1.0f, part, sum);
-  float* at = x + static_cast<size_t>(t) * m.D + row;
   *at = *at + sum;
 }
 
 // For many tokens, expert by expert, so that each is read once: outputs [T · A][D] of the slots, then [T][D] of the
-// shared MLP. The grid: row blocks of D, jobs and the shared MLP.
+// shared MLP, unless it ran elsewhere. The grid: row blocks of D, jobs and the shared MLP.
 KERNEL_OF_EIGHT down_jobs(Mlps m, const Job* jobs, const int* slots, Rows hidden, Rows shared_hidden, int T,
                           float* outputs) {
   const int n_jobs = gridDim.y - 1, b = blockIdx.x;
   const bool is_shared = static_cast<int>(blockIdx.y) == n_jobs;
-  const Job job = is_shared ? Job{0, 0, T} : jobs[blockIdx.y];
+  const Job job = is_shared ? Job{0, 0, m.shared_F ? T : 0} : jobs[blockIdx.y];
   if (job.count == 0) return;
   const int form = is_shared ? m.shared_form : m.form, F = is_shared ? m.shared_F : m.F;
   const int stride = F / kGroup * run_bytes(form);

@@ -10,6 +10,7 @@ Dimension key:  T tokens   D hidden   H heads   N, R, C, V no-rope, rope, latent
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,19 @@ def shape_of(layer: Layer) -> Shape:
     )
 
 
+class DenseProducts(Protocol):
+    """A layer's dense products where others than our kernels run them (dense.py)."""
+
+    def project(self, w: "Workspace", T: int) -> None:
+        """q and kv of the normalised rows in `h`."""
+
+    def output(self, w: "Workspace", T: int) -> None:
+        """x += o of the rows in `values`."""
+
+    def mlp(self, w: "Workspace", T: int, out: int) -> None:
+        """The shared MLP of the normalised rows in `h`, float32 [T, D] at `out`."""
+
+
 @dataclass
 class Place:
     """A layer on the card: addresses of float32 vectors, packed matrices, experts, the cache."""
@@ -88,6 +102,9 @@ class Place:
     scale: float  # of the softmax
     routed_scale: float
     cache: Cache = field(default_factory=Cache)
+    dense: DenseProducts | None = (
+        None  # instead of q, kv_a, o and the shared MLP, whose width in `mlps` then is 0
+    )
 
 
 class Buffers:
@@ -178,8 +195,11 @@ class Workspace:
 def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
     """x += attention(norm(x)); the tokens are cached."""
     s, at, rows = p.shape, w.at, w.rows
-    norm(card, w, at["x"], p.norm, p.eps, 0, T)
-    product(card, p.q, p.kv_a, rows["normed"], T, at["q"], at["kv"])
+    norm(card, w, at["x"], p.norm, p.eps, at["h"] if p.dense else 0, T)
+    if p.dense:
+        p.dense.project(w, T)
+    else:
+        product(card, p.q, p.kv_a, rows["normed"], T, at["q"], at["kv"])
     card.launch(
         "latents", (T, s.H + 1), 256, 4 * (s.C + 1),
         at["q"], at["kv"], p.kv_norm, p.kv_eps, at["cos"], at["sin"], at["start"], s.N, p.cache,
@@ -210,7 +230,10 @@ def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
             w.chunks, rows["summed"],
         )  # fmt: skip
     heads(card, p.v_b, p.v_b_bytes, rows["summed"], s.H, T, rows["values"])
-    product(card, p.o, NO_MATRIX, w.as_rows("values", MOST_TOKENS, s.H * s.V), T, at["x"], 0, add=True)
+    if p.dense:
+        p.dense.output(w, T)
+    else:
+        product(card, p.o, NO_MATRIX, w.as_rows("values", MOST_TOKENS, s.H * s.V), T, at["x"], 0, add=True)
 
 
 def route(card: Card, p: Place, w: Workspace, T: int) -> None:
@@ -232,8 +255,12 @@ def run_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
     """Gate, up and silu of the chosen experts that are here, and of the shared MLP."""
     s, m, at, NT = p.shape, p.mlps, w.at, _at_once(T)
     hidden, shared_hidden = _hidden(s, w)
+    if p.dense:
+        p.dense.mlp(w, T, _shared_outputs(s, w, T))
     n_jobs = _jobs(s, T)
-    blocks = n_jobs * (s.F // GROUP) + s.shared_F // GROUP
+    blocks = n_jobs * (s.F // GROUP) + m.shared_F // GROUP
+    if not blocks:
+        return
     chunks = -(-s.D // CHUNK)
     card.launch(
         f"gate_up_{NT}", (blocks, T if NT == 1 else min(4, -(-T // NT))),
@@ -246,12 +273,13 @@ def add_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
     """x += down of everything, summed in order of index, the outputs of experts that lie elsewhere included."""
     s, m, at = p.shape, p.mlps, w.at
     hidden, shared_hidden = _hidden(s, w)
-    chunks, shared_chunks = -(-s.F // CHUNK), -(-s.shared_F // CHUNK)
+    chunks, shared_chunks = -(-s.F // CHUNK), -(-m.shared_F // CHUNK)
     if T < FEW:
         items = s.A * chunks + shared_chunks
         card.launch(
             "down", (s.D // ROWS, T), _threads(4 * items, 1), 4 * ROWS * items,
-            m, at["ids"], at["weights"], hidden, shared_hidden, at["missing"], at["place"], at["x"],
+            m, at["ids"], at["weights"], hidden, shared_hidden, at["missing"], at["place"],
+            _shared_outputs(s, w, T) if p.dense else 0, at["x"],
         )  # fmt: skip
         return
     most = max(chunks, shared_chunks)
@@ -268,8 +296,13 @@ def add_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
 
 def logits(card: Card, w: Workspace, T: int, weight: int, eps: float, head: Matrix) -> None:
     """The last norm and the head, of the last token."""
-    norm(card, w, w.at["x"] + 4 * w.D * (T - 1), weight, eps, 0, 1)
+    last_norm(card, w, T, weight, eps)
     product(card, head, NO_MATRIX, w.rows["normed"], 1, w.at["logits"], 0)
+
+
+def last_norm(card: Card, w: Workspace, T: int, weight: int, eps: float) -> None:
+    """Of the last token, also as floats to `h`."""
+    norm(card, w, w.at["x"] + 4 * w.D * (T - 1), weight, eps, w.at["h"], 1)
 
 
 def norm(card: Card, w: Workspace, x: int, weight: int, eps: float, out: int, T: int) -> None:
@@ -308,6 +341,11 @@ def _jobs(s: Shape, T: int) -> int:
     return min(s.E, T * s.A)
 
 
+def _shared_outputs(s: Shape, w: Workspace, T: int) -> int:
+    """Where `combine` looks for the shared MLP's: behind those of the experts."""
+    return w.at["outputs"] + 4 * T * s.A * s.D
+
+
 def _hidden(s: Shape, w: Workspace) -> tuple[Rows, Rows]:
     return w.as_rows("hidden", MOST_TOKENS * s.A, s.F), w.as_rows("shared_hidden", MOST_TOKENS, s.shared_F)
 
@@ -319,7 +357,7 @@ def _rows_at(address: int, n: int, K: int) -> Rows:
 
 def _threads(items: int, tokens: int) -> int:
     """Whole warps; at most 128 threads where eight tokens' sums fill the registers, as the launch bounds there say."""
-    return min(256 if tokens == 1 else 128, _whole(items, 32))
+    return min(256 if tokens == 1 else 128, _whole(max(items, 1), 32))
 
 
 def _product_bytes(row_blocks: int, tokens: int, chunks: int) -> int:

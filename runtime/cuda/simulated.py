@@ -1,6 +1,7 @@
 """A card that is none: the contract of device.py on the CPU's kernels, with a card's memory, clock and accidents.
 
-It gives the bits of the CPU engine because it runs the CPU engine's kernels; what it proves is everything around a card:
+It gives the bits of the CPU engine because it runs the CPU engine's kernels (dense weights of dense.py's layouts are
+multiplied by PyTorch and bitsandbytes, on the CPU as well); what it proves is everything around a card:
 that every expert is computed once, in one place, and added in order; that plans fit the memory that they were made for;
 that bad days end in a sentence. Memory is accounted against a capacity, byte for byte as the planner counts it.
 
@@ -11,14 +12,15 @@ can be held against what the router really chose, without waiting for it. The co
 Dimension key:  T tokens   D hidden   A active experts   V vocabulary   M experts that ran on the CPU   E routed experts
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_lite.runtime import kernels
+from kimi_lite.runtime import dense, kernels
 from kimi_lite.runtime.cost import LayerSize, Sizes, layer_size, sizes_of
 from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError, Routed
 from kimi_lite.runtime.kernels import Float
@@ -68,6 +70,7 @@ class SimulatedDevice:
         self._used = 0
         self._layers: dict[int, _Loaded] = {}
         self._ends: tuple[Weights, Sizes] | None = None
+        self._products: dict[int | None, dict[str, Callable[[Float], Float]]] = {}  # of dense.py's layouts
         self._card_s = self._cpu_s = 0.0
         self._x_TD = self._cos_TR = self._sin_TR = np.empty((0, 0), np.float32)
         self._start = 0
@@ -87,11 +90,17 @@ class SimulatedDevice:
         here_E[list(range(size.n_experts) if experts is None else experts)] = True
         self._take(size.fixed_bytes + int(here_E.sum()) * size.expert_bytes, f"layer {index}")
         self._layers[index] = _Loaded(layer, size, here_E)
+        if dense.is_dense(layer):
+            on_cpu = dense.backend().on_cpu
+            products = {name: on_cpu(matrix) for name, matrix in dense.dense(layer).items()}
+            self._products[index] = products | {"silu": dense.backend().silu_on_cpu}
 
     def load_ends(self, weights: Weights) -> None:
         sizes = sizes_of(weights)
         self._take(sizes.head_bytes, "the head")
         self._ends = weights, sizes
+        if weights.head.layout in dense.LAYOUTS:
+            self._products[None] = {"head": dense.backend().on_cpu(weights.head)}
 
     def reserve_cache(self, context: int) -> None:
         assert self._ends is not None, "load_ends comes first"
@@ -114,7 +123,11 @@ class SimulatedDevice:
     def attend(self, index: int) -> None:
         on = self._layers[index]
         self._queue(on.size.attend_s(self.speeds, len(self._x_TD), self._start))
-        kernels.attend(on.layer.attention, self._x_TD, self._cos_TR, self._sin_TR, on.cache, self._start)
+        step = on.layer.attention, self._x_TD, self._cos_TR, self._sin_TR, on.cache, self._start
+        if index in self._products:
+            dense.attend(*step, partial(self.run_dense, index))
+        else:
+            kernels.attend(*step)
 
     def route(self, index: int, *, wanted: bool) -> Routed | None:
         on, T = self._layers[index], len(self._x_TD)
@@ -140,8 +153,11 @@ class SimulatedDevice:
         if f.routed is not None:
             outputs_MD = kernels.expert_outputs(f.routed, on.h_TD, experts_M, tokens_M.astype(np.int32))
             on.outputs_TAD[tokens_M, slots_M] = outputs_MD
-        every_T = np.arange(T, dtype=np.int32)
-        on.shared_TD = kernels.expert_outputs(f.shared, on.h_TD, np.zeros_like(every_T), every_T)
+        if index in self._products:
+            on.shared_TD = dense.mlp(on.h_TD, partial(self.run_dense, index))
+        else:
+            every_T = np.arange(T, dtype=np.int32)
+            on.shared_TD = kernels.expert_outputs(f.shared, on.h_TD, np.zeros_like(every_T), every_T)
 
     def add_experts(self, index: int, outputs_MD: Float | None) -> None:
         on = self._layers[index]
@@ -160,7 +176,12 @@ class SimulatedDevice:
         self._queue(sizes.head_s(self.speeds))
         last_1D = kernels.rms_norm(self._x_TD[-1:], weights.norm_D, weights.config.rms_eps)
         self._wait(sizes.logits_s(self.speeds))
+        if None in self._products:
+            return self.run_dense(None, "head", last_1D).reshape(-1)
         return kernels.linear(weights.head, last_1D).reshape(-1)
+
+    def run_dense(self, index: int | None, name: str, x_TI: Float) -> Float:
+        return self._products[index][name](x_TI)
 
     def close(self) -> None:
         self._layers.clear()

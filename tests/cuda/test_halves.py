@@ -292,7 +292,8 @@ def test_a_layout_without_gpu_kernels_is_refused_in_one_sentence(
         a[name] = Matrix("q6k", other, 32, 32)
     device = CudaDevice(fake.path)
     with pytest.raises(
-        UsageError, match=r"^layer 7, .*the layout q6k has no GPU kernel.*kimi-lite quantize$"
+        UsageError,
+        match=r"^layer 7, .*the layout q6k has no GPU kernel.*kimi-lite quantize CHECKPOINT model.gguf$",
     ):
         device.load_layer(7, Layer(AttentionLayer(**a), FeedForwardLayer(**f)), None)
     device.close()

@@ -1,17 +1,21 @@
 """Plans carried out on the card's own code, over a driver without a card: the CPU engine's bits, in the memory that was planned."""
 
 import gc
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from fake_driver import FakeDriver
 
 from kimi_lite.api import nano_path
-from kimi_lite.errors import KimiLiteWarning
+from kimi_lite.errors import KimiLiteWarning, UsageError
+from kimi_lite.quantize.convert import quantize
 from kimi_lite.runtime.cost import sizes_of
 from kimi_lite.runtime.cuda.cuda import CudaDevice
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
+from kimi_lite.runtime.model import CpuModel
 from kimi_lite.runtime.placement import MARGIN
 from kimi_lite.runtime.weights import open_weights
 
@@ -49,6 +53,32 @@ def test_every_plan_has_the_bits_of_the_cpu_and_stays_within_its_memory(
     del engine
     gc.collect()
     assert card.used() == 0  # with the engine, its memory went
+
+
+@pytest.mark.parametrize("to", ["q4_0", "q8_0"])
+def test_a_standard_gguf_that_is_packed_at_load_runs_with_the_bits_of_the_cpu(
+    card: FakeDriver, tmp_path: Path, to: Literal["q4_0", "q8_0"]
+) -> None:
+    path = tmp_path / f"{to}.gguf"
+    quantize(nano_path().parent, path, to=to)
+    engine, cpu = Engine(path, context=CONTEXT, vram=1 << 26), Engine(path, context=CONTEXT)
+    assert isinstance(engine.model, HybridModel)
+    assert engine.model.plan.whole
+    for ids in ([5, 6, 7, 8, 9, 10, 11, 12, 13], [14]):
+        assert np.array_equal(engine.append(ids), cpu.append(ids))
+
+
+def test_a_file_that_no_gpu_kernel_reads_runs_on_the_cpu_or_says_what_to_do(
+    card: FakeDriver, tmp_path: Path
+) -> None:
+    path = tmp_path / "bf16.gguf"
+    quantize(nano_path().parent, path, to="bf16")
+    says = r"the layout BF16 has no GPU kernel, only q4g32 and q8g32 have .*--vram 0, or .*kimi-lite quantize CHECK"
+    with pytest.raises(UsageError, match=rf"^layer 0, q: {says}"):
+        Engine(path, context=CONTEXT, vram=1 << 26)
+    with pytest.warns(KimiLiteWarning, match=rf"the CPU runs, because the card cannot: .*{says}"):
+        assert isinstance(Engine(path, context=CONTEXT, vram=None).model, CpuModel)
+    assert card.used() == 0
 
 
 def test_a_launch_that_fails_in_mid_answer_is_survived(card: FakeDriver) -> None:

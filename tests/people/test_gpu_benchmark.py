@@ -103,6 +103,35 @@ def test_other_bits_and_a_faster_peer_refute(card: Path, monkeypatch: pytest.Mon
     )
 
 
+DENSE = (
+    "With --gpu-dense, products are within their bound and all else has the CPU's bits.",
+    "With --gpu-dense, no more memory is taken than --vram allows.",
+    "With --gpu-dense, decoding is no faster than with our own kernels.",
+)
+
+
+def test_other_formats_of_dense_weights_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [str(nano_path()), *TINY, "--depths", "40", "--tokens", "4", "--caps"]
+    found = verdicts(gpu.main([*arguments, "50M"]))
+    assert [found[says] for says in DENSE] == ["not measured"] * 3  # PyTorch alone takes more
+    monkeypatch.setenv("KIMI_LITE_DEVICE", "simulated:1G")
+    result = gpu.main([*arguments, "900M"])
+    found = verdicts(result)
+    assert [row["gpu_dense"] for row in result["gpu_dense"]] == ["nf4", "int8", "bf16"]
+    assert [found[says] for says in DENSE[:2]] == ["holds", "holds"]
+    assert found[DENSE[2]] == "refuted"  # on a clock that counts bytes alone, fewer of them are faster
+    assert found["Wherever experts lie, logits have the CPU's bits."] == "holds"  # not asked of these
+
+    multiply = SimulatedDevice.run_dense
+
+    def wrong(self: SimulatedDevice, index: int | None, name: str, x_TI: Float) -> Float:
+        return multiply(self, index, name, x_TI) * (1.5 if (index, name) == (1, "up") else 1)
+
+    monkeypatch.setattr(SimulatedDevice, "run_dense", wrong)
+    found = verdicts(gpu.main([*arguments, "900M"]))
+    assert [found[says] for says in DENSE] == ["refuted", "not measured", "not measured"]
+
+
 def test_what_time_does_not_reach_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     result = gpu.main([str(nano_path()), *TINY, "--depths", "40,300", "--minutes", "0"])
     assert {row["why_not"] for row in result["rows"] if row["depth"] == 300} == {"no time was left"}

@@ -131,6 +131,17 @@ def test_the_cpu_is_measured_where_it_does_everything() -> None:
         (("ask", "--vram", "2M", "Hi"), "simulated:8G", 4, "--vram allows 2.00 MB"),
         (("ask", "--vram", "8G", "Hi"), "simulated:2M", 4, "2.00 MB are free"),
         (("bench", "--vram", "8G"), "", 2, "a card was asked for"),
+        (("ask", "--gpu-dense", "nf4", "Hi"), "", 2, "a card was asked for, but CUDA_VISIBLE_DEVICES is ''"),
+        (("ask", "--gpu-dense", "int4", "Hi"), "simulated:8G", 2, "give nf4, int8 or bf16"),
+        (
+            ("ask", "--gpu-dense", "nf4", "--vram", "0", "Hi"),
+            "simulated:8G",
+            2,
+            "--vram 0 keeps all on the CPU",
+        ),
+        (("ask", "--gpu-dense", "nf4", "Hi"), "simulated:64M", 4, "64.00 MB are free"),
+        (("bench", "--gpu-dense", "nf4", "--vram", "8G"), "", 2, "a card was asked for"),
+        (("plan", "--gpu-dense", "fp4"), "simulated:8G", 2, "give nf4, int8 or bf16"),
         (("ask", "Hi"), "cuda", 2, "KIMI_LITE_DEVICE is 'cuda'"),
     ],
 )
@@ -158,6 +169,28 @@ def test_ask_says_the_same_on_a_card() -> None:
     assert "runs on a simulated card of 8.00 GB, the roomiest of 2 with 24 of 24 experts" in said
 
 
+def test_ask_with_other_dense_weights_says_so() -> None:
+    arguments = ("ask", "What is 38 + 47?", "--context", "500", "--gpu-dense", "int8")
+    done = command(*arguments, "--json", device="simulated:8G")
+    assert done.returncode == 0, done.stderr
+    reply = json.loads(done.stdout)
+    assert (reply["answer"], reply["gpu_dense"]) == ("85", "int8")
+    assert "with 24 of 24 experts; dense weights in int8 by bitsandbytes" in done.stderr
+    assert "dense weights in int8 by bitsandbytes\n" in command(*arguments, device="simulated:8G").stderr
+
+
+def test_a_plan_counts_other_dense_weights_without_their_packages() -> None:
+    def fixed(*options: str) -> float:
+        done = command("plan", str(nano_path()), "--context", "500", "--vram", "8G", *options)
+        assert done.returncode == 0, done.stderr
+        found = re.search(r"layers, ([\d.]+) MB that every token reads", done.stdout)
+        assert found
+        assert ("dense weights in" in done.stdout) == bool(options)
+        return float(found[1])
+
+    assert fixed("--gpu-dense", "nf4") < fixed() < fixed("--gpu-dense", "int8") < fixed("--gpu-dense", "bf16")
+
+
 def test_bench_says_where_it_ran() -> None:
     arguments = ("bench", str(nano_path()), "--prompt", "20", "--depth", "0,40", "--decode", "2")
     done = command(*arguments, "--json", device="simulated:8G")
@@ -177,7 +210,9 @@ def test_bench_says_where_it_ran() -> None:
 def test_doctor_has_one_line_about_the_card() -> None:
     here = command("doctor", device="simulated:8G").stdout
     assert "graphics  a simulated card of 8.00 GB, 8.00 GB free; in use unless --vram 0" in here
-    assert "graphics  not in use: CUDA_VISIBLE_DEVICES is ''" in command("doctor").stdout
+    without = command("doctor").stdout
+    assert "graphics  not in use: CUDA_VISIBLE_DEVICES is ''" in without
+    assert "gpu-dense bitsandbytes is here for --gpu-dense, whose products differ from the CPU's" in without
 
 
 def test_a_chat_survives_its_card(
