@@ -44,6 +44,7 @@ from kimi_lite.errors import DoesNotFitError, UsageError
 from kimi_lite.plan import measure_cpu
 from kimi_lite.runtime import dense, kernels
 from kimi_lite.runtime.cost import sizes_of
+from kimi_lite.runtime.cuda import halves
 from kimi_lite.runtime.cuda.device import MOST_TOKENS, DeviceWrongError
 from kimi_lite.runtime.cuda.find import find_device
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
@@ -69,6 +70,7 @@ class Row:
     load_s: float = 0.0
     taken: int = 0  # bytes of the card's memory
     prefill: float | None = None
+    prefill_by_eights: float | None = None  # with all on the card, and without its tensor cores
     predicted_prefill: float | None = None
     decode: float | None = None
     predicted_decode: float | None = None
@@ -169,6 +171,8 @@ class Bench:
             row.bits = bits(engine, self.a.prompt, self.a.tokens)
             row.prefill = self.prefill(engine, clock)
             row.predicted_prefill = self.predicted_prefill(model)
+            if row.whole:
+                row.prefill_by_eights = self.prefill_by_eights(engine, clock)
         engine.rewind(0)
         before, ids = time.monotonic(), random_tokens(engine, depth)
         for start in range(0, depth, MOST_TOKENS):
@@ -209,6 +213,14 @@ class Bench:
             engine.append(random_tokens(engine, self.a.prompt))
             seconds.append(clock() - start)
         return round(float(self.a.prompt / statistics.median(seconds)), 2)
+
+    def prefill_by_eights(self, engine: Engine, clock: Callable[[], float]) -> float:
+        """The same with no step that is long enough for tiles."""
+        many, halves.MANY = halves.MANY, MOST_TOKENS + 1
+        try:
+            return self.prefill(engine, clock)
+        finally:
+            halves.MANY = many
 
     def predicted_prefill(self, model: HybridModel) -> float:
         starts = range(0, self.a.prompt, MOST_TOKENS)
@@ -346,6 +358,22 @@ def judge(
                 (r.prefill >= 2500, f"{at(r)}: {r.prefill}")
                 for r in first
                 if not r.whole and r.resident and r.prefill and bench.a.prompt == 2048
+            ],
+        ),
+        claim(
+            "With all on the card, its tensor cores make prefill 1.3 times as fast.",
+            [
+                (r.prefill >= 1.3 * r.prefill_by_eights, f"{at(r)}: {r.prefill} to {r.prefill_by_eights}")
+                for r in first
+                if r.prefill and r.prefill_by_eights and not bench.simulated
+            ],
+        ),
+        claim(
+            "With all on the card, prefill is ahead of llama.cpp's CUDA build.",
+            [
+                (r.prefill >= peer.prefill, f"{at(r)}: {r.prefill} to {peer.prefill}")
+                for r in first
+                if r.whole and r.prefill and (peer := theirs.get((r.cap, r.depth))) and peer.prefill
             ],
         ),
         claim(

@@ -31,6 +31,8 @@ from kimi_lite.runtime import dense, kernels
 from kimi_lite.runtime.cache import LatentCache
 from kimi_lite.runtime.cost import sizes_of
 from kimi_lite.runtime.cuda.device import (
+    FEW,
+    MANY,
     MOST_TOKENS,
     Device,
     DeviceMemoryError,
@@ -45,7 +47,11 @@ from kimi_lite.runtime.placement import Plan, make_plan
 from kimi_lite.runtime.usage import default_directory, load_usage
 from kimi_lite.runtime.weights import Weights
 
-PROOF = (9, 1)  # tokens of the steps by which a card proves itself: the kernels for many, and those for one
+PROOF = (
+    FEW,
+    1,
+    MANY,
+)  # tokens of the steps by which a card proves itself: between them they run every kernel
 SECOND_TRY = 0.95  # of what is free when the first plan has failed: what took the memory may be growing
 
 

@@ -3,6 +3,9 @@
 import ctypes
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 class FakeDriver:
     """A machine of one's choice."""
@@ -36,6 +39,20 @@ class FakeDriver:
     def used(self) -> int:
         """Bytes of device memory that are allocated."""
         return int(self._library.fake_used())
+
+    def mma(
+        self,
+        a_X4: NDArray[np.uint32],
+        b_X2: NDArray[np.uint32],
+        c_X4: NDArray[np.int32],
+        *,
+        by_quarters: bool,
+    ) -> NDArray[np.int32]:
+        """One step of the tensor cores on the registers of a warp's 32 lanes: what they hold of c afterwards."""
+        out_X4 = c_X4.copy()
+        pointers = (array.ctypes.data_as(ctypes.c_void_p) for array in (a_X4, b_X2, out_X4))
+        self._library.fake_mma(int(by_quarters), *pointers)
+        return out_X4
 
     def half(self, bits: int) -> int:
         """The shim's float16 bits of a float32's bits."""

@@ -10,6 +10,8 @@
 #define KERNEL extern "C" __global__ void
 // A kernel that keeps sums of eight tokens: blocks of up to 128 threads, two of which share a multiprocessor's registers.
 #define KERNEL_OF_EIGHT extern "C" __global__ void __launch_bounds__(128, 2)
+// A kernel on the tensor cores: blocks of 128 threads, three of which share a multiprocessor's registers.
+#define KERNEL_OF_TILES extern "C" __global__ void __launch_bounds__(128, 3)
 #define DEVICE static __device__ __forceinline__
 extern __shared__ uint4 shared_memory[];
 #endif
@@ -33,6 +35,26 @@ DEVICE int least(int a, int b) { return a < b ? a : b; }
 DEVICE float* shared_floats() { return reinterpret_cast<float*>(shared_memory); }
 
 #ifdef __CUDACC__
+// d = a b + c on the tensor cores, exact: int8 of 16 rows × 32 channels times 32 channels × 8 tokens. All lanes of a warp
+// call it and hold the parts that the PTX ISA gives them, lane 4 g + t (the shim of the tests has the whole table):
+//
+//   a[0], a[1]  channels 4 t..4 t + 3 of rows g and g + 8        b[0]        channels 4 t..4 t + 3 of token g
+//   a[2], a[3]  the same, 16 channels further                    b[1]        the same, 16 channels further
+//   c[0], c[1]  row g, tokens 2 t and 2 t + 1                    c[2], c[3]  row g + 8
+DEVICE void mma_16x8x32(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2], const int (&c)[4]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+// Turing's step: rows g, tokens 2 t and 2 t + 1, 16 channels; d += a b.
+DEVICE void mma_8x8x16(int& d0, int& d1, u32 a, u32 b) {
+  asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+               : "+r"(d0), "+r"(d1)
+               : "r"(a), "r"(b));
+}
+
 DEVICE float half_to_float(u16 h) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
@@ -44,6 +66,21 @@ DEVICE u16 float_to_half(float f) {  // to nearest, ties to even; subnormals are
   return h;
 }
 #endif
+
+// The large step as four of Turing's: its quarters lie in the same lanes.
+DEVICE void mma_by_quarters(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2], const int (&c)[4]) {
+  for (int i = 0; i < 4; ++i) d[i] = c[i];
+  for (int half = 0; half < 2; ++half)
+    for (int k = 0; k < 2; ++k) mma_8x8x16(d[2 * half], d[2 * half + 1], a[2 * k + half], b[k]);
+}
+
+DEVICE void mma(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2], const int (&c)[4]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  mma_by_quarters(d, a, b, c);
+#else
+  mma_16x8x32(d, a, b, c);
+#endif
+}
 
 DEVICE float largest(float v) {  // of a warp; every lane gets it
   for (int step = 16; step; step /= 2) {

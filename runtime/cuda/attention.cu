@@ -2,8 +2,9 @@
 //
 // The cache holds int8 rows twice: `rows` with positions as rows of the packed layout q8g32, for the scores, and
 // `columns` with latent channels as rows and positions as channels, for the weighted sums. Both are products of
-// products.cu whose "tokens" are eight heads; so each cached byte is read once for eight heads. A decoded token is
-// spread over positions: scores by row blocks, sums by chunks of 256 positions, whose totals `finish` adds in order.
+// products.cu whose "tokens" are heads, eight of one token or, in a long prompt, 32 of one or several neighbours; so each
+// cached byte is read once for eight or 32. A decoded token is spread over positions: scores by row blocks, sums by chunks
+// of 256 positions, whose totals `finish` adds in order.
 //
 // Where the first token stands comes from device memory, and grids depend on the context alone: a captured step stays
 // right at every position.
@@ -113,27 +114,36 @@ DEVICE void turn_completed(const Cache& cache, int start, int T) {
   }
 }
 
-// Tokens are scored in slices, of which the grid's z counts the tokens; token `first` of T is the slice's first.
-// y: tiles of eight heads, and behind them the turning of columns, which the next kernel reads. s [slice][H][stride].
-KERNEL_OF_EIGHT scores(Cache cache, const int* start, int first, int T, int H, Rows query, float* s, int stride) {
-  const int h0 = blockIdx.y * 8, t = first + blockIdx.z;
-  if (h0 >= H) {
-    if (t == 0) turn_completed(cache, *start, T);
+// Tokens are scored in slices: n of T, from token `first` on. Their queries are n · H rows, of which a block takes NT, as
+// far as the last of their tokens sees: what a score beyond its own token's sight is does not matter. y: tiles of rows,
+// and behind them the turning of columns, which the next kernel reads. s [n · H][stride].
+template <int NT>
+DEVICE void scores(const Cache& cache, const int* start, int first, int n, int T, int H, const Rows& query, float* s,
+                   int stride) {
+  const int row = blockIdx.y * NT, rows = least(NT, n * H - row);
+  if (rows <= 0) {
+    if (first == 0) turn_completed(cache, *start, T);
     return;
   }
-  const int blocks = ceil_div(*start + t + 1, kRows);
-  int token[8];
-  consecutive(h0, H, token);
-  for (int i = 0; i < 8; ++i) token[i] += t * H;
+  const int blocks = ceil_div(*start + first + (row + rows - 1) / H + 1, kRows);
+  const size_t wide = rows_stride(cache);
   for (int b = blockIdx.x * 8; b < blocks; b += gridDim.x * 8) {
     const int count = least(8, blocks - b);
-    const size_t wide = rows_stride(cache);
-    const float* out = multiply<8>(kQ8, cache.rows + b * wide, static_cast<int>(wide), count, query, token);
-    for (int i = threadIdx.x; i < count * 8 * kRows; i += blockDim.x) {
-      const int h = h0 + i / kRows % 8, position = (b + i / (8 * kRows)) * kRows + i % kRows;
-      if (h < H) s[(static_cast<size_t>(blockIdx.z) * H + h) * stride + position] = out[i];
+    const float* out = multiply<NT>(kQ8, cache.rows + b * wide, static_cast<int>(wide), count, query, rows,
+                                    [=](int i) { return first * H + row + i; });
+    for (int i = threadIdx.x; i < count * NT * kRows; i += blockDim.x) {
+      const int own = i / kRows % NT, position = (b + i / (NT * kRows)) * kRows + i % kRows;
+      if (own < rows) s[static_cast<size_t>(row + own) * stride + position] = out[i];
     }
   }
+}
+KERNEL_OF_EIGHT scores_8(Cache cache, const int* start, int first, int n, int T, int H, Rows query, float* s,
+                         int stride) {
+  scores<8>(cache, start, first, n, T, H, query, s, stride);
+}
+KERNEL_OF_TILES scores_32(Cache cache, const int* start, int first, int n, int T, int H, Rows query, float* s,
+                          int stride) {
+  scores<32>(cache, start, first, n, T, H, query, s, stride);
 }
 
 constexpr int kStaged = 2048;  // weights of one round of the softmax
@@ -181,12 +191,12 @@ KERNEL softmax(const int* start, int first, float scale, const float* s, int str
 
 // Weighted sums over whole groups of positions, chunk by chunk: partial [slice][H][chunks][C]. The grid: row blocks of
 // channels, shares of the chunks, tiles of heads of each token.
-KERNEL_OF_EIGHT weigh(Cache cache, const int* start, int first, int H, Rows weights, float* partial, int chunks) {
+KERNEL_OF_EIGHT weigh_8(Cache cache, const int* start, int first, int H, Rows weights, float* partial, int chunks) {
   const int tiles = ceil_div(H, 8), h0 = blockIdx.z % tiles * 8, z = blockIdx.z / tiles, quad = threadIdx.x % 4;
   const int groups = (*start + first + z + 1) / kGroup;
   int token[8];
-  consecutive(h0, H, token);
-  for (int i = 0; i < 8; ++i) token[i] += z * H;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) token[i] = z * H + least(h0 + i, H - 1);
   const u8* block = cache.columns + blockIdx.x * columns_stride(cache);
   const int share = blockDim.x / 4;  // chunks that a block takes at a time
   for (int chunk = blockIdx.y * share + threadIdx.x / 4; chunk < ceil_div(groups, kChunk); chunk += gridDim.y * share) {
@@ -199,6 +209,25 @@ KERNEL_OF_EIGHT weigh(Cache cache, const int* start, int first, int H, Rows weig
         *reinterpret_cast<float4*>(partial + at * cache.C + blockIdx.x * kRows + 4 * quad) =
             make_float4(total[i][0], total[i][1], total[i][2], total[i][3]);
       }
+  }
+}
+
+// The same for many tokens, n of them, their n · H rows of weights in tiles. The grid: eights of row blocks, shares of the
+// chunks, tiles of rows.
+KERNEL_OF_TILES weigh_32(Cache cache, const int* start, int first, int n, int H, Rows weights, float* partial,
+                         int chunks) {
+  const int block = blockIdx.x * kTall, row = blockIdx.z * kTile, rows = least(kTile, n * H - row);
+  const int count = least(kTall, cache.C / kRows - block), seen = *start + first + 1;
+  const auto groups_of = [=](int i) { return (seen + (row + i) / H) / kGroup; };
+  const int groups = groups_of(rows - 1), stride = static_cast<int>(columns_stride(cache));
+  for (int chunk = blockIdx.y; chunk < ceil_div(groups, kChunk); chunk += gridDim.y) {
+    float sum[kHeld];
+    tile_sums<Q8>(cache.columns + block * columns_stride(cache), stride, count, weights, rows,
+                  [=](int i) { return row + i; }, chunk * kChunk, least(groups, (chunk + 1) * kChunk), groups_of, sum);
+    each_of_tile(sum, count, [=](int b, int i, int channel, float v) {
+      const size_t at = static_cast<size_t>(row + i) * chunks + chunk;
+      if (i < rows) partial[at * cache.C + (block + b) * kRows + channel] = v;
+    });
   }
 }
 

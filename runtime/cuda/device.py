@@ -25,6 +25,8 @@ class NoDeviceError(UsageError):
 
 
 MOST_TOKENS = 256  # of one step
+# Below FEW tokens the products of a step take one token at a time, from there on eight, and from MANY on tiles of 32.
+FEW, MANY = 8, 64
 
 
 class DeviceMemoryError(DoesNotFitError):

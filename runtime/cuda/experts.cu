@@ -93,29 +93,29 @@ DEVICE Rows one_of(bool first, const Rows& a, const Rows& b) {
   return {first ? a.q : b.q, first ? a.scale : b.scale, first ? a.sum : b.sum, first ? a.groups : b.groups};
 }
 
-// silu(gate) · up of 32 hidden channels, quantized. Blocks: F / 32 for each of E jobs, then the shared MLP's.
-// x: rows of tokens; hidden: rows of slots; shared_hidden: rows of tokens.
+// silu(gate) · up of 32 hidden channels (a tile: 64), quantized. Blocks of the grid: those of each of n_jobs jobs, then
+// the shared MLP's; along y, tiles of NT tokens. x: rows of tokens; hidden: rows of slots; shared_hidden: rows of tokens.
 template <int NT>
 DEVICE void gate_up(const Mlps& m, const Job* jobs, const int* slots, int n_jobs, const Rows& x, int T,
                     const Rows& hidden, const Rows& shared_hidden) {
-  const int wide = m.F / kGroup, j = least(n_jobs, n_jobs ? blockIdx.x / wide : 0), g = blockIdx.x - j * wide;
+  constexpr int most = NT == kTile ? kTall / 4 : 1;
+  const int wide = ceil_div(m.F / kGroup, most), j = least(n_jobs, n_jobs ? blockIdx.x / wide : 0);
   const bool is_shared = j == n_jobs;
   const Job job = is_shared ? Job{0, 0, T} : jobs[j];
   if (job.count == 0) return;
+  const int g = (blockIdx.x - j * wide) * most, groups = least(most, (is_shared ? m.shared_F : m.F) / kGroup - g);
   const int form = is_shared ? m.shared_form : m.form, stride = m.D / kGroup * run_bytes(form);
   const u8* blocks = (is_shared ? m.shared : expert_run(m, job.expert)) + static_cast<size_t>(4 * g) * stride;
   for (int first = blockIdx.y * NT; first < job.count; first += gridDim.y * NT) {
-    int token[NT];
-    consecutive(first, job.count, token);
-    if (!is_shared)
-      for (int t = 0; t < NT; ++t) token[t] = slots[job.first + token[t]] / m.A;
-    const float* out = multiply<NT>(form, blocks, stride, 4, x, token);  // gate, up, gate, up: 16 rows each
-    for (int t = warp(); t < least(NT, job.count - first); t += warps()) {
-      const int half = lane() / kRows, row = lane() % kRows;
-      const float gate = out[(2 * half * NT + t) * kRows + row], up = out[((2 * half + 1) * NT + t) * kRows + row];
+    const int n = least(NT, job.count - first);
+    const auto token = [=](int t) { return is_shared ? first + t : slots[job.first + first + t] / m.A; };
+    const float* out = multiply<NT>(form, blocks, stride, 4 * groups, x, n, token);  // gate, up, gate, up: 16 rows each
+    for (int i = warp(); i < groups * n; i += warps()) {
+      const int t = i / groups, b = i % groups * 4 + lane() / kRows * 2, row = lane() % kRows;
+      const float gate = out[(b * NT + t) * kRows + row], up = out[((b + 1) * NT + t) * kRows + row];
       const float v = gate * sigmoid(gate) * up;
-      if (is_shared) quantize(v, shared_hidden, first + t, g);
-      else quantize(v, hidden, slots[job.first + first + t], g);
+      if (is_shared) quantize(v, shared_hidden, first + t, g + i % groups);
+      else quantize(v, hidden, slots[job.first + first + t], g + i % groups);
     }
   }
 }
@@ -126,6 +126,10 @@ KERNEL gate_up_1(Mlps m, const Job* jobs, const int* slots, int n_jobs, Rows x, 
 KERNEL_OF_EIGHT gate_up_8(Mlps m, const Job* jobs, const int* slots, int n_jobs, Rows x, int T, Rows hidden,
                           Rows shared_hidden) {
   gate_up<8>(m, jobs, slots, n_jobs, x, T, hidden, shared_hidden);
+}
+KERNEL_OF_TILES gate_up_32(Mlps m, const Job* jobs, const int* slots, int n_jobs, Rows x, int T, Rows hidden,
+                           Rows shared_hidden) {
+  gate_up<32>(m, jobs, slots, n_jobs, x, T, hidden, shared_hidden);
 }
 
 // For a few tokens: x += the whole sum. A block has 16 rows of token blockIdx.y and all its experts; their chunks are
@@ -174,31 +178,40 @@ KERNEL down(Mlps m, const int* ids, const float* weights, Rows hidden, Rows shar
 }
 
 // For many tokens, expert by expert, so that each is read once: outputs [T · A][D] of the slots, then [T][D] of the
-// shared MLP, unless it ran elsewhere. The grid: row blocks of D, jobs and the shared MLP.
-KERNEL_OF_EIGHT down_jobs(Mlps m, const Job* jobs, const int* slots, Rows hidden, Rows shared_hidden, int T,
-                          float* outputs) {
-  const int n_jobs = gridDim.y - 1, b = blockIdx.x;
+// shared MLP, unless it ran elsewhere. The grid: row blocks of D, jobs and the shared MLP, tiles of NT tokens.
+template <int NT>
+DEVICE void down_jobs(const Mlps& m, const Job* jobs, const int* slots, const Rows& hidden, const Rows& shared_hidden,
+                      int T, float* outputs) {
+  const int n_jobs = gridDim.y - 1, b = blockIdx.x * tall<NT>();
   const bool is_shared = static_cast<int>(blockIdx.y) == n_jobs;
   const Job job = is_shared ? Job{0, 0, m.shared_F ? T : 0} : jobs[blockIdx.y];
   if (job.count == 0) return;
+  const int count = least(tall<NT>(), m.D / kRows - b);
   const int form = is_shared ? m.shared_form : m.form, F = is_shared ? m.shared_F : m.F;
   const int stride = F / kGroup * run_bytes(form);
   const u8* run = is_shared ? m.shared : expert_run(m, job.expert);
-  const u8* block = run + down_at(form, F, m.D) + static_cast<size_t>(b) * stride;
+  const u8* blocks = run + down_at(form, F, m.D) + static_cast<size_t>(b) * stride;
   const Rows in = one_of(is_shared, shared_hidden, hidden);
-  for (int first = blockIdx.z * 8; first < job.count; first += gridDim.z * 8) {
-    int row[8];
-    consecutive(first, job.count, row);
-    if (!is_shared)
-      for (int t = 0; t < 8; ++t) row[t] = slots[job.first + row[t]];
-    const float* out = multiply<8>(form, block, stride, 1, in, row);
-    for (int i = threadIdx.x; i < 8 * kRows; i += blockDim.x) {
-      const int t = first + i / kRows;
-      if (t >= job.count) continue;
-      const size_t to = is_shared ? static_cast<size_t>(T) * m.A + t : slots[job.first + t];
-      outputs[to * m.D + b * kRows + i % kRows] = out[i];
+  for (int first = blockIdx.z * NT; first < job.count; first += gridDim.z * NT) {
+    const int n = least(NT, job.count - first);
+    const float* out = multiply<NT>(form, blocks, stride, count, in, n, [=](int t) {
+      return is_shared ? first + t : slots[job.first + first + t];
+    });
+    for (int i = threadIdx.x; i < count * NT * kRows; i += blockDim.x) {
+      const int t = i / kRows % NT, row = (b + i / (NT * kRows)) * kRows + i % kRows;
+      if (t >= n) continue;
+      const size_t to = is_shared ? static_cast<size_t>(T) * m.A + first + t : slots[job.first + first + t];
+      outputs[to * m.D + row] = out[i];
     }
   }
+}
+KERNEL_OF_EIGHT down_jobs_8(Mlps m, const Job* jobs, const int* slots, Rows hidden, Rows shared_hidden, int T,
+                       float* outputs) {
+  down_jobs<8>(m, jobs, slots, hidden, shared_hidden, T, outputs);
+}
+KERNEL_OF_TILES down_jobs_32(Mlps m, const Job* jobs, const int* slots, Rows hidden, Rows shared_hidden, int T,
+                        float* outputs) {
+  down_jobs<32>(m, jobs, slots, hidden, shared_hidden, T, outputs);
 }
 
 // x [T][D] += the sum over the chosen experts in order of index, then the shared MLP.

@@ -2,7 +2,8 @@
 
 A grid never depends on a token's position, only on the number of tokens and on the context: so the launches of one
 token can be captured once and repeated. For fewer than FEW tokens the products take one token at a time, which is what
-decode wants; from there on a block of threads takes eight, so that each weight is read once for eight.
+decode wants; from there on a block of threads takes eight, so that each weight is read once for eight; from MANY on, tiles
+of 32 on the tensor cores (docs/gpu-kernels.md counts what MANY is).
 
 Dimension key:  T tokens   D hidden   H heads   N, R, C, V no-rope, rope, latent and value width   E experts
                 A active   F expert width   S cached positions   X C + R, padded to whole groups
@@ -15,13 +16,15 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_lite.runtime.cuda.device import MOST_TOKENS
+from kimi_lite.runtime.cuda.device import FEW, MANY, MOST_TOKENS
 from kimi_lite.runtime.cuda.driver import Card
 from kimi_lite.runtime.cuda.program import Cache, Matrix, Mlps, Rows
 from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.weights import Layer
 
-FEW = 8
+TILE, TALL = 32, 8  # kTile and kTall of products.cu: tokens and row blocks of a tile
+RUN_BYTES = (288, 544)  # Q4::bytes and Q8::bytes there: of 16 rows and a group, by form
+Q8 = 1  # kQ8
 ROWS, GROUP, CHUNK = 16, 32, 256  # rows of a row block; channels of a group and of a chunk
 SLICE_BYTES = 64 << 20  # what the scores of the tokens that attend at once may take
 MOST_SLICE = 32  # tokens that attend at once
@@ -206,24 +209,30 @@ def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
         rows["nope"], rows["query"],
     )  # fmt: skip
     heads(card, p.k_b, p.k_b_bytes, rows["nope"], s.H, T, rows["query"])
-    tiles = -(-s.H // 8)
-    row_chunks = -(-_whole(s.C + s.R, GROUP) // CHUNK)
+    NT, wide = max(8, _at_once(T)), _whole(s.C + s.R, GROUP)
     position_blocks = min(MOST_BLOCKS, -(-w.context // (8 * ROWS)))
     for first in range(0, T, w.slice):
         n = min(w.slice, T - first)
         card.launch(
-            "scores", (position_blocks, tiles + 1, n),
-            _threads(8 * 4 * row_chunks, 8), _product_bytes(8, 8, row_chunks),
-            p.cache, at["start"], first, T, s.H, rows["query"], at["s"], w.stride,
+            f"scores_{NT}", (position_blocks, -(-n * s.H // NT) + 1),
+            _threads(8, NT, wide), _product_bytes(8, NT, wide, Q8),
+            p.cache, at["start"], first, n, T, s.H, rows["query"], at["s"], w.stride,
         )  # fmt: skip
         card.launch(
             "softmax", (s.H, n), 256, 4 * (2 * STAGED + 32),
             at["start"], first, p.scale, at["s"], w.stride, rows["position_weights"], rows["rest"], at["inverse"],
         )  # fmt: skip
-        card.launch(
-            "weigh", (s.C // ROWS, min(32, -(-w.chunks // 8)), tiles * n), 32, 0,
-            p.cache, at["start"], first, s.H, rows["position_weights"], at["partial"], w.chunks,
-        )  # fmt: skip
+        if NT == TILE:
+            card.launch(
+                "weigh_32", (-(-s.C // (TALL * ROWS)), min(32, w.chunks), -(-n * s.H // TILE)),
+                _threads(TALL, TILE, CHUNK), _product_bytes(TALL, TILE, CHUNK, Q8),
+                p.cache, at["start"], first, n, s.H, rows["position_weights"], at["partial"], w.chunks,
+            )  # fmt: skip
+        else:
+            card.launch(
+                "weigh_8", (s.C // ROWS, min(32, -(-w.chunks // 8)), -(-s.H // 8) * n), 32, 0,
+                p.cache, at["start"], first, s.H, rows["position_weights"], at["partial"], w.chunks,
+            )  # fmt: skip
         card.launch(
             "finish", (s.C // GROUP, n), 32 * s.H, 4 * 9 * 32,
             p.cache, at["start"], first, rows["position_weights"], rows["rest"], at["inverse"], at["partial"],
@@ -257,14 +266,13 @@ def run_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
     hidden, shared_hidden = _hidden(s, w)
     if p.dense:
         p.dense.mlp(w, T, _shared_outputs(s, w, T))
-    n_jobs = _jobs(s, T)
-    blocks = n_jobs * (s.F // GROUP) + m.shared_F // GROUP
+    n_jobs, groups = _jobs(s, T), _tall(NT) // 4 or 1  # of 32 hidden channels: gate, up, gate, up
+    blocks = n_jobs * -(-s.F // (groups * GROUP)) + -(-m.shared_F // (groups * GROUP))
     if not blocks:
         return
-    chunks = -(-s.D // CHUNK)
     card.launch(
         f"gate_up_{NT}", (blocks, T if NT == 1 else min(4, -(-T // NT))),
-        _threads(4 * 4 * chunks, NT), _product_bytes(4, NT, chunks),
+        _threads(4, NT, s.D), _product_bytes(4, NT, s.D, m.form, m.shared_form),
         m, at["jobs"], at["slots"], n_jobs, w.rows["normed"], T, hidden, shared_hidden,
     )  # fmt: skip
 
@@ -273,19 +281,18 @@ def add_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
     """x += down of everything, summed in order of index, the outputs of experts that lie elsewhere included."""
     s, m, at = p.shape, p.mlps, w.at
     hidden, shared_hidden = _hidden(s, w)
-    chunks, shared_chunks = -(-s.F // CHUNK), -(-m.shared_F // CHUNK)
     if T < FEW:
-        items = s.A * chunks + shared_chunks
+        items = s.A * -(-s.F // CHUNK) + -(-m.shared_F // CHUNK)
         card.launch(
-            "down", (s.D // ROWS, T), _threads(4 * items, 1), 4 * ROWS * items,
+            "down", (s.D // ROWS, T), min(256, _whole(max(4 * items, 1), 32)), 4 * ROWS * items,
             m, at["ids"], at["weights"], hidden, shared_hidden, at["missing"], at["place"],
             _shared_outputs(s, w, T) if p.dense else 0, at["x"],
         )  # fmt: skip
         return
-    most = max(chunks, shared_chunks)
+    NT, widest = _at_once(T), max(s.F, m.shared_F)
     card.launch(
-        "down_jobs", (s.D // ROWS, _jobs(s, T) + 1, min(4, -(-T // 8))),
-        _threads(4 * most, 8), _product_bytes(1, 8, most),
+        f"down_jobs_{NT}", (-(-s.D // (_tall(NT) * ROWS)), _jobs(s, T) + 1, min(4, -(-T // NT))),
+        _threads(1, NT, widest), _product_bytes(1, NT, widest, m.form, m.shared_form),
         m, at["jobs"], at["slots"], hidden, shared_hidden, T, at["outputs"],
     )  # fmt: skip
     card.launch(
@@ -314,27 +321,34 @@ def product(
     card: Card, a: Matrix, b: Matrix, x: Rows, T: int, ya: int, yb: int, *, add: bool = False
 ) -> None:
     """ya [T, O] (+)= x a; the same for b, in one launch."""
-    chunks, NT = -(-a.columns // CHUNK), _at_once(T)
+    NT = _at_once(T)
+    rows = _tall(NT) * ROWS
     card.launch(
-        f"product_{NT}", (-(-a.rows // ROWS) + -(-b.rows // ROWS), -(-T // NT)),
-        _threads(4 * chunks, NT), _product_bytes(1, NT, chunks),
+        f"product_{NT}", (-(-a.rows // rows) + -(-b.rows // rows), -(-T // NT)),
+        _threads(1, NT, a.columns), _product_bytes(1, NT, a.columns, a.form, b.form),
         a, b, x, T, ya, yb, int(add),
     )  # fmt: skip
 
 
 def heads(card: Card, matrix: Matrix, head_bytes: int, x: Rows, H: int, T: int, y: Rows) -> None:
     """Matrix h times head h's rows, quantized into y."""
-    chunks, NT = -(-matrix.columns // CHUNK), _at_once(T)
+    NT = _at_once(T)
+    groups = _tall(NT) // 2 or 1
     card.launch(
-        f"heads_{NT}", (matrix.rows // GROUP, H, -(-T // NT)),
-        _threads(2 * 4 * chunks, NT), _product_bytes(2, NT, chunks),
+        f"heads_{NT}", (-(-matrix.rows // (groups * GROUP)), H, -(-T // NT)),
+        _threads(2, NT, matrix.columns), _product_bytes(2, NT, matrix.columns, matrix.form),
         matrix, head_bytes, x, T, y,
     )  # fmt: skip
 
 
 def _at_once(T: int) -> int:
     """NT of the kernels for T tokens: how many share a weight that is read."""
-    return 1 if T < FEW else 8
+    return 1 if T < FEW else 8 if T < MANY else TILE
+
+
+def _tall(NT: int) -> int:
+    """How many row blocks a block of threads takes at once, if the kernel does not ask for more."""
+    return TALL if NT == TILE else 1
 
 
 def _jobs(s: Shape, T: int) -> int:
@@ -355,14 +369,27 @@ def _rows_at(address: int, n: int, K: int) -> Rows:
     return Rows(address, address + n * K, address + n * K + 4 * n * (K // GROUP), K // GROUP)
 
 
-def _threads(items: int, tokens: int) -> int:
-    """Whole warps; at most 128 threads where eight tokens' sums fill the registers, as the launch bounds there say."""
-    return min(256 if tokens == 1 else 128, _whole(max(items, 1), 32))
+def _threads(row_blocks: int, NT: int, K: int) -> int:
+    """Of a block that multiplies K channels, four a row block and chunk, in whole warps.
+
+    At most 128 where eight tokens' sums fill the registers, as the launch bounds there say; a tile takes four warps.
+    """
+    return (
+        128
+        if NT == TILE
+        else min(256 if NT == 1 else 128, _whole(max(4 * row_blocks * -(-K // CHUNK), 1), 32))
+    )
 
 
-def _product_bytes(row_blocks: int, tokens: int, chunks: int) -> int:
-    """Shared memory of `multiply`: the parts of each chunk, and their sums."""
-    return 4 * ROWS * row_blocks * tokens * (chunks + 1)
+def _product_bytes(row_blocks: int, NT: int, K: int, *forms: int) -> int:
+    """Shared memory of `multiply` for K channels: the parts of each chunk, and their sums.
+
+    For a tile, a chunk of its activations and of the weights; its sums fit in the same place.
+    """
+    if NT < TILE:
+        return 4 * ROWS * row_blocks * NT * (-(-K // CHUNK) + 1)
+    groups = CHUNK // GROUP
+    return groups * (TILE * (GROUP + 16) + TALL * max(RUN_BYTES[form] for form in forms))
 
 
 def _whole(n: int, unit: int) -> int:

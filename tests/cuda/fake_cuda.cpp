@@ -36,9 +36,12 @@ struct Function {
 };
 #define ENTRY(kernel) {#kernel, [](void** arguments) { return bound(kernel, arguments); }}
 const Function kFunctions[] = {
-    ENTRY(rms_norm), ENTRY(product_1), ENTRY(product_8), ENTRY(heads_1),   ENTRY(heads_8), ENTRY(latents),
-    ENTRY(scores),   ENTRY(softmax),   ENTRY(weigh),     ENTRY(finish),    ENTRY(route),   ENTRY(choose),
-    ENTRY(combine),  ENTRY(gate_up_1), ENTRY(gate_up_8), ENTRY(down_jobs), ENTRY(down)};
+    ENTRY(rms_norm),     ENTRY(product_1),    ENTRY(product_8),    ENTRY(product_32),
+    ENTRY(heads_1),      ENTRY(heads_8),      ENTRY(heads_32),     ENTRY(latents),
+    ENTRY(scores_8),     ENTRY(scores_32),    ENTRY(softmax),      ENTRY(weigh_8),
+    ENTRY(weigh_32),     ENTRY(finish),       ENTRY(route),        ENTRY(choose),
+    ENTRY(combine),      ENTRY(gate_up_1),    ENTRY(gate_up_8),    ENTRY(gate_up_32),
+    ENTRY(down_jobs_8),  ENTRY(down_jobs_32), ENTRY(down)};
 
 using Graph = std::vector<Work>;
 Graph stream, captured;
@@ -76,6 +79,18 @@ void fake_machine(int devices, int driver_version, int compute_capability, size_
 }
 void fake_fail(const char* name, int code, int after) { fail_code[name] = code, fail_after[name] = after; }
 void fake_order(int backwards) { shim::backwards = backwards; }
+// One step of the tensor cores on registers of the lanes, a [32][4], b [32][2] and c [32][4]: by four of Turing's if asked.
+void fake_mma(int by_quarters, const u32* a, const u32* b, int* c) {
+  shim::launch({1, 1, 1}, 32, 0, [=] {
+    u32 x[4], y[2];
+    int z[4], d[4];
+    std::memcpy(x, a + 4 * threadIdx.x, sizeof x);
+    std::memcpy(y, b + 2 * threadIdx.x, sizeof y);
+    std::memcpy(z, c + 4 * threadIdx.x, sizeof z);
+    by_quarters ? mma_by_quarters(d, x, y, z) : mma(d, x, y, z);
+    std::memcpy(c + 4 * threadIdx.x, d, sizeof d);
+  });
+}
 int fake_calls(const char* name) { return calls[name]; }
 size_t fake_used() { return used; }
 int fake_half(int bits) { return float_to_half(__int_as_float(bits)); }

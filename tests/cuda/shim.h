@@ -19,10 +19,13 @@
 
 #define KERNEL extern "C" void
 #define KERNEL_OF_EIGHT extern "C" void
+#define KERNEL_OF_TILES extern "C" void
 #define DEVICE static inline
 
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Index { unsigned x, y, z; };
@@ -50,6 +53,8 @@ inline jmp_buf scheduler;
 inline size_t running;
 inline bool backwards = false;  // blocks and warps from the last to the first
 inline uint32_t exchanged[32][2][32];
+struct Fragments { int8_t a[16][32], b[8][32]; };  // of a tensor core's step; b token by token
+inline Fragments fragments[32][2];
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "shim: %s\n", what);
@@ -166,6 +171,49 @@ T __shfl_down_sync(unsigned, T value, int step, int width) {
 inline int __dp4a(int a, int b, int sum) {
   for (int k = 0; k < 32; k += 8) sum += static_cast<int>(static_cast<int8_t>(a >> k)) * static_cast<int8_t>(b >> k);
   return sum;
+}
+// The tensor cores' steps on int8, d = a b + c in 32 bits, from the PTX ISA's tables of fragments ("Matrix Fragments for
+// mma.m16n8k32" and "for mma.m8n8k16", types .s8 and .s32). What lane 4 g + t holds, element i being byte i % 4 of
+// register i / 4, the lowest byte first:
+//
+//                  m16n8k32                                              m8n8k16
+//   a  row         g for i in 0..3 and 8..11, else g + 8    16 elements  g                 4 elements
+//      column      4 t + i % 4, and 16 more from i = 8                   4 t + i
+//   b  row         4 t + i % 4, and 16 more from i = 4       8 elements  4 t + i           4 elements
+//      column      g                                                     g
+//   c  row         g for i in 0..1, else g + 8               4 elements  g                 2 elements
+//      column      2 t + i % 2                                           2 t + i
+//
+// A row of a meets a column of b. Sums wrap as the card's do; products of one step cannot.
+inline int8_t byte_of(const uint32_t* registers, unsigned i) {
+  return static_cast<int8_t>(registers[i / 4] >> 8 * (i % 4));
+}
+inline shim::Fragments& next_fragments() {
+  return shim::fragments[threadIdx.x / 32][shim::fibres[shim::running]->turn ^= 1];
+}
+inline int dotted(int sum, const int8_t* row, const int8_t* column, unsigned n) {
+  for (unsigned k = 0; k < n; ++k) sum += row[k] * column[k];
+  return sum;
+}
+inline void mma_16x8x32(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int (&c)[4]) {
+  const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  shim::Fragments& all = next_fragments();
+  for (unsigned i = 0; i < 16; ++i) {
+    const bool upper = i < 4 || (8 <= i && i < 12);
+    all.a[upper ? g : g + 8][4 * t + i % 4 + (i < 8 ? 0 : 16)] = byte_of(a, i);
+  }
+  for (unsigned i = 0; i < 8; ++i) all.b[g][4 * t + i % 4 + (i < 4 ? 0 : 16)] = byte_of(b, i);
+  shim::wait(shim::State::at_warp);
+  for (unsigned i = 0; i < 4; ++i) d[i] = dotted(c[i], all.a[i < 2 ? g : g + 8], all.b[2 * t + i % 2], 32);
+}
+inline void mma_8x8x16(int& d0, int& d1, uint32_t a, uint32_t b) {
+  const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  shim::Fragments& all = next_fragments();
+  for (unsigned i = 0; i < 4; ++i) all.a[g][4 * t + i] = byte_of(&a, i);
+  for (unsigned i = 0; i < 4; ++i) all.b[g][4 * t + i] = byte_of(&b, i);
+  shim::wait(shim::State::at_warp);
+  d0 = dotted(d0, all.a[g], all.b[2 * t], 16);
+  d1 = dotted(d1, all.a[g], all.b[2 * t + 1], 16);
 }
 inline float __int_as_float(int bits) {
   float f;

@@ -3,9 +3,11 @@
 import ctypes
 import re
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kimi_lite.runtime.cuda import program
@@ -13,6 +15,11 @@ from kimi_lite.runtime.cuda.program import Nvrtc
 
 CARDS = {75: "RTX 20", 80: "A100", 86: "RTX 30", 89: "RTX 40", 90: "H100", 120: "RTX 50"}
 REGISTERS = 1 << 16  # of a multiprocessor, and the most that one block can have
+# The low twelve bits of a machine instruction; what they are for the tensor cores' step on 8-bit integers was read off a
+# kernel that does two of them and nothing else, compiled for each of the cards above.
+OPCODE, IMMA = 0xFFF, 0x237
+FORMS = {"product_32": 2, "heads_32": 2, "gate_up_32": 2, "down_jobs_32": 2, "scores_32": 1, "weigh_32": 1}
+STEPS = 8  # of a tile's group: two row blocks, four times eight tokens
 
 
 @pytest.mark.parametrize("target", CARDS)
@@ -23,6 +30,26 @@ def test_nvrtc_compiles_every_kernel(target: int) -> None:
     assert cubin.startswith(b"\x7fELF")
     for kernel in program.signatures():
         assert f".text.{kernel}\0".encode() in cubin, f"{kernel} is not in the code for sm_{target}"
+    steps = {kernel: n for kernel, n in tensor_core_steps(cubin).items() if n}
+    assert set(steps) == set(FORMS)
+    for kernel, forms in FORMS.items():  # Turing's steps are quarters; a compiler may unroll a loop
+        assert steps[kernel] >= forms * STEPS * (4 if target < 80 else 1), kernel
+
+
+def tensor_core_steps(cubin: bytes) -> dict[str, int]:
+    """How many each kernel's code has, from the sections of the ELF file; an instruction is 16 bytes."""
+    table, n, names = (
+        struct.unpack_from(kind, cubin, at)[0] for kind, at in (("<Q", 40), ("<H", 60), ("<H", 62))
+    )
+    sections = [struct.unpack_from("<II4Q", cubin, table + 64 * i) for i in range(n)]
+    found = {}
+    for name_at, _, _, _, at, size in sections:
+        start = sections[names][4] + name_at
+        name = cubin[start : cubin.index(b"\0", start)].decode()
+        if name.startswith(".text."):
+            codes = np.frombuffer(cubin, "<u2", size // 2, at)[::8] & OPCODE
+            found[name.removeprefix(".text.")] = int((codes == IMMA).sum())
+    return found
 
 
 def test_no_step_is_contracted_approximated_or_flushed() -> None:
@@ -91,7 +118,10 @@ def test_nvcc_spills_nothing_and_every_block_fits_a_multiprocessor(target: int, 
     assert {kernel for kernel, *_ in found} == set(program.signatures())
     for kernel, stores, loads, registers in found:
         assert (stores, loads) == ("0", "0"), f"{kernel} spills on sm_{target}"
-        # They are given out in eights. finish has 32 threads a head; the bounds of kernels of eight are 128.
-        per_thread, of_eight = -(-int(registers) // 8) * 8, f"KERNEL_OF_EIGHT {kernel}(" in program.source()
-        threads = 512 if kernel == "finish" else 128 if of_eight else 256
+        # They are given out in eights. finish has 32 threads a head; the others' launch bounds are arithmetic.cu's.
+        per_thread = -(-int(registers) // 8) * 8
+        bounds = {"KERNEL": 256, "KERNEL_OF_EIGHT": 2 * 128, "KERNEL_OF_TILES": 3 * 128}
+        kind = re.search(rf"^(KERNEL\w*) {kernel}\(", program.source(), re.MULTILINE)
+        assert kind
+        threads = 512 if kernel == "finish" else bounds[kind[1]]
         assert per_thread * threads <= REGISTERS, f"{kernel}: {registers} registers"

@@ -11,6 +11,7 @@ from kimi_lite.errors import UsageError
 from kimi_lite.formats.packed import join_mlp, mlp_bytes, pack_quantized
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cuda.cuda import CudaDevice
+from kimi_lite.runtime.cuda.device import MANY
 from kimi_lite.runtime.cuda.halves import Shape
 from kimi_lite.runtime.kernels import AttentionLayer, FeedForwardLayer, Float, Matrix, Mlp, Router
 from kimi_lite.runtime.weights import Layer
@@ -135,7 +136,7 @@ def test_attention_has_the_cpus_bits_at_every_cut(
     devices.append(pair)
     start = 0
     # Whole groups of 32 complete at a step's end, inside it and one token late.
-    for seed, T in enumerate([1, 3, 8, 20, 1, 33, 1]):
+    for seed, T in enumerate([1, 3, 8, 20, 1, 33, 1, MANY + 6, 1]):
         pair.begin(seed, T, start)
         pair.attend()
         pair.assert_equal()
@@ -172,14 +173,14 @@ def test_attention_far_into_a_context(fake: FakeDriver, devices: list[Pair], bac
     # The softmax takes 2048 positions a round, and two buffers in turn; a cache so long is filled by the CPU alone.
     fake.order(backwards=backwards)
     s, start = Shape(D=32, H=2, N=32, R=32, C=32, V=32, F=32, shared_F=32, E=2, A=1), 4200
-    pair = Pair(fake, s, layer(7, s), context=start + 10)
+    pair = Pair(fake, s, layer(7, s), context=start + 4 + MANY)
     devices.append(pair)
     kernels.remember(pair.cache, vector(np.random.default_rng(7), start, s.C + s.R), 0)
     card, there = pair.device._card, pair.device._layers[0].cache
     card.upload(there.rows, pair.rows)
     card.upload(there.columns, pair.columns)
     card.synchronize()
-    for T in (1, 3):
+    for T in (1, 3, MANY):
         pair.begin(T, T, start)
         pair.attend()
         pair.assert_equal()
@@ -187,7 +188,7 @@ def test_attention_far_into_a_context(fake: FakeDriver, devices: list[Pair], bac
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-@pytest.mark.parametrize("T", [1, 3, 8, 33])
+@pytest.mark.parametrize("T", [1, 3, 8, 33, MANY, MANY + 33])
 @pytest.mark.parametrize("name", SHAPES)
 def test_all_experts_here_have_the_cpus_bits(
     fake: FakeDriver, devices: list[Pair], name: str, T: int, backwards: bool
@@ -211,9 +212,9 @@ def test_a_layer_of_kimi_vl_a3b_keeps_the_bits_and_a_cards_limits(
     # All widths are the published model's; of 64 experts eight. The driver refuses more than 48 kB of shared memory.
     width = 11264 if dense else 2816
     s = Shape(D=2048, H=16, N=128, R=64, C=512, V=128, F=1408, shared_F=width, E=8, A=6)
-    pair, start = Pair(fake, s, layer(9, s, dense=dense), context=64), 0
+    pair, start = Pair(fake, s, layer(9, s, dense=dense), context=80), 0
     devices.append(pair)
-    for T in (9, 1, 34):
+    for T in (9, 1, MANY + 1):
         pair.begin(T, T, start)
         pair.attend()
         pair.device.route(0, wanted=False)
@@ -226,7 +227,7 @@ def test_a_layer_of_kimi_vl_a3b_keeps_the_bits_and_a_cards_limits(
 
 @pytest.mark.parametrize("layout", ["q4g32", "q8g32"])
 @pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("T", [1, 9])
+@pytest.mark.parametrize("T", [1, 9, MANY + 1])
 def test_dense_layers_and_experts_of_a_standard_file(
     fake: FakeDriver, devices: list[Pair], layout: str, dense: bool, T: int
 ) -> None:
@@ -244,7 +245,7 @@ def test_dense_layers_and_experts_of_a_standard_file(
     pair.assert_equal()
 
 
-@pytest.mark.parametrize("T", [1, 3, 8, 33])
+@pytest.mark.parametrize("T", [1, 3, 8, MANY + 2])
 @pytest.mark.parametrize("experts", [(), (0, 3, 4, 10), tuple(range(10))])
 def test_experts_that_the_cpu_ran_are_added_in_their_place(
     fake: FakeDriver, devices: list[Pair], experts: tuple[int, ...], T: int

@@ -13,6 +13,7 @@ from kimi_lite.formats.packed import row_block_bytes
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cuda import halves
 from kimi_lite.runtime.cuda.cuda import FORMS
+from kimi_lite.runtime.cuda.device import MANY
 from kimi_lite.runtime.cuda.driver import Card
 from kimi_lite.runtime.cuda.program import Matrix, Rows
 
@@ -94,6 +95,40 @@ def test_the_shims_half_precision_is_numpys(fake: FakeDriver) -> None:
         assert [fake.half(int(b)) for b in x_X.view(np.int32)] == expected_X.tolist()
 
 
+# Where a lane of a warp keeps the elements of a tensor core's step, written down from the PTX ISA's figures of m16n8k32 for
+# 8-bit integers: for each register the row and the column of its lowest byte, or of its only number; the bytes of a and b
+# that follow are the next columns of a, the next rows of b.
+LANE = np.arange(32)
+GROUP, IN_GROUP = LANE >> 2, LANE & 3
+HELD = {
+    "a": [(GROUP, 4 * IN_GROUP), (GROUP + 8, 4 * IN_GROUP), (GROUP, 4 * IN_GROUP + 16), (GROUP + 8, 4 * IN_GROUP + 16)],
+    "b": [(4 * IN_GROUP, GROUP), (4 * IN_GROUP + 16, GROUP)],
+    "c": [(GROUP, 2 * IN_GROUP), (GROUP, 2 * IN_GROUP + 1), (GROUP + 8, 2 * IN_GROUP), (GROUP + 8, 2 * IN_GROUP + 1)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("by_quarters", [False, True])
+def test_the_shims_tensor_core_keeps_the_fragments_of_the_ptx_isa(
+    fake: FakeDriver, by_quarters: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    for low, high in ((-128, 128), (127, 128), (-128, -127), (0, 16)):
+        a_MK, b_KN = (rng.integers(low, high, shape, np.int8) for shape in ((16, 32), (32, 8)))
+        c_MN = rng.integers(-(1 << 30), 1 << 30, (16, 8), np.int32)
+        registers = {
+            "a": [np.stack([a_MK[row, column + i] for i in range(4)], 1) for row, column in HELD["a"]],
+            "b": [np.stack([b_KN[row + i, column] for i in range(4)], 1) for row, column in HELD["b"]],
+        }
+        a_X4, b_X2 = (
+            np.concatenate([r.view("<u4") for r in registers[name]], 1).copy() for name in ("a", "b")
+        )
+        c_X4 = np.stack([c_MN[held] for held in HELD["c"]], 1)
+        out_MN = np.zeros_like(c_MN)
+        for i, out_X in enumerate(fake.mma(a_X4, b_X2, c_X4, by_quarters=by_quarters).T):
+            out_MN[HELD["c"][i]] = out_X
+        np.testing.assert_array_equal(out_MN, c_MN + a_MK.astype(np.int32) @ b_KN.astype(np.int32))
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("D", [32, 288])
 def test_norm_gives_the_cpus_floats_and_their_int8_rows(
@@ -113,7 +148,7 @@ def test_norm_gives_the_cpus_floats_and_their_int8_rows(
 
 @pytest.mark.parametrize("layout", ["q4g32", "q8g32"])
 @pytest.mark.parametrize(("O", "I"), [(16, 32), (17, 64), (45, 288), (33, 1408), (16, 2304)])
-@pytest.mark.parametrize("T", [1, 3, 8, 33])
+@pytest.mark.parametrize("T", [1, 3, 8, 33, MANY, MANY + 17])
 def test_products_are_the_cpus(card: Card, layout: str, O: int, I: int, T: int) -> None:
     rng = np.random.default_rng(O * I + T)
     matrix, other = packed(rng, layout, O, I), packed(rng, "q8g32", 20, I)
@@ -133,7 +168,10 @@ def test_products_are_the_cpus(card: Card, layout: str, O: int, I: int, T: int) 
 
 
 @pytest.mark.parametrize("layout", ["q4g32", "q8g32"])
-@pytest.mark.parametrize(("T", "H", "O", "I"), [(1, 3, 64, 96), (3, 2, 32, 32), (9, 2, 96, 288)])
+@pytest.mark.parametrize(
+    ("T", "H", "O", "I"),
+    [(1, 3, 64, 96), (3, 2, 32, 32), (9, 2, 96, 288), (MANY, 2, 128, 32), (MANY + 9, 1, 160, 544)],
+)
 def test_products_of_heads_are_the_cpus_and_come_quantized(
     card: Card, layout: str, T: int, H: int, O: int, I: int
 ) -> None:
