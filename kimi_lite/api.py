@@ -378,7 +378,7 @@ def load(
     encoder = None
     if found is not None:
         cache = ImageCache(default_directory())
-        encoder = ImageEncoder(found, runs.config.hidden_size, cache, max_image_tokens)
+        encoder = ImageEncoder(found, runs.config.hidden_size, cache, max_image_tokens, runs.encode)
     return Model(runs, encoder, offline=offline)
 
 

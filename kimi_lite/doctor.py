@@ -37,10 +37,12 @@ def machine_report() -> Iterator[str]:
         yield f"          not the fastest: KIMI_LITE_ISA holds it at {kernels.isa()}, {isas[0]} would run"
     elif isas[0] != BEST_ISA:
         yield f"          this processor has no {BEST_ISA}, for which the fastest kernels are written"
-    yield _graphics()
+    card, graphics = _graphics()
+    yield graphics
     yield _gpu_dense()
     directory = default_directory()
-    yield f"pictures  on the same kernels; encoded ones are kept in {directory or 'memory only'}"
+    where = "on the card as far as its memory has room, else " if card else ""
+    yield f"pictures  {where}on the same kernels; encoded ones are kept in {directory or 'memory only'}"
     for package, extra, what in (
         ("pypdfium2", "pdf", "PDF pages"),
         ("av", "video", "video frames"),
@@ -72,14 +74,15 @@ def machine_report() -> Iterator[str]:
         yield f"nano      {error}"
 
 
-def _graphics() -> str:
+def _graphics() -> tuple[bool, str]:
+    """Whether a card is in use, and a line about it."""
     try:
         device = find_device()
         free = device.free_bytes()
         device.close()
     except kimi_lite.KimiLiteError as error:
-        return f"graphics  not in use: {error}"
-    return f"graphics  {device.name}, {gb(free)} free; in use unless --vram 0"
+        return False, f"graphics  not in use: {error}"
+    return True, f"graphics  {device.name}, {gb(free)} free; in use unless --vram 0"
 
 
 def _gpu_dense() -> str:

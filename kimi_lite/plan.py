@@ -13,21 +13,36 @@ from pathlib import Path
 
 import numpy as np
 
+from kimi_lite.api import mmproj_beside
 from kimi_lite.bench import decode_speed, prefill_speed, warm_up
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.runtime import dense, kernels
-from kimi_lite.runtime.cost import sizes_of
+from kimi_lite.runtime.cost import encode_cpu_s, encode_s, sizes_of
 from kimi_lite.runtime.cuda.device import MOST_TOKENS
 from kimi_lite.runtime.cuda.find import find_device
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
+from kimi_lite.runtime.cuda.tower import TowerShape, room_for
 from kimi_lite.runtime.engine import Engine, choose_context
-from kimi_lite.runtime.placement import Plan, StepTime, gb, make_plan, predict, predict_cpu, ranges
+from kimi_lite.runtime.hybrid import longest
+from kimi_lite.runtime.placement import (
+    Plan,
+    StepTime,
+    TowerPlan,
+    gb,
+    make_plan,
+    plan_tower,
+    predict,
+    predict_cpu,
+    ranges,
+)
 from kimi_lite.runtime.speeds import Speeds
 from kimi_lite.runtime.usage import default_directory, load_usage
+from kimi_lite.runtime.vision import tower_facts
 from kimi_lite.runtime.weights import Weights, open_weights
 
 MEASURE_S = 0.25  # for each of two: one token, and many
 DECODED = 32
+PATCHES = 4096  # of the picture whose time is predicted, if the model takes one as large
 
 
 def plan_report(
@@ -86,6 +101,10 @@ def plan_report(
         yield f"CPU       everything, with the cache of {context} tokens ({gb(sizes.cache_bytes(context))})"
     else:
         yield from _places(plan)
+    tower, limit = _tower_of(weights)
+    pictures = plan_tower(tower, plan.left_bytes, longest(limit)) if plan and tower else None
+    if tower and pictures:
+        yield _pictures_line(tower, pictures, limit)
     yield f"speeds    CPU {speeds.cpu_gb_s:.3g} GB/s, {speeds.cpu_gmac_s:.3g} GMAC/s{measured or '; assumed'}"
     if plan is not None:
         yield (
@@ -102,6 +121,15 @@ def plan_report(
             else predict(plan, speeds, T=T, start=start)
         )
         yield _step_line(step, start, cpu_only=plan is None)
+    if tower:
+        P = min(PATCHES, limit)
+        on_card = pictures is not None and pictures.most_patches >= P
+        seconds = (
+            sum(encode_s(tower, speeds, [P], resident=pictures.resident))
+            if pictures and on_card
+            else encode_cpu_s(tower, speeds, [P])
+        )
+        yield f"  {f'a picture of {P} patches':30} {seconds:8.3g} s, on {'the card' if on_card else 'the CPU'}"
     if measure and (plan is None or not assumed):
         yield from _measured(path, context, 0 if plan is None else vram, None if plan is None else gpu_dense)
     elif measure:
@@ -162,7 +190,33 @@ def _places(plan: Plan) -> Iterator[str]:
         for experts, group in groupby(moe, key=lambda i: plan.resident[i]):
             yield f"          layers {ranges(list(group)):7} experts {ranges(experts) or 'none'}"
         yield f"on CPU    {gb(sizes.routed_bytes - plan.experts_bytes):>9}  the other routed experts, where they lie"
-    yield "          embedding rows, and the image tower, which is read once a picture"
+    yield "          embedding rows"
+
+
+def _tower_of(weights: Weights) -> tuple[TowerShape | None, int]:
+    """The image tower beside the model or in its file, if there is one, and how many patches its pictures may have."""
+    beside = mmproj_beside(weights.path)
+    side = beside if beside.exists() else weights.image_side
+    if side is None:
+        return None, 0
+    config, image, text_width = tower_facts(side)
+    return TowerShape.of(config, text_width), image.token_limit
+
+
+def _pictures_line(tower: TowerShape, plan: TowerPlan, limit: int) -> str:
+    if plan.resident:
+        return f"pictures  encoded on the card, where the image tower ({gb(tower.bytes)}) stays: all else left it room"
+    if plan.most_patches >= limit:
+        return f"pictures  encoded on the card; the image tower ({gb(tower.bytes)}) passes through the {gb(plan.room)} that are left"
+    if plan.most_patches >= 4:
+        return (
+            f"pictures  encoded on the card up to {plan.most_patches} patches, the image tower ({gb(tower.bytes)}) passing through "
+            f"the {gb(plan.room)} that are left; larger ones on the CPU"
+        )
+    return (
+        f"pictures  encoded on the CPU: {gb(plan.room)} are left on the card, and the smallest takes "
+        f"{gb(room_for(tower, [4], resident=False))}"
+    )
 
 
 def _step_line(step: StepTime, start: int, *, cpu_only: bool) -> str:

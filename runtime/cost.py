@@ -8,6 +8,7 @@ A kernel takes as long as the slower of its memory traffic and its arithmetic:
     experts  the shared MLP and the chosen experts that lie there           1 launch
     add      the weighted sum                                               1 launch
     head     last norm, head                                                2 launches
+    tower    a piece of up to 1024 patches in one block                    12 launches
 
 docs/gpu-kernels.md lists the launches; the second half of the experts is the sum's. Whatever crosses between card and CPU
 costs a hand-off and its bytes over PCIe. Nothing here is measured: all speeds come from speeds.py.
@@ -15,12 +16,14 @@ costs a hand-off and its bytes over PCIe. Nothing here is measured: all speeds c
 Dimension key:  T tokens   D hidden   E routed experts   A active   C latent   R rope   H heads   V vocabulary
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kimi_lite.formats.packed import matrix_bytes
 from kimi_lite.runtime import dense
 from kimi_lite.runtime.cuda.device import MOST_TOKENS
 from kimi_lite.runtime.cuda.halves import Buffers, Shape, shape_of
+from kimi_lite.runtime.cuda.tower import MOST_ROWS, TowerShape
 from kimi_lite.runtime.kernels import Matrix, Mlp, latent_cache_bytes, packed_as
 from kimi_lite.runtime.speeds import Speeds
 from kimi_lite.runtime.weights import Layer, Weights
@@ -30,6 +33,10 @@ TORCH_BYTES = (
     256_000_000  # assumed: code of PyTorch, cuBLAS and bitsandbytes on the card, and cuBLAS's working memory
 )
 TORCH_ROWS = 4  # copies of a product's rows that live at the same time, as if all were float32
+TOWER_LAUNCHES = 12
+# A 16-bit product takes as long as so many of those 8-bit ones that the speeds count: the card's kernels multiply one pair
+# where dp4a takes four, the CPU's two where its 8-bit step takes four.
+CARD_16_BIT, CPU_16_BIT = 4, 2
 MANY_POSITIONS = 1 << 15  # over which the cache's whole groups average out
 
 
@@ -144,6 +151,32 @@ def _torch_bytes(weights: Weights) -> int:
     return TORCH_BYTES + max(
         2 * D * width + 4 * TORCH_ROWS * MOST_TOKENS * (D + width) for D, width in widths
     )
+
+
+def encode_s(s: TowerShape, speeds: Speeds, sizes: Sequence[int], *, resident: bool) -> list[float]:
+    """Encoding pictures of so many patches each on the card: the way there, each block, the projector, the way back.
+
+    A tower that is not there crosses PCIe while nothing else is done.
+    """
+    P, pairs = sum(sizes), sum(N * N for N in sizes)
+    launches = TOWER_LAUNCHES * -(-P // MOST_ROWS)
+    first, *_, last = s.part_bytes
+    in_a_block = P * s.block_macs + CARD_16_BIT * pairs * s.pair_macs
+    parts = [
+        speeds.card_s(launches, first, P * s.X * s.W),
+        *(speeds.card_s(launches, size, in_a_block) for size in s.part_bytes[1:-1]),
+        speeds.card_s(launches, last, P * s.projector_macs),
+    ]
+    if not resident:
+        parts = [speeds.crossing_s(size) + part for size, part in zip(s.part_bytes, parts, strict=True)]
+    return [speeds.crossing_s(4 * P * (s.X + s.W + s.K)), *parts, speeds.crossing_s(P * s.D)]
+
+
+def encode_cpu_s(s: TowerShape, speeds: Speeds, sizes: Sequence[int]) -> float:
+    """The same on the CPU."""
+    P, pairs = sum(sizes), sum(N * N for N in sizes)
+    macs = P * (s.L * s.block_macs + s.projector_macs) + CPU_16_BIT * pairs * s.L * s.pair_macs
+    return speeds.cpu_s(s.bytes, macs)
 
 
 def layer_size(layer: Layer) -> LayerSize:

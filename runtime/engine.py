@@ -24,15 +24,16 @@ from kimi_lite.errors import KimiLiteWarning, UsageError
 from kimi_lite.formats.config import TextConfig
 from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.formats.vocab import Vocab
-from kimi_lite.runtime import kernels
-from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError
+from kimi_lite.runtime import kernels, vision
+from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError, DeviceWrongError
 from kimi_lite.runtime.hybrid import HybridModel, place
+from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.model import PREFILL_CHUNK, CpuModel, OnLayer, Spliced
 from kimi_lite.runtime.sampling import Sampler, SamplingOptions
 from kimi_lite.runtime.template import IMAGE_PAD
 from kimi_lite.runtime.tokenizer import Tokenizer
 from kimi_lite.runtime.usage import default_directory, save_usage
-from kimi_lite.runtime.vision import EncodedImage
+from kimi_lite.runtime.vision import EncodedImage, VisionWeights
 from kimi_lite.runtime.weights import open_weights
 
 DEFAULT_CONTEXT = 32768
@@ -70,6 +71,15 @@ class BaseEngine(ABC):
     @abstractmethod
     def forward(self, ids: Sequence[int], places: Sequence[Place], on_layer: OnLayer) -> NDArray[np.float32]:
         """One step of at most `chunk` tokens after the cached ones; the logits [V] that follow the last."""
+
+    def encode(
+        self,
+        tower: VisionWeights,
+        canvases: Sequence[NDArray[np.uint8]],
+        on_progress: vision.Progress | None = None,
+    ) -> list[Float]:
+        """Embedding rows [M, D] of pictures, as `vision.encode` gives them."""
+        return vision.encode(tower, canvases, on_progress)
 
     def answered(self) -> None:  # noqa: B027
         """An answer has ended, however it did."""
@@ -218,6 +228,9 @@ class Engine(BaseEngine):
         self.image_side = self.weights.image_side
         kernels.set_threads(threads)
         self.model: CpuModel | HybridModel = place(self.weights, self.context, vram, prove, gpu_dense)
+        self._prove = prove
+        self._tower_off_card = False  # what the card gave was wrong, or it has no kernels
+        self._said_no_room = False
 
     @property
     def placement(self) -> str:  # type: ignore[override]
@@ -230,6 +243,29 @@ class Engine(BaseEngine):
     @property
     def chunk(self) -> int:  # type: ignore[override]
         return self.model.chunk
+
+    def encode(
+        self,
+        tower: VisionWeights,
+        canvases: Sequence[NDArray[np.uint8]],
+        on_progress: vision.Progress | None = None,
+    ) -> list[Float]:
+        """On the card, if there is one and it has room; else on the CPU, to the same bits."""
+        if isinstance(self.model, HybridModel) and not self._tower_off_card:
+            try:
+                return self.model.encode(tower, canvases, on_progress, self._prove)
+            except DeviceLostError as error:
+                self._leave_card(error)
+            except DeviceMemoryError as error:
+                if not self._said_no_room:  # the next picture may be smaller
+                    warnings.warn(
+                        f"{error}; the CPU encodes what does not fit", KimiLiteWarning, stacklevel=3
+                    )
+                self._said_no_room = True
+            except (DeviceWrongError, UsageError) as error:
+                self._tower_off_card = True
+                warnings.warn(f"{error}; the CPU encodes pictures", KimiLiteWarning, stacklevel=3)
+        return vision.encode(tower, canvases, on_progress)
 
     def answered(self) -> None:
         """Which experts the answer used is remembered for the next plan."""

@@ -19,7 +19,7 @@ import contextlib
 import os
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kimi_lite.errors import DoesNotFitError, KimiLiteError, KimiLiteWarning, UsageError
-from kimi_lite.runtime import dense, kernels
+from kimi_lite.runtime import dense, kernels, vision
 from kimi_lite.runtime.cache import LatentCache
 from kimi_lite.runtime.cost import sizes_of
 from kimi_lite.runtime.cuda.device import (
@@ -41,10 +41,12 @@ from kimi_lite.runtime.cuda.device import (
     Routed,
 )
 from kimi_lite.runtime.cuda.find import NothingToTryError, find_device
+from kimi_lite.runtime.cuda.tower import TowerShape, room_for
 from kimi_lite.runtime.kernels import FeedForwardLayer, Float, Matrix
 from kimi_lite.runtime.model import CpuModel, OnLayer, Spliced, embedded, rope_tables
-from kimi_lite.runtime.placement import Plan, make_plan
+from kimi_lite.runtime.placement import Plan, gb, make_plan, plan_tower
 from kimi_lite.runtime.usage import default_directory, load_usage
+from kimi_lite.runtime.vision import BATCH_ROWS, Progress, VisionWeights
 from kimi_lite.runtime.weights import Weights
 
 PROOF = (
@@ -52,6 +54,7 @@ PROOF = (
     1,
     MANY,
 )  # tokens of the steps by which a card proves itself: between them they run every kernel
+PROOF_GRID = (10, 14)  # patches of the picture by which it proves its tower: more than a block of keys
 SECOND_TRY = 0.95  # of what is free when the first plan has failed: what took the memory may be growing
 
 
@@ -70,6 +73,9 @@ class HybridModel:
         self.uploaded: dict[
             int | None, dict[str, Matrix]
         ] = {}  # what was quantized for it, until it is proven
+        self._free_before = device.free_bytes()
+        self._proved: VisionWeights | None = None  # the image tower that has proved itself
+        self._kept: VisionWeights | None = None  # the one that stays on the card
         self._here: list[NDArray[np.bool_] | None] = []  # [E] of each layer; None: nothing is missing
         for index, layer in enumerate(weights.layers):
             experts = plan.experts(index)
@@ -128,9 +134,55 @@ class HybridModel:
         self.device.rewind(n)
         self.n = n
 
+    def encode(
+        self,
+        tower: VisionWeights,
+        canvases: Sequence[NDArray[np.uint8]],
+        on_progress: Progress | None = None,
+        prove: bool = True,
+    ) -> list[Float]:
+        """What `vision.encode` does, bit for bit, in the memory that is left; before the first one, the tower proves itself.
+
+        Raises:
+            DeviceMemoryError: what is left is not enough.
+            DeviceWrongError: the tower's rows are not the CPU's.
+            UsageError: the tower has matrices of a layout that the card's kernels do not run.
+            DeviceLostError: the card failed.
+        """
+        self._make_room(tower, [pixels.size // (3 * tower.config.patch_size**2) for pixels in canvases])
+        if prove and self._proved is not tower:
+            _prove_tower(self.device, tower)
+            self._proved = tower
+        return self.device.encode(tower, canvases, on_progress)
+
+    def _make_room(self, tower: VisionWeights, sizes: Sequence[int]) -> None:
+        """Keep the tower on the card if its longest picture fits beside it. Raises DeviceMemoryError without any room."""
+        shape = TowerShape.of(tower.config, tower.text_width)
+        if (
+            self._kept is not tower
+            and plan_tower(shape, self.left(), longest(tower.image.token_limit)).resident
+        ):
+            self.device.keep_tower(tower)
+            self._kept = tower
+        needed = room_for(shape, sizes, resident=self._kept is tower)
+        if needed > (left := self.left()):
+            raise DeviceMemoryError(
+                f"{self.device.name}: encoding pictures of {sum(sizes)} patches takes {gb(needed)}, but {gb(left)} are left"
+            )
+
+    def left(self) -> int:
+        """Bytes of the card's memory that may still be taken."""
+        free = self.device.free_bytes()
+        return max(0, min(free, self.plan.budget - (self._free_before - free)))
+
     def close(self) -> None:
         """Give the card's memory back, which also happens when nobody needs the model any more."""
         self._closing()
+
+
+def longest(limit: int) -> int:
+    """Patches that are encoded at once at most, where a picture has at most `limit`."""
+    return max(limit, BATCH_ROWS)
 
 
 def _close(device: Device) -> None:
@@ -300,3 +352,15 @@ def _wrong(model: HybridModel, what: str) -> DeviceWrongError:
     return DeviceWrongError(
         f"{model.device.name} computes {what}, so it is not used; please report this with the output of `kimi-lite doctor`"
     )
+
+
+def _prove_tower(device: Device, tower: VisionWeights) -> None:
+    """Hold a small picture's rows against the CPU's, bit for bit. Raises DeviceWrongError."""
+    patch, (h, w) = tower.config.patch_size, PROOF_GRID
+    pixels = np.arange(h * w * patch**2 * 3) * 7 // 5 % 256
+    picture = [pixels.astype(np.uint8).reshape(h * patch, w * patch, 3)]
+    if not np.array_equal(device.encode(tower, picture)[0], vision.encode(tower, picture)[0]):
+        raise DeviceWrongError(
+            f"{device.name} encodes pictures to other values than the CPU, so it encodes none; please report this with the "
+            "output of `kimi-lite doctor`"
+        )

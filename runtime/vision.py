@@ -76,7 +76,7 @@ class Norm:
 
     def __call__(self, x_PW: Float) -> Float:
         """Normalised rows, padded with zeros to whole groups."""
-        out_PX = np.empty((len(x_PW), _padded(x_PW.shape[1])), np.float32)
+        out_PX = np.empty((len(x_PW), padded(x_PW.shape[1])), np.float32)
         _kernels.layer_norm(x_PW, self.weight, self.bias, LN_EPS, out_PX)
         return out_PX
 
@@ -106,6 +106,10 @@ class VisionWeights:
     pre_norm: Norm
     linear_1: Linear
     linear_2: Linear
+
+
+# What `encode` does, wherever it is done.
+Run = Callable[[VisionWeights, Sequence[NDArray[np.uint8]], Progress | None], list[Float]]
 
 
 def open_vision(side: Path | GgufFile, *, packed: bool = True) -> VisionWeights:
@@ -140,6 +144,14 @@ def open_vision(side: Path | GgufFile, *, packed: bool = True) -> VisionWeights:
     )
 
 
+def tower_facts(side: Path | GgufFile) -> tuple[VisionConfig, ImageConfig, int]:
+    """Sizes of the tower, what its processor needs, and the width of the rows that it gives; from the header alone.
+
+    Raises ModelFileError.
+    """
+    return _Reader(_opened(side)).facts()
+
+
 def _opened(side: Path | GgufFile) -> GgufFile:
     return side if isinstance(side, GgufFile) else GgufFile(side)
 
@@ -165,7 +177,7 @@ class _Reader(Tensors):
         self.pack = pack
 
     def facts(self) -> tuple[VisionConfig, ImageConfig, int]:
-        """Sizes of the tower, what its processor needs, and the width of the rows that it gives; the header alone."""
+        """As `tower_facts` gives them."""
         file, path = self.file, self.file.path
         table = file.tensors.get(POSITIONS)
         config = VisionConfig.from_gguf(file.metadata, table.shape[0] if table else 0, str(path))
@@ -186,7 +198,7 @@ class _Reader(Tensors):
             layout, data = self.stored(
                 f"{names[0]}.weight", "matrix", 1, rows, columns, lambda s: matrix_bytes(s, rows, columns)
             )
-            return Linear(Matrix(layout, data, rows, _padded(columns)), bias, columns)
+            return Linear(Matrix(layout, data, rows, padded(columns)), bias, columns)
         pieces = self.pieces([f"{name}.weight" for name in names], each, columns)
         if not self.pack:
             return _in_floats(np.concatenate(list(pieces)), bias)
@@ -196,7 +208,7 @@ class _Reader(Tensors):
             size = matrix_bytes(LAYOUT, *piece.shape)
             _kernels.pack_q8(piece, data[at : at + size])
             at += size
-        return Linear(Matrix(LAYOUT, data, rows, _padded(columns)), bias, columns)
+        return Linear(Matrix(LAYOUT, data, rows, padded(columns)), bias, columns)
 
     def pieces(self, names: Sequence[str], rows: int, columns: int) -> Iterator[Float]:
         """The rows of equal matrices one after the other, float32, in pieces of whole row blocks."""
@@ -216,7 +228,7 @@ class _Reader(Tensors):
 
 
 def _in_floats(weight_OI: Float, bias: Float) -> Linear:
-    whole = np.zeros((len(weight_OI), _padded(weight_OI.shape[1])), np.float32)
+    whole = np.zeros((len(weight_OI), padded(weight_OI.shape[1])), np.float32)
     whole[:, : weight_OI.shape[1]] = weight_OI
     return Linear(Matrix("F32", whole.view(np.uint8).reshape(-1), *whole.shape), bias, weight_OI.shape[1])
 
@@ -239,12 +251,12 @@ def packed_form(weights: VisionWeights) -> Iterator[tuple[str, Float | Linear]]:
         yield f"{name}.bias", part.bias
 
 
-def _padded(width: int) -> int:
+def padded(width: int) -> int:
     return -(-width // GROUP) * GROUP
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
     """Consecutive rows of one picture."""
 
     picture: int
@@ -261,7 +273,7 @@ def encode(
     W, H = c.hidden_size, c.n_heads
     grids = [(pixels.shape[0] // c.patch_size, pixels.shape[1] // c.patch_size) for pixels in canvases]
     sizes = [h * w for h, w in grids]
-    calls = list(_calls(sizes))
+    calls = list(calls_of(sizes, ROWS))
     ends = np.cumsum(sizes).tolist()
     spans = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
     x_PW = np.empty((ends[-1], W), np.float32)
@@ -280,7 +292,7 @@ def encode(
                 stores[piece.picture].place(piece.first, own, block.qkv.bias, cos_PK, sin_PK)
         for call in calls:
             rows = slice(call[0].start, call[-1].stop)
-            o_PX = np.empty((rows.stop - rows.start, _padded(W)), np.float32)
+            o_PX = np.empty((rows.stop - rows.start, padded(W)), np.float32)
             for piece in call:
                 stores[piece.picture].attend(
                     piece.first, o_PX[piece.start - rows.start : piece.stop - rows.start]
@@ -294,17 +306,17 @@ def encode(
     return [_project(weights, x_PW[span], grid) for span, grid in zip(spans, grids, strict=True)]
 
 
-def _calls(sizes: Sequence[int]) -> Iterator[list[_Piece]]:
-    """Pieces of pictures, small ones gathered up to ROWS rows that are worked on together."""
-    call: list[_Piece] = []
+def calls_of(sizes: Sequence[int], most: int) -> Iterator[list[Piece]]:
+    """Pieces of pictures, small ones gathered up to `most` rows, whole blocks of keys, that are worked on together."""
+    call: list[Piece] = []
     start = 0
     for picture, size in enumerate(sizes):
-        for first in range(0, size, ROWS):
-            n = min(ROWS, size - first)
-            if call and start + n - call[0].start > ROWS:
+        for first in range(0, size, most):
+            n = min(most, size - first)
+            if call and start + n - call[0].start > most:
                 yield call
                 call = []
-            call.append(_Piece(picture, first, start, start + n))
+            call.append(Piece(picture, first, start, start + n))
             start += n
     yield call
 
@@ -324,7 +336,7 @@ def _embed(weights: VisionWeights, pixels: NDArray[np.uint8], grid: tuple[int, i
 
 def _gelu(layer: Linear, x_TX: Float, *, exact: bool) -> Float:
     y_TF = layer(x_TX)
-    out_TX = np.empty((len(y_TF), _padded(y_TF.shape[1])), np.float32)
+    out_TX = np.empty((len(y_TF), padded(y_TF.shape[1])), np.float32)
     _kernels.gelu(y_TF, layer.bias, exact, out_TX)
     return out_TX
 
@@ -349,7 +361,7 @@ def _project(weights: VisionWeights, x_PW: Float, grid: tuple[int, int]) -> Floa
 
 
 def _pad(x_TI: Float) -> Float:
-    extra = _padded(x_TI.shape[1]) - x_TI.shape[1]
+    extra = padded(x_TI.shape[1]) - x_TI.shape[1]
     return np.pad(x_TI, ((0, 0), (0, extra))) if extra else x_TI
 
 
@@ -395,16 +407,21 @@ class ImageEncoder:
     """Pictures to embedding rows, through the cache; the weights are read when the first picture is new."""
 
     def __init__(
-        self, side: Path | GgufFile, text_width: int, cache: ImageCache, max_tokens: int | None = None
+        self,
+        side: Path | GgufFile,
+        text_width: int,
+        cache: ImageCache,
+        max_tokens: int | None = None,
+        run: Run | None = None,
     ) -> None:
         """`side` is an mmproj file or holds one; of its tensors nothing is read. `max_tokens` caps the tokens of one
-        picture below the published limit.
+        picture below the published limit. `run` is `encode`, or does the same elsewhere.
 
         Raises:
             ModelFileError: the file is missing, damaged, or belongs to another model.
         """
         self.file = _opened(side)
-        _, self.image, found = _Reader(self.file).facts()
+        _, self.image, found = tower_facts(self.file)
         if found != text_width:
             raise ModelFileError(
                 f"{self.file.path}: gives rows of {found} values, but the text model takes {text_width}; "
@@ -413,6 +430,7 @@ class ImageEncoder:
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"{max_tokens} image tokens were asked for; give at least 1")
         self.cache, self.max_tokens, self.text_width = cache, max_tokens, text_width
+        self.run = run or encode
         self.n_encoded = 0  # pictures that no cache knew
         self._weights: VisionWeights | None = None
 
@@ -455,7 +473,7 @@ class ImageEncoder:
             share = sum(new[key].size for key in batch) / total
             report = _part(on_progress, done / total, share)
             for key, rows_MD in zip(
-                batch, encode(self._weights, [new[k] for k in batch], report), strict=True
+                batch, self.run(self._weights, [new[k] for k in batch], report), strict=True
             ):
                 found[key] = rounded = _rounded(rows_MD)
                 self.cache.put(key, rounded)

@@ -1,6 +1,6 @@
 // Numbers: what every kernel shares, in the order of sums that docs/kernels.md fixes.
 //
-// The four files arithmetic, products, attention and experts are one program, in that order. They include nothing and
+// The five files arithmetic, products, attention, experts and vision are one program, in that order. They include nothing and
 // are compiled without contraction, flushing or approximate division, so that each float operation below is the CPU
 // engine's, and its bits are the result's. The tests compile them as plain C++ as well (tests/cuda/shim.h).
 //

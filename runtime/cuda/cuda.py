@@ -8,7 +8,7 @@ on the CPU, two a layer. Dense products by PyTorch (dense.py) are queued between
 nothing is captured, because what PyTorch allocates and waits for does not belong into a graph of ours.
 
 The kernels are in arithmetic.cu, products.cu, attention.cu and experts.cu; docs/gpu-kernels.md has the map. Nothing here
-computes.
+computes. Pictures go through tower.py, between steps and on memory of their own.
 
 Dimension key:  T tokens   D hidden   H heads   N, R, C, V no-rope, rope, latent and value width   E experts   A active
                 F expert width   S cached positions
@@ -28,9 +28,11 @@ from kimi_lite.runtime.cuda import halves
 from kimi_lite.runtime.cuda.dense_products import Torch, TorchProducts
 from kimi_lite.runtime.cuda.device import MOST_TOKENS, DeviceMemoryError, Routed
 from kimi_lite.runtime.cuda.driver import Card
-from kimi_lite.runtime.cuda.halves import ALIGNED, Buffers, Place, Workspace, shape_of
+from kimi_lite.runtime.cuda.halves import Buffers, Place, Workspace, shape_of
 from kimi_lite.runtime.cuda.program import Cache, Matrix, Mlps
+from kimi_lite.runtime.cuda.tower import Tower
 from kimi_lite.runtime.kernels import Float
+from kimi_lite.runtime.vision import Progress, VisionWeights
 from kimi_lite.runtime.weights import Layer, Weights
 
 FORMS = {"q4g32": 0, "q8g32": 1}  # as in products.cu
@@ -57,6 +59,7 @@ class CudaDevice:
         self._dense = dict[int | None, TorchProducts]()  # by layer; the head's for None
         self._queue = list[tuple[str, int]]()
         self._graphs = dict[tuple[tuple[str, int], ...], ctypes.c_void_p]()
+        self._tower: Tower | None = None
         self._T = 0
         self._host_busy = False  # the card may still read what lies in pinned memory
         self._waited = False  # the CPU waits for this step's routing
@@ -202,10 +205,7 @@ class CudaDevice:
 
     def _place(self, parts: dict[str, NDArray[Any]], what: str) -> dict[str, int]:
         """Upload arrays into one piece of memory, so that there are all or none; their addresses by name."""
-        offsets, total = dict[str, int](), 0
-        for name, part in parts.items():
-            offsets[name] = total
-            total += -(-part.nbytes // ALIGNED) * ALIGNED
+        offsets, total = halves.laid_out({name: part.nbytes for name, part in parts.items()})
         base = self._card.allocate(total, what)
         at = {name: base + offset for name, offset in offsets.items()}
         for name, part in parts.items():
@@ -297,6 +297,28 @@ class CudaDevice:
         self._card.download(x_TD, self._workspace.at["x"])
         self._synchronize()
         return x_TD
+
+    # ---- pictures
+
+    def keep_tower(self, weights: VisionWeights) -> None:
+        """Upload an image tower, for good. Raises DeviceMemoryError or, for layouts without a kernel, UsageError."""
+        self._tower_of(weights).load()
+
+    def encode(
+        self,
+        weights: VisionWeights,
+        canvases: Sequence[NDArray[np.uint8]],
+        on_progress: Progress | None = None,
+    ) -> list[Float]:
+        """Embedding rows [M, D] of pictures, as `vision.encode` gives them. Raises as `keep_tower` does."""
+        return self._tower_of(weights).encode(canvases, on_progress)
+
+    def _tower_of(self, weights: VisionWeights) -> Tower:
+        if self._tower is None or self._tower.weights is not weights:
+            if self._tower is not None:
+                self._tower.unload()
+            self._tower = Tower(self._card, weights)
+        return self._tower
 
     @property
     def _workspace(self) -> Workspace:

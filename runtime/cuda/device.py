@@ -1,4 +1,4 @@
-"""What the engine asks of an accelerator: memory, a stream of work in order, and the halves of a layer.
+"""What the engine asks of an accelerator: memory, a stream of work in order, the halves of a layer, and pictures.
 
 `CudaDevice` keeps this contract on a card, `SimulatedDevice` on CPU threads with the timing of a card. Scheduling,
 placement and what happens on bad days know this page only. Products, norms and sums follow the order of
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kimi_lite.errors import DoesNotFitError, KimiLiteError, UsageError
 from kimi_lite.runtime.kernels import Float
+from kimi_lite.runtime.vision import Progress, VisionWeights
 from kimi_lite.runtime.weights import Layer, Weights
 
 
@@ -100,6 +101,21 @@ class Device(Protocol):
 
         `name` is q, kv_a, o, gate, up, down, or head; `silu` is the step between: silu of the first half of each row
         times the second. For the proof: the card must give here what it computes in a step of as many tokens.
+        """
+
+    def keep_tower(self, weights: VisionWeights) -> None:
+        """Upload an image tower, for good. Raises DeviceMemoryError; the tower then is not there."""
+
+    def encode(
+        self,
+        weights: VisionWeights,
+        canvases: Sequence[NDArray[np.uint8]],
+        on_progress: Progress | None = None,
+    ) -> list[Float]:
+        """What `vision.encode` gives, bit for bit. A tower that is not kept passes through, part by part.
+
+        All memory that it takes is given back. Raises DeviceMemoryError, and UsageError for a tower that the device's
+        kernels do not run.
         """
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ Dimension key:  T tokens   D hidden   H heads   N, R, C, V no-rope, rope, latent
                 A active   F expert width   S cached positions   X C + R, padded to whole groups
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -159,10 +159,16 @@ class Buffers:
         }
         sizes = {name: n * K + 8 * n * (K // GROUP) for name, (n, K) in self.rows.items()}
         sizes |= {name: 4 * n for name, n in self.words.items()}
-        self.offsets, self.n_bytes = dict[str, int](), 0
-        for name, size in sizes.items():
-            self.offsets[name] = self.n_bytes
-            self.n_bytes += _whole(size, ALIGNED)
+        self.offsets, self.n_bytes = laid_out(sizes)
+
+
+def laid_out(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Offsets of aligned pieces of memory, one after the other, and their size in all."""
+    offsets, total = dict[str, int](), 0
+    for name, size in sizes.items():
+        offsets[name] = total
+        total += _whole(size, ALIGNED)
+    return offsets, total
 
 
 class Workspace:
@@ -176,7 +182,7 @@ class Workspace:
             buffers.n_bytes, f"working memory for a context of {buffers.context} tokens"
         )
         self.at = {name: self.base + offset for name, offset in buffers.offsets.items()}
-        self.rows = {name: _rows_at(self.at[name], n, K) for name, (n, K) in buffers.rows.items()}
+        self.rows = {name: rows_at(self.at[name], n, K) for name, (n, K) in buffers.rows.items()}
         host, first = card.pinned(4 * sum(buffers.shared_with_host.values())), 0
         self.host = dict[str, NDArray[np.uint8]]()
         for name, n in buffers.shared_with_host.items():
@@ -192,7 +198,7 @@ class Workspace:
 
     def as_rows(self, name: str, n: int, K: int) -> Rows:
         """A buffer that is large enough, seen as n rows of K channels."""
-        return _rows_at(self.at[name], n, K)
+        return rows_at(self.at[name], n, K)
 
 
 def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
@@ -364,7 +370,7 @@ def _hidden(s: Shape, w: Workspace) -> tuple[Rows, Rows]:
     return w.as_rows("hidden", MOST_TOKENS * s.A, s.F), w.as_rows("shared_hidden", MOST_TOKENS, s.shared_F)
 
 
-def _rows_at(address: int, n: int, K: int) -> Rows:
+def rows_at(address: int, n: int, K: int) -> Rows:
     """n rows of K channels: values, then scales, then sums."""
     return Rows(address, address + n * K, address + n * K + 4 * n * (K // GROUP), K // GROUP)
 

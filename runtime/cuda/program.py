@@ -1,6 +1,6 @@
 """The device program: its source, what its kernels take, and the compiled form, made once for a card and then kept.
 
-The four `.cu` files are one program, compiled by NVRTC on the user's machine: no nvcc, no C compiler, no toolkit. NVRTC
+The five `.cu` files are one program, compiled by NVRTC on the user's machine: no nvcc, no C compiler, no toolkit. NVRTC
 is looked for where pip puts it (`nvidia-cuda-nvrtc`, which PyTorch brings as well) and then where the system has it.
 Compiling takes some seconds, so the result is kept in the user's cache directory under a name made of the source, the
 card's compute capability and the compiler's version. An entry is written aside and renamed, carries its own SHA-256,
@@ -27,7 +27,7 @@ from typing import Any
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.runtime.directories import cache_directory
 
-FILES = ("arithmetic.cu", "products.cu", "attention.cu", "experts.cu")  # in the order of reading
+FILES = ("arithmetic.cu", "products.cu", "attention.cu", "experts.cu", "vision.cu")  # in the order of reading
 # The CPU engine's bits: no contraction, IEEE division and roots, subnormal numbers kept.
 OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
 OLDEST = 75  # compute capability times ten of Turing; the program is compiled for this and newer
@@ -87,11 +87,29 @@ class Mlps(ctypes.Structure):
     )
 
 
+class Patches(ctypes.Structure):
+    """One picture's queries, keys and values on the card: N patches, H heads of K channels."""
+
+    _fields_ = (
+        ("q", ctypes.c_uint64),
+        ("k", ctypes.c_uint64),
+        ("v", ctypes.c_uint64),
+        ("q_scale", ctypes.c_uint64),
+        ("k_scale", ctypes.c_uint64),
+        ("v_scale", ctypes.c_uint64),
+        ("N", ctypes.c_int),
+        ("H", ctypes.c_int),
+        ("K", ctypes.c_int),
+        ("Np", ctypes.c_int),
+        ("Kp", ctypes.c_int),
+    )
+
+
 _BY_VALUE: dict[str, Any] = {
     "int": ctypes.c_int,
     "float": ctypes.c_float,
     "u64": ctypes.c_uint64,
-    **{struct.__name__: struct for struct in (Matrix, Rows, Cache, Mlps)},
+    **{struct.__name__: struct for struct in (Matrix, Rows, Cache, Mlps, Patches)},
 }
 
 

@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_lite.runtime import dense, kernels
-from kimi_lite.runtime.cost import LayerSize, Sizes, layer_size, sizes_of
+from kimi_lite.runtime import dense, kernels, vision
+from kimi_lite.runtime.cost import LayerSize, Sizes, encode_s, layer_size, sizes_of
 from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError, Routed
+from kimi_lite.runtime.cuda.tower import TowerShape, parts_of, room_for
 from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.placement import gb
 from kimi_lite.runtime.speeds import ASSUMED, Speeds
+from kimi_lite.runtime.vision import Progress, VisionWeights
 from kimi_lite.runtime.weights import Layer, Weights
 
 
@@ -71,6 +73,7 @@ class SimulatedDevice:
         self._layers: dict[int, _Loaded] = {}
         self._ends: tuple[Weights, Sizes] | None = None
         self._products: dict[int | None, dict[str, Callable[[Float], Float]]] = {}  # of dense.py's layouts
+        self._tower: VisionWeights | None = None
         self._card_s = self._cpu_s = 0.0
         self._x_TD = self._cos_TR = self._sin_TR = np.empty((0, 0), np.float32)
         self._start = 0
@@ -183,9 +186,38 @@ class SimulatedDevice:
     def run_dense(self, index: int | None, name: str, x_TI: Float) -> Float:
         return self._products[index][name](x_TI)
 
+    def keep_tower(self, weights: VisionWeights) -> None:
+        shape = TowerShape.of(weights.config, weights.text_width)
+        parts_of(weights)
+        self._take(shape.bytes, "the image tower")
+        self._tower = weights
+        self._queue(sum(map(self.speeds.crossing_s, shape.part_bytes)))
+
+    def encode(
+        self,
+        weights: VisionWeights,
+        canvases: Sequence[NDArray[np.uint8]],
+        on_progress: Progress | None = None,
+    ) -> list[Float]:
+        parts_of(weights)
+        shape, resident = TowerShape.of(weights.config, weights.text_width), self._tower is weights
+        sizes = [pixels.size // (3 * weights.config.patch_size**2) for pixels in canvases]
+        room = room_for(shape, sizes, resident=resident)
+        self._take(room, f"encoding pictures of {sum(sizes)} patches")
+        try:
+            up, *parts, down = encode_s(shape, self.speeds, sizes, resident=resident)
+            self._cpu_s += up
+            for part in parts:
+                self._queue(part)
+            out = vision.encode(weights, canvases, on_progress)
+            self._wait(down)
+        finally:
+            self._used -= room
+        return out
+
     def close(self) -> None:
         self._layers.clear()
-        self._ends, self._used = None, 0
+        self._ends, self._tower, self._used = None, None, 0
 
     def _take(self, n_bytes: int, what: str) -> None:
         if n_bytes > (free := self.free_bytes()):

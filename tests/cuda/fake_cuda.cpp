@@ -16,6 +16,7 @@
 #include "products.cu"
 #include "attention.cu"
 #include "experts.cu"
+#include "vision.cu"
 // clang-format on
 
 namespace {
@@ -41,7 +42,10 @@ const Function kFunctions[] = {
     ENTRY(scores_8),     ENTRY(scores_32),    ENTRY(softmax),      ENTRY(weigh_8),
     ENTRY(weigh_32),     ENTRY(finish),       ENTRY(route),        ENTRY(choose),
     ENTRY(combine),      ENTRY(gate_up_1),    ENTRY(gate_up_8),    ENTRY(gate_up_32),
-    ENTRY(down_jobs_8),  ENTRY(down_jobs_32), ENTRY(down)};
+    ENTRY(down_jobs_8),  ENTRY(down_jobs_32), ENTRY(down),
+    // The image tower's.
+    ENTRY(embed_patches), ENTRY(layer_norm), ENTRY(quantize_rows), ENTRY(gelu_rows), ENTRY(add_bias), ENTRY(place_patches),
+    ENTRY(attend_patches_5), ENTRY(attend_patches_8)};
 
 using Graph = std::vector<Work>;
 Graph stream, captured;

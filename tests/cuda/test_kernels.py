@@ -1,10 +1,10 @@
 """Single kernels, run thread by thread on the CPU, against the CPU engine and against formulas in numpy: equal bits."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
+from card_memory import empty_rows, fetched, get, int8_rows, put
 from fake_driver import FakeDriver
 from numpy.typing import NDArray
 from random_matrix import packed
@@ -26,44 +26,6 @@ def card(fake: FakeDriver) -> Iterator[Card]:
     yield card
     card.close()
     assert fake.used() == 0
-
-
-def put(card: Card, array: NDArray[Any]) -> int:
-    at = card.allocate(array.nbytes, "a test")
-    card.upload(at, array)
-    card.synchronize()
-    return at
-
-
-def get(card: Card, at: int, shape: tuple[int, ...], dtype: Any = np.float32) -> NDArray[Any]:
-    out = np.empty(shape, dtype)
-    card.download(out, at)
-    card.synchronize()
-    return out
-
-
-def empty_rows(card: Card, n: int, K: int) -> Rows:
-    at = card.allocate(n * K + n * K // 4, "a test")
-    return Rows(at, at + n * K, at + n * K + n * K // 8, K // 32)
-
-
-def int8_rows(x_XK: F32) -> tuple[NDArray[np.int8], F32, NDArray[np.int32]]:
-    """Quantized rows by their definition: values, scales, and -8 times the sums."""
-    grouped_XG32 = x_XK.reshape(len(x_XK), -1, 32)
-    most_XG = np.abs(grouped_XG32).max(-1)
-    with np.errstate(divide="ignore"):
-        inverse_XG = np.where(most_XG > 0, np.float32(127) / most_XG, np.float32(0))
-    q_XG32 = np.rint(grouped_XG32 * inverse_XG[..., None])
-    return q_XG32.astype(np.int8), most_XG / np.float32(127), -8 * q_XG32.astype(np.int32).sum(-1)
-
-
-def fetched(card: Card, rows: Rows, n: int) -> tuple[NDArray[np.int8], F32, NDArray[np.int32]]:
-    G = rows.groups
-    return (
-        get(card, rows.q, (n, G, 32), np.int8),
-        get(card, rows.scale, (n, G)),
-        get(card, rows.sum, (n, G), np.int32),
-    )
 
 
 def uploaded(card: Card, m: kernels.Matrix) -> Matrix:

@@ -13,10 +13,14 @@ from kimi_lite.errors import KimiLiteWarning, UsageError
 from kimi_lite.quantize.convert import quantize
 from kimi_lite.runtime.cost import sizes_of
 from kimi_lite.runtime.cuda.cuda import CudaDevice
+from kimi_lite.runtime.cuda.tower import TowerShape
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
+from kimi_lite.runtime.image_cache import ImageCache
 from kimi_lite.runtime.model import CpuModel
 from kimi_lite.runtime.placement import MARGIN
+from kimi_lite.runtime.reference.pictures import scene
+from kimi_lite.runtime.vision import EncodedImage, ImageEncoder, tower_facts
 from kimi_lite.runtime.weights import open_weights
 
 CONTEXT = 100
@@ -78,6 +82,29 @@ def test_a_file_that_no_gpu_kernel_reads_runs_on_the_cpu_or_says_what_to_do(
         Engine(path, context=CONTEXT, vram=1 << 26)
     with pytest.warns(KimiLiteWarning, match=rf"the CPU runs, because the card cannot: .*{says}"):
         assert isinstance(Engine(path, context=CONTEXT, vram=None).model, CpuModel)
+
+
+def seen_by(engine: Engine) -> EncodedImage:
+    """A picture, encoded where the engine encodes."""
+    assert engine.image_side is not None
+    see = ImageEncoder(engine.image_side, engine.config.hidden_size, ImageCache(None), run=engine.encode)
+    return see.encode([scene("red", "circle", 1, (3, 3), np.random.default_rng(0))[0]])[0]
+
+
+def test_a_picture_is_encoded_on_the_card_and_answered_about_with_the_bits_of_the_cpu(
+    card: FakeDriver,
+) -> None:
+    engine, cpu = Engine(nano_path(), context=CONTEXT, vram=1 << 29), Engine(nano_path(), context=CONTEXT)
+    before, launched = card.used(), card.calls("cuLaunchKernel")
+    ours, theirs = seen_by(engine), seen_by(cpu)
+    assert card.calls("cuLaunchKernel") > launched
+    assert ours.rows_MD.tobytes() == theirs.rows_MD.tobytes()
+    config, _, D = tower_facts(nano_path())
+    assert card.used() == before + TowerShape.of(config, D).bytes  # there was room for it to stay
+    prompt = [1, *[engine.pad_id] * ours.n_tokens, 2, 3]
+    assert np.array_equal(engine.prefill(prompt, pictures=[ours]), cpu.prefill(prompt, pictures=[theirs]))
+    del engine
+    gc.collect()
     assert card.used() == 0
 
 

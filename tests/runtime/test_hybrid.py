@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import kimi_lite
 from kimi_lite.api import nano_path
 from kimi_lite.errors import DoesNotFitError, KimiLiteError, KimiLiteWarning, UsageError
-from kimi_lite.runtime.cost import sizes_of
+from kimi_lite.runtime.cost import encode_s, sizes_of
 from kimi_lite.runtime.cuda import find
 from kimi_lite.runtime.cuda.device import (
     Device,
@@ -29,13 +30,16 @@ from kimi_lite.runtime.cuda.device import (
     NoDeviceError,
 )
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
+from kimi_lite.runtime.cuda.tower import TowerShape
 from kimi_lite.runtime.engine import Engine
-from kimi_lite.runtime.hybrid import PROOF, HybridModel
+from kimi_lite.runtime.hybrid import PROOF, PROOF_GRID, HybridModel, longest
+from kimi_lite.runtime.image_cache import ImageCache
 from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.model import CpuModel
-from kimi_lite.runtime.placement import MARGIN
+from kimi_lite.runtime.placement import MARGIN, plan_tower
 from kimi_lite.runtime.reference.pictures import scene
 from kimi_lite.runtime.sampling import SamplingOptions
+from kimi_lite.runtime.vision import ImageEncoder, Progress, VisionWeights, open_vision, tower_facts
 from kimi_lite.runtime.weights import Weights, open_weights
 
 GREEDY = SamplingOptions()
@@ -46,6 +50,8 @@ QUESTIONS = ("What is 38 + 47?", 'Reverse "planet".')
 
 # Pieces of work of the two steps by which a card proves itself: 4 layers of 4, and the head.
 PROVEN = len(PROOF) * (4 * 4 + 1)
+# And of a tower that is uploaded, proves itself and encodes: 5 blocks between the patch projection and the projector.
+ENCODED = 1 + 2 * (5 + 2)
 
 
 @pytest.fixture(autouse=True)
@@ -111,10 +117,12 @@ def test_logits_have_the_same_bits_wherever_experts_lie(weights: Weights, n_expe
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("n_experts", [0, 10, 24])
 def test_a_conversation_with_a_picture_says_the_same(
-    weights: Weights, n_experts: int, tmp_path: Path
+    weights: Weights, n_experts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disc = tmp_path / "disc.png"
     scene("red", "circle", 1, (3, 3), np.random.default_rng(0))[0].save(disc)
+
+    monkeypatch.setenv("KIMI_LITE_IMAGE_CACHE", "off")  # each encodes for itself
 
     def talk(vram: int) -> list[Any]:
         model = kimi_lite.load(context=CONTEXT, vram=vram)
@@ -125,7 +133,9 @@ def test_a_conversation_with_a_picture_says_the_same(
             said += [(e.kind, e.text, e.reason, e.stats and e.stats.reused) for e in events]
         return said
 
-    ours, theirs = talk(cap_for(weights, n_experts)), talk(0)
+    with pytest.warns(KimiLiteWarning, match="but .* are left; the CPU encodes what does not fit"):
+        ours = talk(cap_for(weights, n_experts))
+    theirs = talk(0)
     assert ours == theirs
     assert theirs[-1][3] > 50  # the turns before were not computed again
 
@@ -231,10 +241,156 @@ def test_a_card_that_fails_after_a_picture_reads_the_picture_again(
     scene("blue", "circle", 1, (3, 3), np.random.default_rng(1))[0].save(disc)
     expected = kimi_lite.load(context=CONTEXT, vram=0).ask("What colour is it?", images=[disc])
     # A step is 4 layers of 4 pieces and the head; the picture and the question are one step, so this is in the second.
-    simulated(monkeypatch, lambda: SimulatedDevice(CARD, lost_after=PROVEN + 25))
-    model = kimi_lite.load(context=CONTEXT, vram=cap_for(weights, 9))
+    simulated(monkeypatch, lambda: SimulatedDevice(CARD, lost_after=PROVEN + ENCODED + 25))
+    monkeypatch.setenv("KIMI_LITE_IMAGE_CACHE", "off")
+    model = kimi_lite.load(context=CONTEXT, vram=CARD)
     with pytest.warns(KimiLiteWarning, match="the CPU goes on"):
         assert model.ask("What colour is it?", images=[disc]).text == expected.text
+
+
+# Pictures
+
+
+def disc(seed: int = 0) -> Image.Image:
+    return scene("red", "circle", 1, (3, 3), np.random.default_rng(seed))[0]
+
+
+def encoder(engine: Engine) -> ImageEncoder:
+    """What loading a model makes of its file's image side, without a cache on disk."""
+    assert engine.image_side is not None
+    return ImageEncoder(engine.image_side, engine.config.hidden_size, ImageCache(None), run=engine.encode)
+
+
+def rows_of(vram: int, pictures: list[Image.Image]) -> tuple[Engine, list[bytes]]:
+    engine = Engine(nano_path(), context=CONTEXT, vram=vram)
+    return engine, [seen.rows_MD.tobytes() for seen in encoder(engine).encode(pictures)]
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, capacity: int = CARD, **arguments: int) -> SimulatedDevice:
+    """The card that is found, and that keeps what it was asked to encode in `sizes`."""
+
+    class Watched(SimulatedDevice):
+        sizes: list[list[int]]
+
+        def encode(
+            self, weights: VisionWeights, canvases: Any, on_progress: Progress | None = None
+        ) -> list[Float]:
+            self.sizes.append([pixels.size // (3 * 14**2) for pixels in canvases])
+            return super().encode(weights, canvases, on_progress)
+
+    card = Watched(capacity, **arguments)
+    card.sizes = []
+    simulated(monkeypatch, lambda: card)
+    return card
+
+
+PROOF_PATCHES = PROOF_GRID[0] * PROOF_GRID[1]
+
+
+def test_a_tower_with_room_stays_on_the_card_and_proves_itself_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = watched(monkeypatch)
+    engine = Engine(nano_path(), context=CONTEXT, vram=CARD)
+    assert isinstance(engine.model, HybridModel)
+    see, before = encoder(engine), card.free_bytes()
+    cpu = rows_of(0, [disc(), disc(1)])[1]
+    for seed in (0, 1):
+        (seen,) = see.encode([disc(seed)])
+        assert seen.rows_MD.tobytes() == cpu[seed]
+    assert card.sizes[0] == [PROOF_PATCHES]  # type: ignore[attr-defined]
+    assert len(card.sizes) == 3  # type: ignore[attr-defined]
+    config, _, D = tower_facts(nano_path())
+    assert before - card.free_bytes() == TowerShape.of(config, D).bytes  # and nothing beside it
+    engine.model.close()
+    assert card.free_bytes() == CARD
+
+
+def test_a_tower_without_room_passes_through_what_is_left(
+    weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, image, D = tower_facts(nano_path())
+    shape = TowerShape.of(config, D)
+    # As if the margin were so large that a picture fits into it, but neither a tower nor the longest picture.
+    monkeypatch.setattr("kimi_lite.runtime.placement.MARGIN", 0.4)
+    sizes = sizes_of(weights)
+    least = sizes.fixed_bytes + sizes.cache_bytes(CONTEXT) + sizes.workspace_bytes(CONTEXT)
+    cap = round(least / 0.6) + 10
+    card = watched(monkeypatch)
+    engine = Engine(nano_path(), context=CONTEXT, vram=cap)
+    assert isinstance(engine.model, HybridModel)
+    plan = plan_tower(shape, engine.model.plan.left_bytes, longest(image.token_limit))
+    assert not plan.resident
+    assert PROOF_PATCHES < plan.most_patches < 3000
+    before = card.free_bytes()
+    found = [seen.rows_MD.tobytes() for seen in encoder(engine).encode([disc()])]
+    assert found == rows_of(0, [disc()])[1]
+    assert card.sizes  # type: ignore[attr-defined]
+    assert card.free_bytes() == before  # all that it took came back
+    with pytest.raises(DeviceMemoryError, match=r"patches takes .* are left"):
+        engine.model._make_room(open_vision(nano_path()), [plan.most_patches + 1])
+
+
+def test_a_picture_without_room_is_the_cpus_and_that_is_said_once(
+    weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = watched(monkeypatch)
+    engine = Engine(nano_path(), context=CONTEXT, vram=cap_for(weights, 3))
+    see = encoder(engine)
+    with pytest.warns(
+        KimiLiteWarning, match=r"patches takes \d.* MB, but \d.* left; the CPU encodes what does"
+    ) as said:
+        found = [see.encode([disc(seed)])[0].rows_MD.tobytes() for seed in (0, 1)]
+    assert len(said) == 1
+    assert found == rows_of(0, [disc(), disc(1)])[1]
+    assert card.sizes == []  # type: ignore[attr-defined]
+    assert isinstance(engine.model, HybridModel)  # the text stays where it was
+
+
+@pytest.mark.parametrize("after", [1, 4, 8, 12])
+def test_a_card_that_fails_while_it_encodes_costs_a_warning(
+    monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    watched(monkeypatch, lost_after=PROVEN + after)
+    with pytest.warns(KimiLiteWarning, match="does not answer any more; the CPU goes on$"):
+        engine, found = rows_of(CARD, [disc()])
+    assert found == rows_of(0, [disc()])[1]
+    assert isinstance(engine.model, CpuModel)
+    ids = prompt(1, 20)
+    assert np.array_equal(engine.append(ids), Engine(nano_path(), context=CONTEXT).append(ids))
+
+
+def test_a_tower_that_gives_other_rows_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(SimulatedDevice):
+        def encode(
+            self, weights: VisionWeights, canvases: Any, on_progress: Progress | None = None
+        ) -> list[Float]:
+            out = super().encode(weights, canvases, on_progress)
+            out[0][-1, 3] += 1e-6
+            return out
+
+    simulated(monkeypatch, lambda: Wrong(CARD))
+    with pytest.warns(KimiLiteWarning, match=r"other values than the CPU.*; the CPU encodes pictures"):
+        engine, found = rows_of(CARD, [disc()])
+    found += [encoder(engine).encode([disc(1)])[0].rows_MD.tobytes()]  # a second warning would be an error
+    assert found == rows_of(0, [disc(), disc(1)])[1]
+    assert isinstance(engine.model, HybridModel)
+
+
+def test_encoding_moves_the_clock_as_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimulatedDevice(CARD)
+    weights = open_vision(nano_path())
+    config, _, D = tower_facts(nano_path())
+    pixels = [np.zeros((14 * 10, 14 * 12, 3), np.uint8)]
+    predicted = sum(encode_s(TowerShape.of(config, D), card.speeds, [120], resident=False))
+    card.encode(weights, pixels)
+    assert card.clock_s == pytest.approx(predicted)
+    card.keep_tower(weights)
+    before = card.clock_s
+    card.encode(weights, pixels)
+    assert (
+        0
+        < card.clock_s - before
+        < predicted + sum(map(card.speeds.crossing_s, TowerShape.of(config, D).part_bytes))
+    )
 
 
 def test_memory_taken_between_plan_and_load_is_planned_around_once(

@@ -158,7 +158,7 @@ def test_a_picture_gives_the_same_bits_in_any_company_on_any_machine(folder: Pat
 
 def test_calls_cover_all_rows_once_and_begin_at_whole_blocks() -> None:
     sizes = [2000, 4, 16, 480, 600, 4]
-    calls = list(vision._calls(sizes))
+    calls = list(vision.calls_of(sizes, vision.ROWS))
     pieces = [piece for call in calls for piece in call]
     assert [p.start for p in pieces] == [0, *[p.stop for p in pieces[:-1]]]
     assert pieces[-1].stop == sum(sizes)
