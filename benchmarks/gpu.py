@@ -252,11 +252,12 @@ class Bench:
 
     def prefill_by_eights(self, engine: Engine, clock: Callable[[], float]) -> float:
         """The same with no step that is long enough for tiles."""
-        many, halves.MANY = halves.MANY, MOST_TOKENS + 1
+        settings = vars(halves)
+        many, settings["MANY"] = settings["MANY"], MOST_TOKENS + 1
         try:
             return self.prefill(engine, clock)
         finally:
-            halves.MANY = many
+            settings["MANY"] = many
 
     def encode(self, row: Row, model: HybridModel, clock: Callable[[], float]) -> None:
         """The picture on the card, if it has room there; the first time may upload the tower."""

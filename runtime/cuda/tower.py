@@ -150,7 +150,7 @@ Part = Mapping[str, Norm | Linear]
 
 def parts_of(weights: VisionWeights) -> list[Part]:
     """The parts of a tower, in the order of their use. Raises UsageError for one that no GPU kernel runs."""
-    last = {
+    last: Part = {
         "final": weights.final_norm,
         "pre": weights.pre_norm,
         "linear_1": weights.linear_1,
