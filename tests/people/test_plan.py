@@ -219,7 +219,7 @@ def test_a_chat_survives_its_card(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     question = "What is 38 + 47?"
-    monkeypatch.setattr("kimi_lite.runtime.hybrid.find_device", lambda: SimulatedDevice(10**9, lost_after=60))
+    monkeypatch.setattr("kimi_lite.runtime.hybrid.find_device", lambda: SimulatedDevice(10**9, lost_after=90))
     model = kimi_lite.load(context=500, vram="1G")
     assert isinstance(model.engine, Engine)
     assert isinstance(model.engine.model, HybridModel)
