@@ -61,9 +61,9 @@ from kimi_lite.runtime.weights import open_weights
 RESULTS = Path(__file__).parent / "results"
 SPARE = 64  # positions beyond a depth
 PATCHES = 4096  # of the picture
-# By arithmetic: 1.8 trillion products of 8 bits, four an instruction, and 1.1 of 16 bits, one an instruction. A card of the
+# By arithmetic: 1.7 trillion products of 8 bits, four an instruction, and 1.1 of 16 bits, one an instruction. A card of the
 # smaller kind (28 multiprocessors at 1.8 GHz, 64 of either a clock) takes 0.5 s at its peak, 1.2 s at 40 %; eight cores that
-# reach 600 GMAC/s, as two of a server's reached 215, take 4.8 s.
+# reach 600 GMAC/s, as two of a server's reached 215, take 4.7 s.
 ENCODE_FASTER = 4
 LLAMA_SPARE = 600_000_000  # what llama.cpp takes beside weights and cache
 
