@@ -80,6 +80,29 @@ def test_assumed_speeds_change_the_prediction() -> None:
         assert tok_per_s(prefill, **{name: 1}) < tok_per_s(prefill) / 2, name
 
 
+@pytest.mark.parametrize(
+    ("vram", "says", "where"),
+    [
+        (8_000_000_000, r"encoded on the card, where the image tower \(3\.31 MB\) stays", "the card"),
+        (
+            16_000_000,
+            r"encoded on the card; the image tower \(3\.31 MB\) passes through the .* left$",
+            "the card",
+        ),
+        (
+            10_500_000,
+            r"up to \d+ patches, .* passing through the .* left; larger ones on the CPU$",
+            "the CPU",
+        ),
+        (7_600_000, r"encoded on the CPU: .* are left on the card, and the smallest takes .* MB$", "the CPU"),
+    ],
+)
+def test_where_pictures_are_encoded_and_why(vram: int, says: str, where: str) -> None:
+    report = list(plan_report(nano_path(), vram=vram, context=500, speeds=Speeds(), measure=False))
+    assert re.search(says, next(line for line in report if line.startswith("pictures")))
+    assert re.fullmatch(rf"  a picture of 1024 patches +[\d.e-]+ s, on {where}", report[-1])
+
+
 def test_a_simulated_card_is_planned_for_and_not_measured() -> None:
     done = command("plan", str(nano_path()), "--context", "500", "--measure", device="simulated:7M,7.6M")
     assert done.returncode == 0, done.stderr
@@ -210,9 +233,11 @@ def test_bench_says_where_it_ran() -> None:
 def test_doctor_has_one_line_about_the_card() -> None:
     here = command("doctor", device="simulated:8G").stdout
     assert "graphics  a simulated card of 8.00 GB, 8.00 GB free; in use unless --vram 0" in here
-    without = command("doctor").stdout
-    assert "graphics  not in use: CUDA_VISIBLE_DEVICES is ''" in without
-    assert "gpu-dense bitsandbytes is here for --gpu-dense, whose products differ from the CPU's" in without
+    assert "pictures  on the card as far as its memory has room, else on the same kernels" in here
+    there = command("doctor").stdout
+    assert "graphics  not in use: CUDA_VISIBLE_DEVICES is ''" in there
+    assert "pictures  on the same kernels" in there
+    assert "gpu-dense bitsandbytes is here for --gpu-dense, whose products differ from the CPU's" in there
 
 
 def test_a_chat_survives_its_card(

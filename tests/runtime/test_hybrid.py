@@ -266,20 +266,23 @@ def rows_of(vram: int, pictures: list[Image.Image]) -> tuple[Engine, list[bytes]
     return engine, [seen.rows_MD.tobytes() for seen in encoder(engine).encode(pictures)]
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, capacity: int = CARD, **arguments: Any) -> SimulatedDevice:
-    """The card that is found, and that keeps what it was asked to encode in `sizes`."""
+class Watched(SimulatedDevice):
+    """A card that keeps how many patches it was asked to encode, call by call."""
 
-    class Watched(SimulatedDevice):
-        sizes: list[list[int]]
+    def __init__(self, lost_after: int | None = None) -> None:
+        super().__init__(CARD, lost_after=lost_after)
+        self.sizes = list[list[int]]()
 
-        def encode(
-            self, weights: VisionWeights, canvases: Any, on_progress: Progress | None = None
-        ) -> list[Float]:
-            self.sizes.append([pixels.size // (3 * 14**2) for pixels in canvases])
-            return super().encode(weights, canvases, on_progress)
+    def encode(
+        self, weights: VisionWeights, canvases: Any, on_progress: Progress | None = None
+    ) -> list[Float]:
+        self.sizes.append([pixels.size // (3 * 14**2) for pixels in canvases])
+        return super().encode(weights, canvases, on_progress)
 
-    card = Watched(capacity, **arguments)
-    card.sizes = []
+
+def watched(monkeypatch: pytest.MonkeyPatch, lost_after: int | None = None) -> Watched:
+    """The card that is found."""
+    card = Watched(lost_after)
     simulated(monkeypatch, lambda: card)
     return card
 
@@ -296,8 +299,8 @@ def test_a_tower_with_room_stays_on_the_card_and_proves_itself_once(monkeypatch:
     for seed in (0, 1):
         (seen,) = see.encode([disc(seed)])
         assert seen.rows_MD.tobytes() == cpu[seed]
-    assert card.sizes[0] == [PROOF_PATCHES]  # type: ignore[attr-defined]
-    assert len(card.sizes) == 3  # type: ignore[attr-defined]
+    assert card.sizes[0] == [PROOF_PATCHES]
+    assert len(card.sizes) == 3
     config, _, D = tower_facts(nano_path())
     assert before - card.free_bytes() == TowerShape.of(config, D).bytes  # and nothing beside it
     engine.model.close()
@@ -323,7 +326,7 @@ def test_a_tower_without_room_passes_through_what_is_left(
     before = card.free_bytes()
     found = [seen.rows_MD.tobytes() for seen in encoder(engine).encode([disc()])]
     assert found == rows_of(0, [disc()])[1]
-    assert card.sizes  # type: ignore[attr-defined]
+    assert card.sizes
     assert card.free_bytes() == before  # all that it took came back
     with pytest.raises(DeviceMemoryError, match=r"patches takes .* are left"):
         engine.model._make_room(open_vision(nano_path()), [plan.most_patches + 1])
@@ -341,7 +344,7 @@ def test_a_picture_without_room_is_the_cpus_and_that_is_said_once(
         found = [see.encode([disc(seed)])[0].rows_MD.tobytes() for seed in (0, 1)]
     assert len(said) == 1
     assert found == rows_of(0, [disc(), disc(1)])[1]
-    assert card.sizes == []  # type: ignore[attr-defined]
+    assert card.sizes == []
     assert isinstance(engine.model, HybridModel)  # the text stays where it was
 
 
@@ -349,7 +352,7 @@ def test_a_picture_without_room_is_the_cpus_and_that_is_said_once(
 def test_a_card_that_fails_while_it_encodes_costs_a_warning(
     monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    watched(monkeypatch, lost_after=PROVEN + after)
+    watched(monkeypatch, PROVEN + after)
     with pytest.warns(KimiLiteWarning, match="does not answer any more; the CPU goes on$"):
         engine, found = rows_of(CARD, [disc()])
     assert found == rows_of(0, [disc()])[1]
