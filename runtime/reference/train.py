@@ -45,9 +45,9 @@ TEXT_BATCH, TEXT_POOL = 32, 768  # a pool is sorted by length and cut into batch
 PICTURE_BATCH, TOWER_BATCH = 64, 128
 # First text and shapes; then the tower alone learns what lies over each slot of a patch (which character, and the how
 # manyeth; the how manyeth shape), in short steps; then all together.
-TOWER_FROM, READING_FROM = 900, 3100
+TOWER_FROM, READING_FROM = 900, 5400
 TOWER_RATE = (
-    1.5  # learning rate at the start of the tower's own phase, as a multiple; a tenth of it at the end
+    2.0  # learning rate at the start of the tower's own phase, as a multiple; a tenth of it at the end
 )
 HINT_SHARE = 0.3  # of the tower's task in the loss of the last phase
 N_CODES, N_PLACES = 128, 9
