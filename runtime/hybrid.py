@@ -149,21 +149,21 @@ class HybridModel:
             UsageError: the tower has matrices of a layout that the card's kernels do not run.
             DeviceLostError: the card failed.
         """
-        self._make_room(tower, [pixels.size // (3 * tower.config.patch_size**2) for pixels in canvases])
+        shape, limit = TowerShape.of(tower.config, tower.text_width), tower.image.token_limit
+        sizes = [pixels.size // (3 * tower.config.patch_size**2) for pixels in canvases]
+        self._check_room(tower, shape, sizes)
         if prove and self._proved is not tower:
+            self._check_room(tower, shape, [PROOF_GRID[0] * PROOF_GRID[1]])
             _prove_tower(self.device, tower)
             self._proved = tower
-        return self.device.encode(tower, canvases, on_progress)
-
-    def _make_room(self, tower: VisionWeights, sizes: Sequence[int]) -> None:
-        """Keep the tower on the card if its longest picture fits beside it. Raises DeviceMemoryError without any room."""
-        shape = TowerShape.of(tower.config, tower.text_width)
-        if (
-            self._kept is not tower
-            and plan_tower(shape, self.left(), longest(tower.image.token_limit)).resident
-        ):
+        if self._kept is not tower and plan_tower(shape, self.left(), longest(limit)).resident:
             self.device.keep_tower(tower)
             self._kept = tower
+            self._check_room(tower, shape, sizes)  # many small ones round up to more than one long one
+        return self.device.encode(tower, canvases, on_progress)
+
+    def _check_room(self, tower: VisionWeights, shape: TowerShape, sizes: Sequence[int]) -> None:
+        """Raises DeviceMemoryError if pictures of so many patches take more than is left."""
         needed = room_for(shape, sizes, resident=self._kept is tower)
         if needed > (left := self.left()):
             raise DeviceMemoryError(

@@ -329,7 +329,7 @@ def test_a_tower_without_room_passes_through_what_is_left(
     assert card.sizes
     assert card.free_bytes() == before  # all that it took came back
     with pytest.raises(DeviceMemoryError, match=r"patches takes .* are left"):
-        engine.model._make_room(open_vision(nano_path()), [plan.most_patches + 1])
+        engine.model._check_room(open_vision(nano_path()), shape, [plan.most_patches + 1])
 
 
 def test_a_picture_without_room_is_the_cpus_and_that_is_said_once(
