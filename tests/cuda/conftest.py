@@ -1,5 +1,6 @@
 """The driver without a card, built once for all tests here, and a machine of one's choice around it."""
 
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,7 +36,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> FakeDriver:
 
 @pytest.fixture
 def fake(built: FakeDriver, compiled_once: None) -> Iterator[FakeDriver]:
-    """An ordinary machine with one card."""
+    """An ordinary machine with one card, on which no engine of an earlier test holds memory any more."""
+    gc.collect()
     built.machine()
     built.order(backwards=False)
     yield built
