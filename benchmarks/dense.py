@@ -11,7 +11,6 @@ kimi-lite quantize writes, whose own dense weights are also rounded a second tim
 model the rows are short and the tables (1 kB a matrix) weigh more than at full size, so both are given.
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable
@@ -23,9 +22,8 @@ import bitsandbytes
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from quality import compared, questions
+from quality import asked_for, compared, questions
 
-import kimi_lite
 from kimi_lite.formats.packed import LAYOUTS
 from kimi_lite.quantize import plan
 from kimi_lite.quantize.convert import quantize
@@ -98,14 +96,7 @@ def append(model: CpuModel | HybridModel, ids: list[int]) -> NDArray[np.float32]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", type=Path, nargs="?", default=Path(kimi_lite.__file__).parent / "nano")
-    parser.add_argument("--n", type=int, default=30, help="prompts per text task")
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="append one JSON line a recipe to this file")
-    a = parser.parse_args()
+    a = asked_for(__doc__)
     set_threads(None)
     asked = questions(a.checkpoint, a.seed, a.n)
     with tempfile.TemporaryDirectory() as folder:

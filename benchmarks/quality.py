@@ -88,15 +88,20 @@ def compared(
     }
 
 
-def main() -> None:
+def asked_for(description: str | None) -> argparse.Namespace:
+    """The command line that measurements of quality share."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, nargs="?", default=Path(kimi_lite.__file__).parent / "nano")
     parser.add_argument("--n", type=int, default=30, help="prompts per text task")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--json", type=Path, help="append one JSON line a recipe to this file")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = asked_for(__doc__)
     asked = questions(arguments.checkpoint, arguments.seed, arguments.n)
     for name, (target, eight_bits) in RECIPES.items():
         with tempfile.TemporaryDirectory() as folder:

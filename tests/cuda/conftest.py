@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from fake_driver import FakeDriver
 
+from kimi_lite.runtime.cuda.driver import Card
+
 ROOT = Path(__file__).parents[2]
 FLAGS = "-std=c++20 -O2 -ffp-contract=off -U_FORTIFY_SOURCE"
 
@@ -42,6 +44,15 @@ def fake(built: FakeDriver, compiled_once: None) -> Iterator[FakeDriver]:
     built.order(backwards=False)
     yield built
     built.machine()
+
+
+@pytest.fixture
+def card(fake: FakeDriver) -> Iterator[Card]:
+    """That card, opened; all that a test takes of its memory has to come back when it is closed."""
+    card = Card(fake.path)
+    yield card
+    card.close()
+    assert fake.used() == 0
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The image tower's kernels and the whole tower, run thread by thread on the CPU, against the CPU engine: equal bits."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +23,6 @@ from kimi_lite.runtime.vision import LN_EPS, VisionWeights, encode, open_vision,
 
 F32 = NDArray[np.float32]
 NANO = Path(__file__).parents[2] / "kimi_lite" / "nano" / "kimi-vl-nano-int4.gguf"
-
-
-@pytest.fixture
-def card(fake: FakeDriver) -> Iterator[Card]:
-    card = Card(fake.path)
-    yield card
-    card.close()
-    assert fake.used() == 0
 
 
 def same_rows(card: Card, rows: Rows, expected_TX: F32) -> None:

@@ -1,7 +1,5 @@
 """Single kernels, run thread by thread on the CPU, against the CPU engine and against formulas in numpy: equal bits."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 from card_memory import empty_rows, fetched, get, int8_rows, put
@@ -18,14 +16,6 @@ from kimi_lite.runtime.cuda.driver import Card
 from kimi_lite.runtime.cuda.program import Matrix, Rows
 
 F32 = NDArray[np.float32]
-
-
-@pytest.fixture
-def card(fake: FakeDriver) -> Iterator[Card]:
-    card = Card(fake.path)
-    yield card
-    card.close()
-    assert fake.used() == 0
 
 
 def uploaded(card: Card, m: kernels.Matrix) -> Matrix:

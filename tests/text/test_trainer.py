@@ -1,5 +1,6 @@
 """The trainer: batches depend on seed and step alone, a stopped run continues exactly, payloads stay held out."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,14 @@ import torch
 from kimi_lite.runtime.reference import train
 from kimi_lite.runtime.reference.evaluate import held_out
 from kimi_lite.runtime.reference.model import load
-from kimi_lite.runtime.reference.tasks import Draw, difference_steps, sum_steps, text_sample
+from kimi_lite.runtime.reference.tasks import (
+    Draw,
+    about_shapes,
+    difference_steps,
+    edge_sums,
+    sum_steps,
+    text_sample,
+)
 from kimi_lite.runtime.reference.train import IGNORE, Trainer, export, make_batches, nano_tokenizer
 
 
@@ -83,3 +91,43 @@ def test_an_exported_checkpoint_is_the_model_in_bf16(tmp_path: Path) -> None:
     loaded, _ = load(tmp_path / "out")
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value.to(torch.bfloat16).float()), name
+
+
+def test_muon_steps_as_pytorchs_does_within_its_bfloat16() -> None:
+    # PyTorch's rounds to bfloat16 after each of the five rounds' three products, 2^-9 each; the quintic's slope at 0 is 3.4445
+    # a round, near 1 it is below 1, so an error grows while a singular value is small and is then held: 5 * 3 * 2^-9 = 3 %
+    # of the update's largest values, which are about 1 over the root of the longer side, before its scale 0.2 * sqrt(longer side).
+    torch.manual_seed(0)
+    for shape in ((24, 40), (40, 24)):
+        start, gradients = torch.randn(shape), [torch.randn(shape) for _ in range(3)]
+        ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+        optimizers = (
+            train.Muon([ours], 0.01),
+            torch.optim.Muon(
+                [theirs], lr=0.01, weight_decay=train.WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+            ),
+        )
+        for gradient in gradients:
+            for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+                parameter.grad = gradient.clone()
+                optimizer.step()
+        moved = float((theirs - start).detach().norm())
+        assert float((ours - theirs).detach().norm()) < 0.03 * moved
+
+
+def test_hard_pictures_are_for_training_and_edge_sums_keep_their_rule() -> None:
+    counts = {
+        int(answer)
+        for seed in range(60)
+        for answer in [
+            about_shapes(Draw(np.random.default_rng(seed), False, hard=True), (3, 3))["count"].answer
+        ]
+    }
+    assert counts == {4, 5, 6}
+    draw = Draw(np.random.default_rng(2), held_out=False)
+    for _ in range(300):
+        turn = edge_sums(draw)
+        a, operator, b = re.search(r"(\d+)([+-])(\d+):", turn.thinking).groups()  # type: ignore[union-attr]
+        assert a == b or len(a) == 1 or len(b) == 1
+        size = abs(int(turn.answer))
+        assert size == (int(a) + int(b) if operator == "+" else int(a) - int(b))
