@@ -30,7 +30,7 @@ from kimi_lite.runtime.cuda.device import (
     NoDeviceError,
 )
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
-from kimi_lite.runtime.cuda.tower import TowerShape
+from kimi_lite.runtime.cuda.tower import TowerShape, room_for
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import PROOF, PROOF_GRID, HybridModel, longest
 from kimi_lite.runtime.image_cache import ImageCache
@@ -330,6 +330,31 @@ def test_a_tower_without_room_passes_through_what_is_left(
     assert card.free_bytes() == before  # all that it took came back
     with pytest.raises(DeviceMemoryError, match=r"patches takes .* are left"):
         engine.model._check_room(open_vision(nano_path()), shape, [plan.most_patches + 1])
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_room_is_looked_for_before_the_proof_and_again_beside_a_kept_tower(
+    monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    card = watched(monkeypatch)
+    engine = Engine(nano_path(), context=CONTEXT, vram=CARD)
+    model = engine.model
+    assert isinstance(model, HybridModel)
+    tower = open_vision(nano_path())
+    shape, most = TowerShape.of(tower.config, tower.text_width), longest(tower.image.token_limit)
+    squares = 1
+    room = room_for(shape, [4], resident=False)  # for the picture, but not for the one of the proof
+    if kept:  # for a tower and its longest picture, but not for many small ones, whose rows round up to more
+        room = shape.bytes + room_for(shape, [most], resident=True)
+        squares = next(
+            n for n in range(1, most) if shape.bytes + room_for(shape, [4] * n, resident=True) > room
+        )
+        assert room_for(shape, [4] * squares, resident=False) <= room
+    monkeypatch.setattr(model, "left", lambda: room - (shape.bytes if model._kept else 0))
+    canvas = np.zeros((28, 28, 3), np.uint8)
+    with pytest.raises(DeviceMemoryError, match=r"patches takes .* are left"):
+        model.encode(tower, [canvas] * squares)
+    assert card.sizes == ([[PROOF_PATCHES]] if kept else [])
 
 
 def test_a_picture_without_room_is_the_cpus_and_that_is_said_once(
