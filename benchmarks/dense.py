@@ -85,10 +85,14 @@ def model_of(weights: Weights) -> CpuModel | HybridModel:
     if weights.head.layout not in dense.LAYOUTS:
         return CpuModel(weights, CONTEXT)
     device = SimulatedDevice(1 << 33)
-    sizes = sizes_of(weights)
-    return HybridModel(
-        weights, device, make_plan(sizes, device=device.name, free=device.free_bytes(), context=CONTEXT)
+    plan = make_plan(
+        sizes_of(weights),
+        device=device.name,
+        free=device.free_bytes(),
+        context=CONTEXT,
+        speeds=device.speeds(),
     )
+    return HybridModel(weights, device, plan)
 
 
 def append(model: CpuModel | HybridModel, ids: list[int]) -> NDArray[np.float32]:

@@ -48,13 +48,13 @@ from kimi_lite.plan import measure_cpu
 from kimi_lite.runtime import dense, kernels
 from kimi_lite.runtime.cost import sizes_of
 from kimi_lite.runtime.cuda import halves
-from kimi_lite.runtime.cuda.device import MOST_TOKENS, DeviceMemoryError, DeviceWrongError
+from kimi_lite.runtime.cuda.device import MOST_STREAMED, MOST_TOKENS, DeviceMemoryError, DeviceWrongError
 from kimi_lite.runtime.cuda.find import find_device
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
 from kimi_lite.runtime.kernels import Float
-from kimi_lite.runtime.placement import MARGIN, gb, parse_size, predict
+from kimi_lite.runtime.placement import MARGIN, gb, parse_size, predict, predict_prompt
 from kimi_lite.runtime.speeds import ASSUMED, Speeds
 from kimi_lite.runtime.vision import VisionWeights, encode, open_vision
 from kimi_lite.runtime.weights import open_weights
@@ -108,9 +108,8 @@ class Bench:
     def find_speeds(self, device: object) -> tuple[Speeds, bool]:
         """Bandwidths, and whether the card's are its own."""
         if isinstance(device, SimulatedDevice):
-            return device.speeds, True
-        cpu_gb_s, cpu_gmac_s = measure_cpu(self.weights)
-        speeds = replace(ASSUMED, cpu_gb_s=cpu_gb_s, cpu_gmac_s=cpu_gmac_s)
+            return device.speeds(), True
+        speeds = measure_cpu(self.weights, ASSUMED)
         found = card_bandwidths()
         card_gb_s, pcie_gb_s = self.a.card_read or found[0], self.a.pcie or found[1]
         if card_gb_s and pcie_gb_s:
@@ -162,15 +161,21 @@ class Bench:
         clock = self.clock(model)
         if depth == self.a.depths[0]:
             row.bits = bits(engine, self.a.prompt, self.a.tokens)
-            row.prefill = self.prefill(engine, clock)
+            row.prefill = self.prefill(engine, clock, self.a.prompt)
             row.predicted_prefill = self.predicted_prefill(model)
+            if (stream_from := model.plan.stream_from) is not None:
+                n = min(stream_from * 3 // 2, context - 1)
+                row.stream_from, row.streamed = stream_from, self.prefill(engine, clock, n)
+                model.plan = replace(model.plan, stream_from=None)
+                row.not_streamed = self.prefill(engine, clock, n)
+                model.plan = replace(model.plan, stream_from=stream_from)
             if row.whole:
                 row.prefill_by_eights = self.prefill_by_eights(engine, clock)
             self.encode(row, model, clock)
         engine.rewind(0)
         before, ids = time.monotonic(), random_tokens(engine, depth)
-        for start in range(0, depth, MOST_TOKENS):
-            engine.append(ids[start : start + MOST_TOKENS])
+        for start in range(0, depth, MOST_STREAMED):
+            engine.append(ids[start : start + MOST_STREAMED])
             if depth != self.a.depths[0] and self.left() < 0:
                 model.close()
                 row.why_not = f"the time was up after {len(engine.tokens)} tokens"
@@ -199,21 +204,21 @@ class Bench:
         device = model.device
         return (lambda: device.clock_s) if isinstance(device, SimulatedDevice) else time.perf_counter
 
-    def prefill(self, engine: Engine, clock: Callable[[], float]) -> float:
+    def prefill(self, engine: Engine, clock: Callable[[], float], n: int) -> float:
         seconds = []
         for _ in range(3):
             engine.rewind(0)
             start = clock()
-            engine.append(random_tokens(engine, self.a.prompt))
+            engine.append(random_tokens(engine, n))
             seconds.append(clock() - start)
-        return round(float(self.a.prompt / statistics.median(seconds)), 2)
+        return round(float(n / statistics.median(seconds)), 2)
 
     def prefill_by_eights(self, engine: Engine, clock: Callable[[], float]) -> float:
         """The same with no step that is long enough for tiles."""
         settings = vars(halves)
         many, settings["MANY"] = settings["MANY"], MOST_TOKENS + 1
         try:
-            return self.prefill(engine, clock)
+            return self.prefill(engine, clock, self.a.prompt)
         finally:
             settings["MANY"] = many
 
@@ -232,10 +237,7 @@ class Bench:
         row.encode_bits = np.array_equal(rows_MD, self.picture.rows_MD)
 
     def predicted_prefill(self, model: HybridModel) -> float:
-        starts = range(0, self.a.prompt, MOST_TOKENS)
-        steps = [(start, min(MOST_TOKENS, self.a.prompt - start)) for start in starts]
-        seconds = sum(predict(model.plan, self.speeds, T=T, start=start).seconds for start, T in steps)
-        return round(float(self.a.prompt / seconds), 2)
+        return round(float(self.a.prompt / predict_prompt(model.plan, self.speeds, self.a.prompt)), 2)
 
     def decode(self, engine: Engine, clock: Callable[[], float]) -> float:
         """The mean over all tokens, as whoever waits for an answer has it."""

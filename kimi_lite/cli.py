@@ -432,6 +432,9 @@ def plan(
     hand_off: Annotated[
         float, typer.Option(help="Microseconds until the other side, CPU or card, knows.")
     ] = ASSUMED.hand_off_us,
+    copy: Annotated[
+        float, typer.Option(help="GB/s at which one thread copies experts that are streamed to the card.")
+    ] = ASSUMED.copy_gb_s,
 ) -> None:
     """Say what would go on a card, why, and how fast that should be.
 
@@ -443,7 +446,7 @@ def plan(
     from kimi_lite.runtime.speeds import Speeds
 
     kernels.set_threads(threads)
-    speeds = Speeds(cpu_read, cpu_products, card_read, card_products, pcie, launch, hand_off)
+    speeds = Speeds(cpu_read, cpu_products, card_read, card_products, pcie, launch, hand_off, copy)
     if model is None:
         print(REAL_MODEL, file=sys.stderr)
     lines = plan_report(

@@ -2,7 +2,8 @@
 
 A card that is here is asked for its free memory and given back. Without one, `--vram` assumes a card of that size, and
 every line that depends on it says so: a prediction is no measurement, and an assumed bandwidth is nobody's card. What can
-be measured is measured if asked: the CPU's part on real layers for half a second, and the whole where it runs here.
+be measured is measured if asked: the CPU's part on real layers for half a second, the way to a card that is here, and the
+whole where it runs here. The plan is made from what was measured.
 """
 
 import time
@@ -12,18 +13,20 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kimi_lite.api import mmproj_beside
 from kimi_lite.bench import decode_speed, prefill_speed, warm_up
 from kimi_lite.errors import KimiLiteError
 from kimi_lite.runtime import dense, kernels
 from kimi_lite.runtime.cost import encode_cpu_s, encode_s, sizes_of
-from kimi_lite.runtime.cuda.device import MOST_TOKENS
+from kimi_lite.runtime.cuda.device import MOST_STREAMED, MOST_TOKENS
 from kimi_lite.runtime.cuda.find import find_device
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.cuda.tower import TowerShape, room_for
 from kimi_lite.runtime.engine import Engine, choose_context
 from kimi_lite.runtime.hybrid import longest
+from kimi_lite.runtime.kernels import Mlp
 from kimi_lite.runtime.placement import (
     Plan,
     StepTime,
@@ -41,6 +44,7 @@ from kimi_lite.runtime.vision import tower_facts
 from kimi_lite.runtime.weights import Weights, open_weights
 
 MEASURE_S = 0.25  # for each of two: one token, and many
+COPY_S = 0.05
 DECODED = 32
 PATCHES = 4096  # of the picture whose time is predicted, if the model takes one as large
 
@@ -54,7 +58,7 @@ def plan_report(
     measure: bool,
     gpu_dense: str | None = None,
 ) -> Iterator[str]:
-    """Lines for people. `speeds` are assumed, but for what `measure` finds out about the CPU.
+    """Lines for people. `speeds` are assumed, but for what `measure` finds out about the CPU, and PCIe if a card is here.
 
     Raises:
         ModelFileError, UsageError: as loading the file raises them.
@@ -68,13 +72,18 @@ def plan_report(
         f"{path.name}: {len(sizes.layers)} layers, {gb(sizes.fixed_bytes)} that every token reads, "
         f"{sum(layer.n_experts for layer in sizes.layers)} routed experts of {gb(sizes.routed_bytes)} in all"
     )
-    assumed, measured = True, ""
+    assumed, measured, all_assumed = True, "", "all assumed"
     plan, why_cpu = None, "--vram 0 asks for it"
+    if measure:
+        speeds, measured = measure_cpu(weights, speeds), f"; measured on {kernels.threads()} threads here"
     if vram != 0:
         name, free = None, vram
         try:
             device = find_device()
             name, free, assumed = device.name, device.free_bytes(), isinstance(device, SimulatedDevice)
+            if measure and not assumed:
+                speeds = replace(speeds, pcie_gb_s=device.speeds().pcie_gb_s)
+                all_assumed = "all assumed but PCIe, which was measured"
             device.close()
         except KimiLiteError as error:
             why_cpu = str(error)
@@ -85,15 +94,12 @@ def plan_report(
                 device=name or f"an assumed card of {gb(free)}",
                 free=free,
                 context=context,
+                speeds=speeds,
                 cap=vram,
                 usage=load_usage(weights, default_directory()),
             )
             if gpu_dense:
                 yield f"          dense weights in {gpu_dense} by bitsandbytes; predicted as if our kernels read so many bytes"
-    if measure:
-        gb_s, gmac_s = measure_cpu(weights)
-        speeds = replace(speeds, cpu_gb_s=gb_s, cpu_gmac_s=gmac_s)
-        measured = f"; measured on {kernels.threads()} threads here"
     if plan is None:
         yield f"card      none is used: {why_cpu}"
         if vram is None:
@@ -105,16 +111,22 @@ def plan_report(
     pictures = plan_tower(tower, plan.left_bytes, longest(limit)) if plan and tower else None
     if tower and pictures:
         yield _pictures_line(tower, pictures, limit)
-    yield f"speeds    CPU {speeds.cpu_gb_s:.3g} GB/s, {speeds.cpu_gmac_s:.3g} GMAC/s{measured or '; assumed'}"
+    yield (
+        f"speeds    CPU {speeds.cpu_gb_s:.3g} GB/s, {speeds.cpu_gmac_s:.3g} GMAC/s, copies of one thread "
+        f"{speeds.copy_gb_s:.3g} GB/s{measured or '; assumed'}"
+    )
     if plan is not None:
         yield (
-            f"          card {speeds.card_gb_s:g} GB/s, {speeds.card_gmac_s:g} GMAC/s, PCIe {speeds.pcie_gb_s:g} GB/s, "
-            f"{speeds.launch_us:g} µs a kernel, {speeds.hand_off_us:g} µs a hand-off; all assumed"
+            f"          card {speeds.card_gb_s:g} GB/s, {speeds.card_gmac_s:g} GMAC/s, PCIe {speeds.pcie_gb_s:.3g} GB/s, "
+            f"{speeds.launch_us:g} µs a kernel, {speeds.hand_off_us:g} µs a hand-off; {all_assumed}"
         )
     mark = "" if plan is None else " for an assumed card" if assumed else " with the card's speeds assumed"
     yield f"predicted{mark}, not measured:"
     deep = context - MOST_TOKENS
-    for T, start in ((1, 0), (1, deep), (MOST_TOKENS, 0)) if deep > 0 else ((1, 0),):
+    steps = [(1, 0), (1, deep), (MOST_TOKENS, 0)] if deep > 0 else [(1, 0)]
+    if plan is not None and plan.streams(context) and context > MOST_TOKENS:
+        steps.append((plan.step(context), 0))
+    for T, start in steps:
         step = (
             predict_cpu(sizes, speeds, T=T, start=start)
             if plan is None
@@ -136,8 +148,8 @@ def plan_report(
         yield "measured  nothing of the card: it is not here"
 
 
-def measure_cpu(weights: Weights) -> tuple[float, float]:
-    """What the CPU does with routed experts of real layers: GB/s for one token, GMAC/s for many.
+def measure_cpu(weights: Weights, speeds: Speeds) -> Speeds:
+    """Speeds with those of the CPU measured on routed experts of real layers, for one token, for many, and for copies.
 
     Every call takes other experts, in turn through all layers, so that they come from memory as in decoding.
     """
@@ -159,7 +171,27 @@ def measure_cpu(weights: Weights) -> tuple[float, float]:
                 work += size.n_active * (size.expert_bytes if T == 1 else T * size.expert_macs)
             i += 1
         found.append(work / spent / 1e9)
-    return found[0], found[1]
+    copied, spent, i = 0, 0.0, 0
+    pinned = np.empty(max(size.expert_bytes for size in sizes), np.uint8)
+    while spent < COPY_S or i < 2:
+        for source in _stored(layers[i % len(layers)].routed):
+            start = time.perf_counter()
+            n = min(pinned.size, source.size)
+            pinned[:n] = source[:n]
+            if i:  # the first one finds the buffer's pages
+                spent += time.perf_counter() - start
+                copied += n
+        i += 1
+    return replace(speeds, cpu_gb_s=found[0], cpu_gmac_s=found[1], copy_gb_s=copied / spent / 1e9)
+
+
+def _stored(mlp: Mlp | None) -> list[NDArray[np.uint8]]:
+    """An MLP's bytes as they lie."""
+    assert mlp is not None
+    if mlp.matrices is not None:
+        return [matrix.data for matrix in mlp.matrices]
+    assert mlp.data is not None
+    return [mlp.data]
 
 
 def _card_line(name: str | None, free: int, vram: int | None, why_not: str) -> str:
@@ -175,6 +207,8 @@ def _places(plan: Plan) -> Iterator[str]:
     yield f"on it     {gb(sizes.fixed_bytes):>9}  attention, norms, routers, shared experts, head: every token reads them"
     yield f"          {gb(plan.cache_bytes):>9}  the cache of {plan.context} tokens"
     yield f"          {gb(plan.reserve_bytes):>9}  activations, and a margin"
+    if plan.stream_from is not None:
+        yield f"          {gb(plan.stream_bytes):>9}  two buffers for experts on their way, and activations of longer steps"
     share = f"{gb(plan.experts_bytes):>9}  {plan.n_resident} of {plan.n_experts} routed experts"
     if plan.whole:
         yield f"          {share}: all"
@@ -190,6 +224,13 @@ def _places(plan: Plan) -> Iterator[str]:
         for experts, group in groupby(moe, key=lambda i: plan.resident[i]):
             yield f"          layers {ranges(list(group)):7} experts {ranges(experts) or 'none'}"
         yield f"on CPU    {gb(sizes.routed_bytes - plan.experts_bytes):>9}  the other routed experts, where they lie"
+        if plan.stream_from is None:
+            yield f"          they are not streamed to the card for prompts: {plan.why_not_streamed}"
+        else:
+            yield (
+                f"          from {plan.stream_from} tokens of a prompt on they are streamed to the card, which then takes less "
+                "time than the CPU"
+            )
     yield "          embedding rows"
 
 
@@ -224,9 +265,10 @@ def _step_line(step: StepTime, start: int, *, cpu_only: bool) -> str:
     line = f"  {what:30} {step.tok_per_s:8.1f} tok/s"
     if cpu_only:
         return line
+    on_their_way = f"experts on their way {step.streamed * 1e3:.2f} + " if step.streamed else ""
     return (
         f"{line} = {step.seconds * 1e3:.2f} ms: card {step.card * 1e3:.2f} + its experts {step.card_experts * 1e3:.2f} + "
-        f"CPU's experts {step.cpu_experts * 1e3:.2f} + hand-offs {step.hand_off * 1e3:.2f} − at the same time "
+        f"CPU's experts {step.cpu_experts * 1e3:.2f} + {on_their_way}hand-offs {step.hand_off * 1e3:.2f} − at the same time "
         f"{step.hidden * 1e3:.2f}"
     )
 
@@ -241,4 +283,6 @@ def _measured(path: Path, context: int, vram: int | None, gpu_dense: str | None)
         return
     warm_up(engine)
     yield f"  {'decoding after 0 tokens':30} {decode_speed(engine, 0, DECODED).tok_per_s:8.1f} tok/s"
-    yield f"  {f'a prompt of {n} tokens':30} {prefill_speed(engine, n).tok_per_s:8.1f} tok/s"
+    longest = min(MOST_STREAMED, context - 1)
+    for T in (n, longest) if engine.step(longest) > n else (n,):
+        yield f"  {f'a prompt of {T} tokens':30} {prefill_speed(engine, T).tok_per_s:8.1f} tok/s"

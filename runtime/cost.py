@@ -11,7 +11,8 @@ A kernel takes as long as the slower of its memory traffic and its arithmetic:
     tower    a piece of up to 1024 patches in one block                    12 launches
 
 docs/gpu-kernels.md lists the launches; the second half of the experts is the sum's. Whatever crosses between card and CPU
-costs a hand-off and its bytes over PCIe. Nothing here is measured: all speeds come from speeds.py.
+costs a hand-off and its bytes over PCIe; what is streamed, at the slower of PCIe and a copy in main memory. Nothing here is
+measured: all speeds come from speeds.py.
 
 Dimension key:  T tokens   D hidden   E routed experts   A active   C latent   R rope   H heads   V vocabulary
 """
@@ -86,6 +87,10 @@ class LayerSize:
         """From the card: normalised rows, expert ids and weights."""
         return speeds.crossing_s(4 * T * (self.D + 2 * self.n_active))
 
+    def stream_s(self, speeds: Speeds, n_experts: int) -> float:
+        """To the card: so many experts; nothing if there are none."""
+        return speeds.stream_s(n_experts * self.expert_bytes) if n_experts else 0.0
+
     def up_s(self, speeds: Speeds, n_rows: float) -> float:
         """To the card: the outputs of experts that ran on the CPU."""
         return speeds.crossing_s(4 * n_rows * self.D)
@@ -110,9 +115,14 @@ class Sizes:
     def routed_bytes(self) -> int:
         return sum(layer.n_experts * layer.expert_bytes for layer in self.layers)
 
-    def workspace_bytes(self, context: int) -> int:
-        """What the longest step takes beside weights and cache."""
-        return Buffers(self.shapes, context, self.V).n_bytes + self.torch_bytes
+    def workspace_bytes(self, context: int, *, streams: bool = False) -> int:
+        """What the longest step takes beside weights, cache and streamed experts."""
+        return Buffers(self.shapes, context, self.V, streams=streams).n_bytes + self.torch_bytes
+
+    def stream_bytes(self, resident: Sequence[Sequence[int]]) -> int:
+        """Two buffers, each for the experts that the poorest layer lacks."""
+        layers = zip(self.layers, resident, strict=True)
+        return 2 * max((layer.n_experts - len(there)) * layer.expert_bytes for layer, there in layers)
 
     def cache_bytes(self, context: int) -> int:
         return round(sum(layer.cache_bytes for layer in self.layers) * context)

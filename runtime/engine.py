@@ -70,7 +70,11 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def forward(self, ids: Sequence[int], places: Sequence[Place], on_layer: OnLayer) -> NDArray[np.float32]:
-        """One step of at most `chunk` tokens after the cached ones; the logits [V] that follow the last."""
+        """One step of as many tokens as `step` says, after the cached ones; the logits [V] that follow the last."""
+
+    def step(self, n_left: int) -> int:
+        """Tokens of the next step, of so many that are left."""
+        return min(n_left, self.chunk)
 
     def encode(
         self,
@@ -100,10 +104,10 @@ class BaseEngine(ABC):
         """
         assert ids, "nothing to append"
         pictures = pictures or [None] * len(ids)
-        logits_V = np.empty(0, np.float32)
-        for start in range(0, len(ids), self.chunk):
-            chunk = ids[start : start + self.chunk]
-            places = pictures[start : start + self.chunk]
+        logits_V, start = np.empty(0, np.float32), 0
+        while start < len(ids):
+            end = start + self.step(len(ids) - start)
+            chunk, places = ids[start:end], pictures[start:end]
 
             def on_layer(n: int, start: int = start, n_tokens: int = len(chunk)) -> None:
                 if on_progress:  # a pass takes seconds, so its layers count
@@ -112,6 +116,7 @@ class BaseEngine(ABC):
             logits_V = self.forward(chunk, places, on_layer)
             self.tokens += chunk
             self.places += places
+            start = end
         return logits_V
 
     def prefill(
@@ -240,9 +245,8 @@ class Engine(BaseEngine):
     def gpu_dense(self) -> str | None:  # type: ignore[override]
         return self.model.gpu_dense if isinstance(self.model, HybridModel) else None
 
-    @property
-    def chunk(self) -> int:  # type: ignore[override]
-        return self.model.chunk
+    def step(self, n_left: int) -> int:
+        return self.model.step(n_left)
 
     def encode(
         self,

@@ -4,6 +4,9 @@ One loop serves all placements. In each layer the card attends and routes; where
 which of them were chosen and runs them while the card runs the shared MLP and its own; the card adds all up in order of
 index. So an expert's place changes when it is done and never what comes out: a plan is a matter of speed.
 
+A long step of a prompt goes another way if the plan says so: the missing experts are streamed to the card, those of the next
+layer while this layer takes all tokens, and then forgotten. Nothing that lies on the card makes room for them.
+
 `place` finds a card, makes a plan and carries it out. Another program may take memory in between: then one more plan is
 made for what is left, and after that it is said. Because the bits are the CPU's, a card can prove itself: before it answers
 anything, a few tokens are run on both, and a card that differs is not used.
@@ -49,19 +52,14 @@ from kimi_lite.runtime.usage import default_directory, load_usage
 from kimi_lite.runtime.vision import BATCH_ROWS, Progress, VisionWeights
 from kimi_lite.runtime.weights import Weights
 
-PROOF = (
-    FEW,
-    1,
-    MANY,
-)  # tokens of the steps by which a card proves itself: between them they run every kernel
+# Tokens of the steps by which a card proves itself: between them they run every kernel. And of one for which experts come.
+PROOF, PROOF_STREAMED = (FEW, 1, MANY), FEW + 1
 PROOF_GRID = (10, 14)  # patches of the picture by which it proves its tower: more than a block of keys
 SECOND_TRY = 0.95  # of what is free when the first plan has failed: what took the memory may be growing
 
 
 class HybridModel:
     """A text model on a card as far as a plan says, and its cache there."""
-
-    chunk = MOST_TOKENS
 
     def __init__(self, weights: Weights, device: Device, plan: Plan, gpu_dense: str | None = None) -> None:
         """Upload, dense weights in the layout `gpu_dense` of dense.py, or for None as they are.
@@ -91,7 +89,7 @@ class HybridModel:
             head = dense.quantized_matrix(head, gpu_dense)
             self.uploaded[None] = {"head": head}
         device.load_ends(replace(weights, head=head))
-        device.reserve_cache(plan.context)
+        device.reserve_cache(plan.context, streams=plan.stream_from is not None)
         self._closing = weakref.finalize(self, _close, device)
 
     @property
@@ -99,8 +97,15 @@ class HybridModel:
         """Where it runs, for people."""
         p = self.plan
         rest = "" if p.whole else ", the others on the CPU"
+        streamed = (
+            "" if p.stream_from is None else f", streamed for prompts of {p.stream_from} tokens and more"
+        )
         by_others = f"; dense weights in {self.gpu_dense} by bitsandbytes" if self.gpu_dense else ""
-        return f"{p.device} with {p.n_resident} of {p.n_experts} experts{rest}{by_others}"
+        return f"{p.device} with {p.n_resident} of {p.n_experts} experts{rest}{streamed}{by_others}"
+
+    def step(self, n_left: int) -> int:
+        """Tokens of the next step, of so many that are left."""
+        return self.plan.step(n_left)
 
     def forward(
         self, ids_T: NDArray[np.int32], pictures: Spliced | None = None, on_layer: OnLayer | None = None
@@ -109,10 +114,16 @@ class HybridModel:
 
         Raises DeviceLostError or DeviceMemoryError; a card may fail.
         """
-        c, T, device = self.weights.config, len(ids_T), self.device
-        assert self.n + T <= self.plan.context, f"{T} tokens after {self.n} exceed {self.plan.context}"
-        x_TD = embedded(self.weights, ids_T, pictures)
-        device.begin(x_TD, *rope_tables(c, self.n, T), self.n)
+        way = self.stream if self.plan.streams(len(ids_T)) else self.share
+        return way(ids_T, pictures, on_layer)
+
+    def share(
+        self, ids_T: NDArray[np.int32], pictures: Spliced | None = None, on_layer: OnLayer | None = None
+    ) -> Float:
+        """A step, of at most MOST_TOKENS, whose missing experts the CPU runs."""
+        assert len(ids_T) <= MOST_TOKENS, f"{len(ids_T)} tokens in one step"
+        self._begin(ids_T, pictures)
+        device = self.device
         for index, layer in enumerate(self.weights.layers):
             device.attend(index)
             here_E = self._here[index]
@@ -124,7 +135,34 @@ class HybridModel:
             device.add_experts(index, missing_MD)
             if on_layer:
                 on_layer(index + 1)
-        logits_V = device.logits()
+        return self._end(len(ids_T))
+
+    def stream(
+        self,
+        ids_T: NDArray[np.int32],
+        pictures: Spliced | None = None,
+        on_layer: OnLayer | None = None,
+        n_layers: int | None = None,
+    ) -> Float:
+        """A step for which the missing experts are brought to the card; through the first `n_layers` only, if given."""
+        self._begin(ids_T, pictures)
+        device, n_layers = self.device, n_layers or len(self.weights.layers)
+        for index in range(n_layers):
+            if self._here[index] is not None:
+                device.bring(index)  # while the card is busy with the layers before
+            device.run_layer(index)
+            if on_layer:
+                on_layer(index + 1)
+        return self._end(len(ids_T))
+
+    def _begin(self, ids_T: NDArray[np.int32], pictures: Spliced | None) -> None:
+        T = len(ids_T)
+        assert self.n + T <= self.plan.context, f"{T} tokens after {self.n} exceed {self.plan.context}"
+        x_TD = embedded(self.weights, ids_T, pictures)
+        self.device.begin(x_TD, *rope_tables(self.weights.config, self.n, T), self.n)
+
+    def _end(self, T: int) -> Float:
+        logits_V = self.device.logits()
         self.n += T
         return logits_V
 
@@ -265,18 +303,19 @@ def _on_card(weights: Weights, context: int, vram: int | None, gpu_dense: str | 
 
 
 def _plan(weights: Weights, device: Device, context: int, vram: int | None, share: float) -> Plan:
-    """Raises DoesNotFitError, the device then being closed."""
+    """Raises DoesNotFitError, or whatever else the device says; it is closed then."""
     try:
         return make_plan(
             sizes_of(weights),
             device=device.name,
             free=int(device.free_bytes() * share),
             context=context,
+            speeds=device.speeds(),
             cap=vram,
             usage=load_usage(weights, default_directory()),
         )
-    except DoesNotFitError:
-        device.close()
+    except KimiLiteError:
+        _close(device)
         raise
 
 
@@ -291,8 +330,8 @@ def _load(weights: Weights, device: Device, plan: Plan, gpu_dense: str | None) -
 
 def _prove(model: HybridModel) -> None:
     """Hold the card against the CPU, bit for bit. Raises DeviceWrongError, the card then being closed."""
-    cpu = CpuModel(model.weights, min(sum(PROOF), model.plan.context))
-    _same_bits(model, cpu.forward)
+    context = _proof_context(model)
+    _same_bits(model, lambda weights: CpuModel(weights, context).forward)
 
 
 def _prove_dense(model: HybridModel) -> None:
@@ -300,8 +339,7 @@ def _prove_dense(model: HybridModel) -> None:
 
     Raises DeviceWrongError, the card then being closed.
     """
-    weights, device = model.weights, model.device
-    cache = LatentCache(weights.config, min(sum(PROOF), model.plan.context))
+    device = model.device
 
     def run(index: int | None, name: str, x_TI: Float) -> Float:
         y_TO = device.run_dense(index, name, x_TI)
@@ -315,7 +353,7 @@ def _prove_dense(model: HybridModel) -> None:
             )
         return y_TO
 
-    def forward(ids_T: NDArray[np.int32]) -> Float:
+    def forward(weights: Weights, cache: LatentCache, ids_T: NDArray[np.int32]) -> Float:
         """`CpuModel.forward` with the card's dense products."""
         x_TD = embedded(weights, ids_T, None)
         cos_TR, sin_TR = rope_tables(weights.config, cache.n, len(ids_T))
@@ -329,21 +367,46 @@ def _prove_dense(model: HybridModel) -> None:
             -1
         )
 
-    _same_bits(model, forward)
+    context = _proof_context(model)
+    _same_bits(model, lambda weights: partial(forward, weights, LatentCache(weights.config, context)))
 
 
-def _same_bits(model: HybridModel, forward: Callable[[NDArray[np.int32]], Float]) -> None:
-    """Hold the card against `forward` for the steps of PROOF. Raises DeviceWrongError, the card then being closed."""
-    counts = [layer.feed_forward.used_E for layer in model.weights.layers]
+def _proof_context(model: HybridModel) -> int:
+    return min(sum(PROOF), model.plan.context)
+
+
+def _same_bits(
+    model: HybridModel, from_empty: Callable[[Weights], Callable[[NDArray[np.int32]], Float]]
+) -> None:
+    """Hold the card against what `from_empty` gives for some weights: a `forward` whose cache is empty.
+
+    For the steps of PROOF; and if experts are to be streamed, for one such step through as many layers as let a buffer be
+    used a second time. Raises DeviceWrongError, the card then being closed.
+    """
+    weights, context = model.weights, _proof_context(model)
+    counts = [layer.feed_forward.used_E for layer in weights.layers]
     before = [None if used_E is None else used_E.copy() for used_E in counts]
+    forward = from_empty(weights)
     for n in PROOF:
-        ids_T = np.arange(model.n, min(model.n + n, model.plan.context), dtype=np.int32)
-        if len(ids_T) and not np.array_equal(model.forward(ids_T), forward(ids_T)):
+        ids_T = np.arange(model.n, min(model.n + n, context), dtype=np.int32)
+        if len(ids_T) and not np.array_equal(model.share(ids_T), forward(ids_T)):
             raise _wrong(model, "other values than the CPU")
     model.rewind(0)
+    if model.plan.stream_from is not None:
+        n_layers, ids_T = _few_layers(model.plan), np.arange(min(PROOF_STREAMED, context), dtype=np.int32)
+        forward = from_empty(replace(weights, layers=weights.layers[:n_layers]))
+        if not np.array_equal(model.stream(ids_T, n_layers=n_layers), forward(ids_T)):
+            raise _wrong(model, "other values than the CPU where experts are streamed")
+        model.rewind(0)
     for used_E, kept_E in zip(counts, before, strict=True):  # a proof is no use by a person
         if used_E is not None and kept_E is not None:
             used_E[:] = kept_E
+
+
+def _few_layers(plan: Plan) -> int:
+    """The first layers, up to the third that lacks experts."""
+    lacking = [index for index in range(len(plan.resident)) if plan.experts(index) is not None]
+    return lacking[:3][-1] + 1
 
 
 def _wrong(model: HybridModel, what: str) -> DeviceWrongError:

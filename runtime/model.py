@@ -27,11 +27,15 @@ OnLayer = Callable[[int], None]  # hears after each layer how many are done
 class CpuModel:
     """A text model all on the CPU, and its cache."""
 
-    placement, chunk = "the CPU", PREFILL_CHUNK
+    placement = "the CPU"
 
     def __init__(self, weights: Weights, context: int) -> None:
         """Room for `context` positions, as virtual memory."""
         self.weights, self.cache = weights, LatentCache(weights.config, context)
+
+    def step(self, n_left: int) -> int:
+        """Tokens of the next step, of so many that are left."""
+        return min(n_left, PREFILL_CHUNK)
 
     def forward(
         self, ids_T: NDArray[np.int32], pictures: Spliced | None = None, on_layer: OnLayer | None = None

@@ -13,24 +13,30 @@ leaves room; else it passes through what is left, the margin included, for as lo
 An expert that is not on the card runs on the CPU, where it lies: at full size it is 4.87 MB, which PCIe 4.0 moves in
 0.2 ms and two channels of DDR5 read in 0.07 ms. While the CPU computes, the card runs the shared experts and its own.
 
+A long prompt is another matter: each of its tokens costs the CPU six experts, while an expert crosses once for all of them.
+So missing experts are streamed to the card for steps of `stream_from` tokens and more. That takes two buffers there, and the
+experts that would lie in their place: it is planned for if a long prompt gains more than the answer after it loses.
+
 The prediction is arithmetic over the same sizes (cost.py), in expectation over what the router may choose.
 
 Dimension key:  L layers with routed experts   E routed experts   A active   T tokens
 """
 
 import math
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kimi_lite.errors import DoesNotFitError, UsageError
 from kimi_lite.runtime.cost import LayerSize, Sizes
+from kimi_lite.runtime.cuda.device import MOST_STREAMED, MOST_TOKENS
 from kimi_lite.runtime.cuda.tower import TowerShape, room_for
 from kimi_lite.runtime.speeds import Speeds
 from kimi_lite.runtime.usage import Counts
 
+ANSWER = 256  # tokens that follow a long prompt, where one is weighed against the other
 MARGIN = 0.02  # of the budget: what allocation wastes, and what other programs take meanwhile
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -48,6 +54,9 @@ class Plan:
     profiled: bool  # whether a profile chose them
     cache_bytes: int
     reserve_bytes: int  # activations, and a margin
+    stream_bytes: int = 0  # buffers for experts on their way, and the activations of longer steps
+    stream_from: int | None = None  # tokens of a step for which they are streamed; None for no step
+    why_not_streamed: str = ""
 
     @property
     def experts_bytes(self) -> int:
@@ -57,7 +66,7 @@ class Plan:
     @property
     def left_bytes(self) -> int:
         """Of the budget, what nothing stands for: the margin, and what holds no expert any more."""
-        taken = self.sizes.fixed_bytes + self.cache_bytes + self.experts_bytes
+        taken = self.sizes.fixed_bytes + self.cache_bytes + self.experts_bytes + self.stream_bytes
         return self.budget - taken - self.sizes.workspace_bytes(self.context)
 
     @property
@@ -78,6 +87,14 @@ class Plan:
         everything = len(self.resident[index]) == self.sizes.layers[index].n_experts
         return None if everything else self.resident[index]
 
+    def streams(self, T: int) -> bool:
+        """Whether missing experts are streamed to the card for a step of T tokens."""
+        return self.stream_from is not None and self.stream_from <= T
+
+    def step(self, n_left: int) -> int:
+        """Tokens of the next step, of so many that are left."""
+        return min(n_left, MOST_STREAMED if self.streams(n_left) else MOST_TOKENS)
+
 
 def make_plan(
     sizes: Sizes,
@@ -85,12 +102,14 @@ def make_plan(
     device: str,
     free: int,
     context: int,
+    speeds: Speeds,
     cap: int | None = None,
     usage: Counts | None = None,
 ) -> Plan:
     """The plan for a card with `free` bytes, of which no more than `cap` may be taken.
 
     Args:
+        speeds: what decides whether experts are streamed, and from how many tokens on.
         usage: how often each expert was chosen, [L, E].
 
     Raises:
@@ -107,22 +126,72 @@ def make_plan(
         for index, (layer, row) in enumerate(zip(sizes.layers, shares, strict=True))
         for expert, share in enumerate(row)
     )
-    resident: list[list[int]] = [[] for _ in sizes.layers]
-    for _, expert, index in ranked:
-        if (n_bytes := sizes.layers[index].expert_bytes) <= room:
-            resident[index].append(expert)
-            room -= n_bytes
-    return Plan(
-        device,
-        budget,
-        context,
-        sizes,
-        tuple(tuple(sorted(experts)) for experts in resident),
-        tuple(float(row[experts].sum()) for row, experts in zip(shares, resident, strict=True)),
-        usage is not None and bool(usage.any()),
-        sizes.cache_bytes(context),
-        _reserve(sizes, budget, context),
+    profiled = usage is not None and bool(usage.any())
+
+    def filled(room: int) -> Plan:
+        resident: list[list[int]] = [[] for _ in sizes.layers]
+        for _, expert, index in ranked:
+            if (n_bytes := sizes.layers[index].expert_bytes) <= room:
+                resident[index].append(expert)
+                room -= n_bytes
+        return Plan(
+            device,
+            budget,
+            context,
+            sizes,
+            tuple(tuple(sorted(experts)) for experts in resident),
+            tuple(float(row[experts].sum()) for row, experts in zip(shares, resident, strict=True)),
+            profiled,
+            sizes.cache_bytes(context),
+            _reserve(sizes, budget, context),
+        )
+
+    return _streaming(filled, room, speeds)
+
+
+def _streaming(filled: Callable[[int], Plan], room: int, speeds: Speeds) -> Plan:
+    """The plan that streams experts for long prompts, or the one that keeps more of them, whichever is worth more.
+
+    `filled` makes the plan for so many bytes of routed experts.
+    """
+    kept = filled(room)
+    if kept.whole:
+        return kept
+    sizes, context = kept.sizes, kept.context
+    longer = sizes.workspace_bytes(context, streams=True) - sizes.workspace_bytes(context)
+    room -= longer
+    # The smaller the buffers, the more experts lie beside them, and the fewer must find place in the buffers.
+    largest = max(layer.expert_bytes for layer in sizes.layers)
+    for n in range(1, 1 + max(layer.n_experts for layer in sizes.layers)):
+        plan = filled(max(0, room - 2 * n * largest))
+        buffers = sizes.stream_bytes(plan.resident)
+        if buffers <= min(room, 2 * n * largest):
+            break
+    else:
+        return replace(kept, why_not_streamed="their two buffers do not fit beside what every token reads")
+    plan = replace(plan, stream_bytes=buffers + longer)
+    longest = min(MOST_STREAMED, context)
+    # Streaming costs the same for few tokens and many, so the first count at which it is faster divides them.
+    tokens = range(2, longest + 1)
+    every = replace(plan, stream_from=1)
+    first = bisect_left(
+        tokens,
+        True,
+        key=lambda T: predict(every, speeds, T=T).seconds < predict_prompt(plan, speeds, T),
     )
+    if first == len(tokens):
+        return replace(
+            kept, why_not_streamed=f"at these speeds they cost {longest} tokens more than the CPU does"
+        )
+    plan = replace(plan, stream_from=tokens[first])
+
+    def seconds(plan: Plan) -> float:
+        return predict_prompt(plan, speeds, longest) + ANSWER * predict(plan, speeds, start=longest).seconds
+
+    if seconds(plan) >= seconds(kept):
+        why_not = f"a prompt of {longest} tokens would gain less than the {ANSWER} of an answer lose by their buffers"
+        return replace(kept, why_not_streamed=why_not)
+    return plan
 
 
 def _reserve(sizes: Sizes, budget: int, context: int) -> int:
@@ -183,10 +252,12 @@ class StepTime:
     cpu_experts: float
     hand_off: float
     hidden: float  # what card and CPU do at the same time
+    streamed: float = 0.0  # experts on their way to the card
 
     @property
     def seconds(self) -> float:
-        return self.card + self.card_experts + self.cpu_experts + self.hand_off - self.hidden
+        work = self.card + self.card_experts + self.cpu_experts + self.hand_off + self.streamed
+        return work - self.hidden
 
     @property
     def tok_per_s(self) -> float:
@@ -195,6 +266,8 @@ class StepTime:
 
 def predict(plan: Plan, speeds: Speeds, *, T: int = 1, start: int = 0) -> StepTime:
     """What a step of T tokens from position `start` on should take with a plan."""
+    if plan.streams(T):
+        return _predict_streamed(plan, speeds, T, start)
     sizes = plan.sizes
     card, card_experts, cpu_experts, hidden = sizes.head_s(speeds), 0.0, 0.0, 0.0
     hand_off = sizes.layers[0].up_s(speeds, T) + sizes.logits_s(speeds)  # embedding rows up, logits down
@@ -212,6 +285,36 @@ def predict(plan: Plan, speeds: Speeds, *, T: int = 1, start: int = 0) -> StepTi
                 hand_off += chance * back
                 hidden += chance * min(on_card, on_cpu + back)
     return StepTime(T, card, card_experts, cpu_experts, hand_off, hidden)
+
+
+def _predict_streamed(plan: Plan, speeds: Speeds, T: int, start: int) -> StepTime:
+    """`predict` for a step whose missing experts are streamed: each layer's while the one before runs."""
+    sizes = plan.sizes
+    parts = [(min(MOST_TOKENS, T - first), start + first) for first in range(0, T, MOST_TOKENS)]
+    hand_off = sizes.layers[0].up_s(speeds, T) + sizes.logits_s(speeds)
+    card, card_experts, streamed, now = sizes.head_s(speeds), 0.0, 0.0, 0.0
+    running = 0.0  # what the card still has to do when the next layer's experts set out
+    for layer, experts in zip(sizes.layers, plan.resident, strict=True):
+        if missing := layer.n_experts - len(experts):
+            streamed += (coming := layer.stream_s(speeds, missing))
+            now, running = now + max(running, coming), 0.0
+        for n, at in parts:
+            others = layer.attend_s(speeds, n, at) + layer.route_s(speeds) + layer.add_s(speeds)
+            acting = sum(_distinct(layer, layer.n_experts, 1.0, n, 0))
+            own = layer.experts_s(speeds, n, acting, n * layer.n_active)
+            card, card_experts, running = card + others, card_experts + own, running + others + own
+    now += running + sizes.head_s(speeds)
+    return StepTime(T, card, card_experts, 0.0, hand_off, card + card_experts + streamed - now, streamed)
+
+
+def predict_prompt(plan: Plan, speeds: Speeds, n: int, *, start: int = 0) -> float:
+    """Seconds that n tokens from position `start` on should take, step by step."""
+    seconds, end = 0.0, start + n
+    while start < end:
+        T = plan.step(end - start)
+        seconds += predict(plan, speeds, T=T, start=start).seconds
+        start += T
+    return seconds
 
 
 def predict_cpu(sizes: Sizes, speeds: Speeds, *, T: int = 1, start: int = 0) -> StepTime:

@@ -1,7 +1,8 @@
 """The speeds that predictions go by: assumed, until somebody measures them.
 
 The defaults are round numbers of no machine in particular: two channels of DDR5 as a busy desktop delivers them, eight
-cores, a card of the smaller kind on half a PCIe 4.0 slot, and what launches and hand-offs are commonly found to cost.
+cores of which one copies, a card of the smaller kind on half a PCIe 4.0 slot, and what launches and hand-offs are commonly
+found to cost.
 """
 
 import math
@@ -21,6 +22,7 @@ class Speeds:
     pcie_gb_s: float = 12.0
     launch_us: float = 4.0  # of each kernel
     hand_off_us: float = 20.0  # from the card to the CPU, or back
+    copy_gb_s: float = 10.0  # from the file's pages to pinned memory, by one thread
 
     def __post_init__(self) -> None:
         wrong = [
@@ -44,6 +46,10 @@ class Speeds:
     def crossing_s(self, n_bytes: float) -> float:
         """Seconds until the other side has these bytes."""
         return self.hand_off_us * 1e-6 + n_bytes / self.pcie_gb_s * 1e-9
+
+    def stream_s(self, n_bytes: float) -> float:
+        """Seconds until experts are on the card: one is copied to pinned memory while the one before crosses."""
+        return self.hand_off_us * 1e-6 + n_bytes / min(self.pcie_gb_s, self.copy_gb_s) * 1e-9
 
 
 ASSUMED = Speeds()

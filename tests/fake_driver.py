@@ -29,9 +29,9 @@ class FakeDriver:
         """In which blocks, warps and threads run."""
         self._library.fake_order(int(backwards))
 
-    def run(self) -> None:
-        """Do what is queued, as a card does by itself."""
-        assert self._library.cuStreamSynchronize(None) == 0
+    def run(self, stream: int) -> None:
+        """Do what is queued there, as a card does by itself."""
+        assert self._library.cuStreamSynchronize(ctypes.c_void_p(stream)) == 0
 
     def calls(self, function: str) -> int:
         return int(self._library.fake_calls(function.encode()))

@@ -4,8 +4,9 @@ Calls are not launched one by one. They are gathered until something must be kno
 waits for) or can start now (experts that run beside the CPU's), and then queued together. For one token, the gathered
 calls are captured as a CUDA graph the first time and launched as one thereafter: all that differs from token to token,
 the position first of all, is read from device memory. With everything resident that is one graph a token; with experts
-on the CPU, two a layer. Dense products by PyTorch (dense.py) are queued between our kernels on the same stream; then
-nothing is captured, because what PyTorch allocates and waits for does not belong into a graph of ours.
+on the CPU, two a layer. Steps for which experts are streamed are long, and launched at once. Dense products by PyTorch
+(dense.py) are queued between our kernels on the same stream; then nothing is captured, because what PyTorch allocates
+and waits for does not belong into a graph of ours.
 
 The kernels are in arithmetic.cu, products.cu, attention.cu and experts.cu; docs/gpu-kernels.md has the map. Nothing here
 computes. Pictures go through tower.py, between steps and on memory of their own.
@@ -15,7 +16,8 @@ Dimension key:  T tokens   D hidden   H heads   N, R, C, V no-rope, rope, latent
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,10 +30,11 @@ from kimi_lite.runtime.cuda import halves
 from kimi_lite.runtime.cuda.dense_products import Torch, TorchProducts
 from kimi_lite.runtime.cuda.device import MOST_TOKENS, DeviceMemoryError, Routed
 from kimi_lite.runtime.cuda.driver import Card
-from kimi_lite.runtime.cuda.halves import Buffers, Place, Workspace, shape_of
+from kimi_lite.runtime.cuda.halves import ALIGNED, Buffers, Place, Workspace, shape_of
 from kimi_lite.runtime.cuda.program import Cache, Matrix, Mlps
 from kimi_lite.runtime.cuda.tower import Tower
 from kimi_lite.runtime.kernels import Float
+from kimi_lite.runtime.speeds import ASSUMED, Speeds
 from kimi_lite.runtime.vision import Progress, VisionWeights
 from kimi_lite.runtime.weights import Layer, Weights
 
@@ -51,8 +54,12 @@ class CudaDevice:
         """Open a card. `library` and the errors are those of `driver.Card`."""
         self._card = Card(library, ordinal)
         self.name = self._card.name
-        self._layers, self._resident = dict[int, Place](), dict[int, NDArray[np.bool_]]()
+        self._layers = dict[int, Place]()
+        self._tables = dict[int, NDArray[np.uint64]]()  # [E] addresses of experts, 0 for one that is not here
+        self._lacking = dict[int, kernels.Mlp]()  # where a layer's other experts are
         self._work: Workspace | None = None
+        self._way: Way | None = None  # by which they come
+        self._whole = dict[int, Place]()  # layers as they are when those have come
         self._cache_at = 0
         self._head, self._norm, self._eps = halves.NO_MATRIX, 0, 0.0
         self._torch: Torch | None = None  # opened with the first layer that it multiplies for
@@ -69,6 +76,13 @@ class CudaDevice:
     def free_bytes(self) -> int:
         """Of memory that an upload could take now."""
         return self._card.memory_bytes()[0]
+
+    def speeds(self) -> Speeds:
+        """Those assumed of any machine, but for PCIe, which is measured for some milliseconds."""
+        try:
+            return replace(ASSUMED, pcie_gb_s=self._card.pcie_gb_s())
+        except DeviceMemoryError:  # where so little is free, no plan will fit either
+            return ASSUMED
 
     def load_layer(self, index: int, layer: Layer, experts: Sequence[int] | None) -> None:
         """Upload a layer with these routed experts; None for all.
@@ -101,11 +115,13 @@ class CudaDevice:
             table_E = np.zeros(f.routed.count, np.uint64)
             parts |= {"router": f.router.weight_ED, "bias": f.router.bias_E}
             parts |= {f"expert {e}": _run(f.routed, e, f"{where}, experts") for e in chosen}
-        at = self._place(parts | {"table": table_E}, where)
+        at = self._place(parts | {"table": table_E, "whole table": table_E}, where)
         table_E[chosen] = [at[f"expert {e}"] for e in chosen]
         self._card.upload(at["table"], table_E)
         self._card.synchronize()
-        self._resident[index] = table_E != 0
+        self._tables[index] = table_E
+        if f.routed is not None and len(chosen) < f.routed.count:
+            self._lacking[index] = f.routed
         on_card = {name: _on_card(matrix, at[name]) for name, matrix in matrices.items()}
         if by_torch:
             self._dense[index] = TorchProducts(self._torch_here(), by_torch, at, shape)
@@ -139,6 +155,7 @@ class CudaDevice:
             scale=a.scale,
             routed_scale=f.router.scale if f.router else 0.0,
             dense=self._dense.get(index),
+            whole_table=at["whole table"],
         )
 
     def load_ends(self, weights: Weights) -> None:
@@ -165,10 +182,11 @@ class CudaDevice:
             self._torch = dense.backend().TorchOnCard(self._card.ordinal, self._card.stream)
         return self._torch
 
-    def reserve_cache(self, context: int) -> None:
-        """Room for the latent cache of all layers that were loaded, and for the work on 256 tokens.
+    def reserve_cache(self, context: int, *, streams: bool) -> None:
+        """Room for the latent cache of all layers that were loaded, and for the work of a step.
 
-        Raises DeviceMemoryError.
+        `streams` makes that a step of up to 2048 tokens, and adds the buffers for experts on their way. Raises
+        DeviceMemoryError.
         """
         sizes = {
             index: kernels.latent_cache_bytes(context, place.shape.C, place.shape.R)
@@ -179,7 +197,10 @@ class CudaDevice:
         at = self._cache_at = self._card.allocate(total, f"the cache of {context} tokens")
         try:
             shapes = [place.shape for place in self._layers.values()]
-            self._work = Workspace(self._card, Buffers(shapes, context, self._head.rows), shapes[0].D)
+            buffers = Buffers(shapes, context, self._head.rows, streams=streams)
+            self._work = Workspace(self._card, buffers, shapes[0].D)
+            if streams:
+                self._way = Way(self._card, self._lacking, self._tables)
         except DeviceMemoryError:
             self._release_cache()
             raise
@@ -188,13 +209,32 @@ class CudaDevice:
             place = self._layers[index]
             place.cache = Cache(at, at + rows, context, place.shape.C, place.shape.R)
             at += rows + columns
+        self._whole = dict(self._layers)
+        for index in self._lacking if self._way is not None else ():
+            self._whole[index] = self._when_brought(index)
+        self._card.synchronize()
+
+    def _when_brought(self, index: int) -> Place:
+        """The layer with a table in which no expert lacks."""
+        assert self._way is not None
+        place, table_E = self._layers[index], self._tables[index].copy()
+        table_E[table_E == 0] = self._way.addresses(index)
+        self._card.upload(place.whole_table, table_E)
+        self._card.synchronize()
+        mlps = Mlps.from_buffer_copy(place.mlps)
+        mlps.experts = place.whole_table
+        return replace(place, mlps=mlps)
 
     def _release_cache(self) -> None:
+        if self._way is not None:
+            self._card.free(self._way.base)
+            self._card.unpin(self._way.pinned)
         if self._work is not None:
             self._card.free(self._work.base)
+            self._card.unpin(self._work.pinned)
         if self._cache_at:
             self._card.free(self._cache_at)
-        self._work, self._cache_at, self._graphs = None, 0, {}
+        self._way, self._work, self._cache_at, self._graphs = None, None, 0, {}
 
     def rewind(self, n: int) -> None:
         """Forget cached positions from n on: the next `begin` says where it stands, so there is nothing to do."""
@@ -216,15 +256,16 @@ class CudaDevice:
     # ---- a step
 
     def begin(self, x_TD: Float, cos_TR: Float, sin_TR: Float, start: int) -> None:
-        """Make x the residual stream of T tokens that stand from position `start` on; T is at most 256."""
+        """Make x the residual stream of T tokens that stand from position `start` on."""
         T, w = len(x_TD), self._workspace
-        assert 1 <= T <= MOST_TOKENS, f"{T} tokens in one step; it takes 1 to {MOST_TOKENS}"
+        assert 1 <= T <= w.longest, f"{T} tokens in one step; it takes 1 to {w.longest}"
         assert start + T <= w.context, f"{T} tokens after {start} exceed {w.context}"
         self._flush()
         self._wait_for_pinned_memory()
         self._T, self._waited = T, False
-        w.integers("start", 1)[0] = start
-        self._card.upload(w.at["start"], w.integers("start", 1))
+        starts = w.integers("start", -(-T // MOST_TOKENS))
+        starts[:] = range(start, start + T, MOST_TOKENS)
+        self._card.upload(w.at["start"], starts)
         for name, values in (("x", x_TD), ("cos", cos_TR), ("sin", sin_TR)):
             pinned = w.floats(name, values.size)
             pinned[:] = values.reshape(-1)
@@ -268,7 +309,7 @@ class CudaDevice:
             self._flush()
             self._wait_for_pinned_memory()
             w, shape = self._workspace, self._layers[index].shape
-            elsewhere = ~self._resident[index][w.integers("ids", self._T * shape.A)]
+            elsewhere = self._tables[index][w.integers("ids", self._T * shape.A)] == 0
             assert len(outputs_MD) == elsewhere.sum(), (
                 f"{len(outputs_MD)} outputs for {elsewhere.sum()} experts"
             )
@@ -279,6 +320,26 @@ class CudaDevice:
             self._card.upload(w.at["missing"], missing)
             self._host_busy = True
         self._queue.append(("add_experts", index))
+
+    def bring(self, index: int) -> None:
+        """Start copying the routed experts that a layer lacks; returns when all but the last two have come."""
+        assert self._way is not None, "nothing was reserved for streaming"
+        self._flush()
+        self._way.bring(index)
+
+    def run_layer(self, index: int) -> None:
+        """Take all tokens of the step through a layer, 256 at a time, once its experts have come."""
+        self._flush()
+        lacks = index in self._lacking
+        if lacks:
+            assert self._way is not None, "nothing was reserved for streaming"
+            self._way.arrive(index)
+        for first in range(0, self._T, MOST_TOKENS):
+            part = self._workspace.of(first)
+            for half in _HALVES.values():
+                half(self._card, self._whole[index], part, min(MOST_TOKENS, self._T - first))
+        if lacks and self._way is not None:
+            self._way.leave(index)
 
     def logits(self) -> Float:
         """Of the last token: float32 [V]."""
@@ -360,6 +421,62 @@ class CudaDevice:
     def _wait_for_pinned_memory(self) -> None:
         if self._host_busy:
             self._synchronize()
+
+
+class Way:
+    """How experts that do not lie on the card come there for a long step, and are forgotten.
+
+    An expert is copied from the file's pages into one of two pinned buffers while the card copies the one before out of
+    the other, into one of two buffers of its own, which layers take in turn. Three kinds of marks keep the order: a
+    pinned buffer is written when its copy is done, a layer runs when its experts have arrived, and a buffer on the card
+    is filled when the layer that used it has been left.
+    """
+
+    def __init__(
+        self, card: Card, lacking: Mapping[int, kernels.Mlp], tables: Mapping[int, NDArray[np.uint64]]
+    ) -> None:
+        """Room for the experts that each layer lacks. Raises DeviceMemoryError."""
+        self._card, self._mlps = card, lacking
+        self._missing = {index: np.flatnonzero(tables[index] == 0).tolist() for index in lacking}
+        self._turns = {index: n % 2 for n, index in enumerate(sorted(lacking))}
+        self._run_bytes = max(_run(mlp, 0, "experts").nbytes for mlp in lacking.values())
+        self._stride = -(-self._run_bytes // ALIGNED) * ALIGNED
+        self._buffer_bytes = max(map(len, self._missing.values())) * self._stride
+        self.pinned = card.pinned(2 * self._run_bytes)
+        try:
+            self.base = card.allocate(2 * self._buffer_bytes, "two buffers for experts of long prompts")
+        except DeviceMemoryError:
+            card.unpin(self.pinned)
+            raise
+        self._copied, self._arrived, self._left = ([card.event(), card.event()] for _ in range(3))
+        self._n = 0  # experts copied so far
+
+    def addresses(self, index: int) -> list[int]:
+        """Where the experts that a layer lacks will be, in order."""
+        base = self.base + self._turns[index] * self._buffer_bytes
+        return [base + i * self._stride for i in range(len(self._missing[index]))]
+
+    def bring(self, index: int) -> None:
+        """Queue the copies of a layer's missing experts, beside all that is queued to be computed."""
+        card, turn = self._card, self._turns[index]
+        card.order(self._left[turn], aside=True)
+        for expert, address in zip(self._missing[index], self.addresses(index), strict=True):
+            run, half = _run(self._mlps[index], expert, "experts"), self._n % 2
+            card.wait(self._copied[half])
+            pinned = self.pinned[half * self._run_bytes :][: run.nbytes]
+            pinned[:] = run
+            card.upload(address, pinned, aside=True)
+            card.mark(self._copied[half], aside=True)
+            self._n += 1
+        card.mark(self._arrived[turn], aside=True)
+
+    def arrive(self, index: int) -> None:
+        """What is queued from here on waits for the layer's experts."""
+        self._card.order(self._arrived[self._turns[index]])
+
+    def leave(self, index: int) -> None:
+        """Behind what was queued so far, nothing needs the layer's experts any more."""
+        self._card.mark(self._left[self._turns[index]])
 
 
 _HALVES: dict[str, Callable[[Card, Place, Workspace, int], None]] = {

@@ -5,6 +5,10 @@ placement and what happens on bad days know this page only. Products, norms and 
 docs/kernels.md, so that a device gives the bits of the CPU engine, wherever an expert lies; but for dense weights in the
 layouts of dense.py, which PyTorch and bitsandbytes multiply.
 
+Two kinds of steps share `begin` and `logits`. In one, of at most MOST_TOKENS, the four halves are called layer by layer, and
+the CPU runs the experts that are not there. In the other, of at most MOST_STREAMED, `bring` streams them to the device ahead
+of `run_layer`, which takes all tokens through a layer before the next.
+
 Dimension key:  T tokens   D hidden   R rope   A active experts   V vocabulary   M experts that ran on the CPU
 """
 
@@ -17,6 +21,7 @@ from numpy.typing import NDArray
 
 from kimi_lite.errors import DoesNotFitError, KimiLiteError, UsageError
 from kimi_lite.runtime.kernels import Float
+from kimi_lite.runtime.speeds import Speeds
 from kimi_lite.runtime.vision import Progress, VisionWeights
 from kimi_lite.runtime.weights import Layer, Weights
 
@@ -28,6 +33,7 @@ class NoDeviceError(UsageError):
 MOST_TOKENS = 256  # of one step
 # Below FEW tokens the products of a step take one token at a time, from there on eight, and from MANY on tiles of 32.
 FEW, MANY = 8, 64
+MOST_STREAMED = 8 * MOST_TOKENS  # of a step for which experts are brought to the device
 
 
 class DeviceMemoryError(DoesNotFitError):
@@ -59,6 +65,9 @@ class Device(Protocol):
     def free_bytes(self) -> int:
         """Of memory that an upload could take now."""
 
+    def speeds(self) -> Speeds:
+        """What plans for this device go by: the way to it is measured; the rest may be assumed."""
+
     def load_layer(self, index: int, layer: Layer, experts: Sequence[int] | None) -> None:
         """Upload a layer: attention, norms, router, shared (or dense) MLP, and these routed experts; None for all.
 
@@ -68,14 +77,18 @@ class Device(Protocol):
     def load_ends(self, weights: Weights) -> None:
         """Upload the last norm and the head. Embedding rows are looked up on the CPU."""
 
-    def reserve_cache(self, context: int) -> None:
-        """Room for the latent cache of all layers that were loaded. Raises DeviceMemoryError."""
+    def reserve_cache(self, context: int, *, streams: bool) -> None:
+        """Room for the latent cache of all layers that were loaded, and for the work of a step.
+
+        `streams` adds room for the second kind of step: two buffers, each for the experts that one layer lacks. Raises
+        DeviceMemoryError; nothing of it then is there.
+        """
 
     def rewind(self, n: int) -> None:
         """Forget cached positions from n on."""
 
     def begin(self, x_TD: Float, cos_TR: Float, sin_TR: Float, start: int) -> None:
-        """Make x the residual stream of T tokens, at most MOST_TOKENS, that stand from position `start` on."""
+        """Make x the residual stream of T tokens that stand from position `start` on."""
 
     def attend(self, index: int) -> None:
         """x += attention(norm(x)), the tokens' latents and rotated keys being cached."""
@@ -92,6 +105,15 @@ class Device(Protocol):
         `outputs_MD` are the outputs, not weighted, of the chosen experts that are not on the device, in the order of
         ids_TA's entries read row by row; None if all are on it.
         """
+
+    def bring(self, index: int) -> None:
+        """Start copying the routed experts that layer `index` lacks, while the device computes what was queued before.
+
+        They are there for one `run_layer`. The next `bring` takes the other buffer; one more waits until this is free.
+        """
+
+    def run_layer(self, index: int) -> None:
+        """Take all tokens of the step through a layer, all of whose experts are there or on their way."""
 
     def logits(self) -> Float:
         """Of the last token: float32 [V]."""

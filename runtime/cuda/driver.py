@@ -1,8 +1,9 @@
-"""One card through the driver's own library: memory, one stream of work in order, launches, graphs.
+"""One card through the driver's own library: memory, streams of work in order, launches, graphs.
 
 The driver (`libcuda.so.1`, `nvcuda.dll`) is called by ctypes. It is on every machine that has a card, its functions
 are stable, and loading it takes milliseconds where importing PyTorch takes seconds. Everything is queued on one
-stream; `synchronize` waits for it. Each function of the driver returns a code, and any code but success becomes one
+stream; `synchronize` waits for it. Beside it runs a second stream, for copies `aside`; events order the two, and let the
+host wait for a place in either. Each function of the driver returns a code, and any code but success becomes one
 of three errors: NoDeviceError at the start, DeviceMemoryError for memory, DeviceLostError for everything after.
 
 Any thread may call, but not two at once: a context belongs to a thread, and goes with whoever calls.
@@ -11,6 +12,7 @@ Any thread may call, but not two at once: a context belongs to a thread, and goe
 import ctypes
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +27,10 @@ LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 OUT_OF_MEMORY, NO_DEVICE = 2, 100  # CUDA_ERROR_...
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no order with anybody else's work
+NO_TIMES = 2  # CU_EVENT_DISABLE_TIMING
 THIS_THREAD = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 OLDEST_DRIVER = (11, 4)  # the first with cuGraphInstantiateWithFlags
+PCIE_BYTES, PCIE_COPIES = 32 << 20, 4  # by which PCIe is measured
 
 
 class Card:
@@ -51,8 +55,9 @@ class Card:
                 "install the driver, or run on the CPU"
             ) from error
         self.name, self._lost = "the card", ""
-        self._memory, self._pinned, self._graphs = set[int](), list[int](), list[ctypes.c_void_p]()
-        self._context, self._stream, self._module = (ctypes.c_void_p() for _ in range(3))
+        self._memory, self._pinned, self._graphs = set[int](), set[int](), list[ctypes.c_void_p]()
+        self._events = list[ctypes.c_void_p]()
+        self._context, self._stream, self._aside, self._module = (ctypes.c_void_p() for _ in range(4))
         self._kernels = dict[str, ctypes.c_void_p]()
         self._thread = 0  # in which the context is current
         cuda = self._driver_version(ordinal)
@@ -100,7 +105,8 @@ class Card:
         self.capability = 10 * self._attribute(CAPABILITY_MAJOR) + self._attribute(CAPABILITY_MINOR)
         program = compiled(self.capability, Nvrtc(driver_cuda=cuda))
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
-        self._call("cuStreamCreate", ctypes.byref(self._stream), NON_BLOCKING)
+        for stream in (self._stream, self._aside):
+            self._call("cuStreamCreate", ctypes.byref(stream), NON_BLOCKING)
         self._call("cuModuleLoadData", ctypes.byref(self._module), program.cubin)
         for kernel in signatures():
             handle = ctypes.c_void_p()
@@ -140,19 +146,36 @@ class Card:
 
     def free(self, address: int) -> None:
         self.synchronize()
+        self._call("cuStreamSynchronize", self._aside)
         self._call("cuMemFree_v2", ctypes.c_uint64(address))
         self._memory.discard(address)
 
     def pinned(self, n_bytes: int) -> NDArray[np.uint8]:
-        """Host memory that the card copies from and to by itself, uint8 [n_bytes]; it lives as long as the card."""
+        """Host memory that the card copies from and to by itself, uint8 [n_bytes], until `unpin` or `close`.
+
+        Raises DeviceMemoryError.
+        """
         at = ctypes.c_void_p()
-        self._call("cuMemHostAlloc", ctypes.byref(at), ctypes.c_size_t(n_bytes), 0)
+        self._check_alive()
+        code = self._library.cuMemHostAlloc(ctypes.byref(at), ctypes.c_size_t(n_bytes), 0)
+        if code == OUT_OF_MEMORY:
+            raise DeviceMemoryError(
+                f"{self.name}: {n_bytes / 1e6:.1f} MB of main memory cannot be pinned for it; close other programs, or "
+                "run on the CPU"
+            )
+        self._check("cuMemHostAlloc", code)
         assert at.value is not None
-        self._pinned.append(at.value)
+        self._pinned.add(at.value)
         return np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(at.value))
 
-    def upload(self, address: int, array: NDArray[Any]) -> None:
-        """Queue a copy to the device. The array must stay as it is until the next `synchronize`."""
+    def unpin(self, pinned: NDArray[np.uint8]) -> None:
+        """Give host memory of `pinned` back; nobody may use the array any more."""
+        self.synchronize()
+        self._call("cuMemFreeHost", _address(pinned))
+        self._pinned.discard(pinned.ctypes.data)
+
+    def upload(self, address: int, array: NDArray[Any], *, aside: bool = False) -> None:
+        """Queue a copy to the device. The array must stay as it is until the copy is waited for."""
         assert array.flags.c_contiguous
         if array.nbytes:
             self._call(
@@ -160,7 +183,7 @@ class Card:
                 ctypes.c_uint64(address),
                 _address(array),
                 ctypes.c_size_t(array.nbytes),
-                self._stream,
+                self._aside if aside else self._stream,
             )
 
     def download(self, array: NDArray[Any], address: int) -> None:
@@ -211,8 +234,42 @@ class Card:
         )
 
     def synchronize(self) -> None:
-        """Wait for everything queued."""
+        """Wait for everything queued, but for what is aside."""
         self._call("cuStreamSynchronize", self._stream)
+
+    def event(self) -> ctypes.c_void_p:
+        """A mark to set in a stream; it lives as long as the card. Who waits for one that was never set does not wait."""
+        event = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(event), NO_TIMES)
+        self._events.append(event)
+        return event
+
+    def mark(self, event: ctypes.c_void_p, *, aside: bool = False) -> None:
+        """Set the mark behind all that is queued, or behind all that is queued aside."""
+        self._call("cuEventRecord", event, self._aside if aside else self._stream)
+
+    def order(self, event: ctypes.c_void_p, *, aside: bool = False) -> None:
+        """What is queued from here on, or queued aside, waits until the card has reached the mark."""
+        self._call("cuStreamWaitEvent", self._aside if aside else self._stream, event, 0)
+
+    def wait(self, event: ctypes.c_void_p) -> None:
+        """Wait here until the card has reached the mark."""
+        self._call("cuEventSynchronize", event)
+
+    def pcie_gb_s(self) -> float:
+        """GB/s from pinned memory to the card, the best of a few copies. Raises DeviceMemoryError."""
+        at, seconds = self.allocate(PCIE_BYTES, "measuring PCIe"), list[float]()
+        try:
+            host = self.pinned(PCIE_BYTES)
+            for _ in range(PCIE_COPIES):
+                start = time.perf_counter()
+                self.upload(at, host)
+                self.synchronize()
+                seconds.append(time.perf_counter() - start)
+            self.unpin(host)
+        finally:
+            self.free(at)
+        return PCIE_BYTES / min(seconds) / 1e9
 
     def begin_capture(self) -> None:
         """From here on launches are recorded, not run, until `end_capture`."""
@@ -238,13 +295,17 @@ class Card:
         self._library.cuCtxSetCurrent(self._context)
         for graph in self._graphs:
             self._library.cuGraphExecDestroy(graph)
-        self._library.cuStreamSynchronize(self._stream)
+        for stream in filter(None, (self._stream, self._aside)):
+            self._library.cuStreamSynchronize(stream)
+        for event in self._events:
+            self._library.cuEventDestroy_v2(event)
         for address in self._memory:
             self._library.cuMemFree_v2(ctypes.c_uint64(address))
         for host in self._pinned:
             self._library.cuMemFreeHost(ctypes.c_void_p(host))
         self._library.cuModuleUnload(self._module)
-        self._library.cuStreamDestroy_v2(self._stream)
+        for stream in filter(None, (self._stream, self._aside)):
+            self._library.cuStreamDestroy_v2(stream)
         self._library.cuDevicePrimaryCtxRelease_v2(self._device)
         self._context = ctypes.c_void_p()
         self._lost = self._lost or f"{self.name} was closed"

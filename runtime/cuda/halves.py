@@ -1,14 +1,17 @@
 """The halves of a layer as launches: which kernel, over which grid, between which buffers.
 
 A grid never depends on a token's position, only on the number of tokens and on the context: so the launches of one
-token can be captured once and repeated. For fewer than FEW tokens the products take one token at a time, which is what
-decode wants; from there on a block of threads takes eight, so that each weight is read once for eight; from MANY on, tiles
-of 32 on the tensor cores (docs/gpu-kernels.md counts what MANY is).
+token can be captured once and repeated. What takes a longer step than one of 256 tokens sees it through
+`Workspace.of`, 256 tokens at a time: only the residual stream and the rotations are as long as the step. For fewer
+than FEW tokens the products take one token at a time, which is what decode wants; from there on a block of threads
+takes eight, so that each weight is read once for eight; from MANY on, tiles of 32 on the tensor cores
+(docs/gpu-kernels.md counts what MANY is).
 
 Dimension key:  T tokens   D hidden   H heads   N, R, C, V no-rope, rope, latent and value width   E experts
                 A active   F expert width   S cached positions   X C + R, padded to whole groups
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_lite.runtime.cuda.device import FEW, MANY, MOST_TOKENS
+from kimi_lite.runtime.cuda.device import FEW, MANY, MOST_STREAMED, MOST_TOKENS, DeviceMemoryError
 from kimi_lite.runtime.cuda.driver import Card
 from kimi_lite.runtime.cuda.program import Cache, Matrix, Mlps, Rows
 from kimi_lite.runtime.kernels import Float
@@ -104,6 +107,7 @@ class Place:
     ffn_eps: float
     scale: float  # of the softmax
     routed_scale: float
+    whole_table: int  # addresses of all experts, when those that are elsewhere have been brought
     cache: Cache = field(default_factory=Cache)
     dense: DenseProducts | None = (
         None  # instead of q, kv_a, o and the shared MLP, whose width in `mlps` then is 0
@@ -111,13 +115,19 @@ class Place:
 
 
 class Buffers:
-    """What one step of up to 256 tokens needs beside the weights and the cache, sized for the widest layer."""
+    """What one step needs beside the weights and the cache, sized for the widest layer.
 
-    def __init__(self, shapes: Sequence[Shape], context: int, vocabulary: int) -> None:
+    A step has up to 256 tokens, or 2048 if the device `streams` experts, of which it works on 256 at a time.
+    """
+
+    def __init__(
+        self, shapes: Sequence[Shape], context: int, vocabulary: int, *, streams: bool = False
+    ) -> None:
         T, one = MOST_TOKENS, shapes[0]
+        longest = min(MOST_STREAMED, _whole(context, T)) if streams else T
         D, H, C, R = one.D, one.H, one.C, one.R
         E, A, F, shared_F = (max(getattr(s, name) for s in shapes) for name in ("E", "A", "F", "shared_F"))
-        self.context = context
+        self.context, self.longest = context, longest
         self.stride = _whole(context, GROUP)  # floats, or weights, from head to head
         self.chunks = -(-context // CHUNK)
         a_token = H * (self.stride * 6 + self.chunks * C * 4)
@@ -135,10 +145,10 @@ class Buffers:
         }
         # In words of four bytes. What the host writes or reads lies in pinned memory there.
         self.shared_with_host = {
-            "start": 1,
-            "x": T * D,
-            "cos": T * R // 2,
-            "sin": T * R // 2,
+            "start": longest // MOST_TOKENS,
+            "x": longest * D,
+            "cos": longest * R // 2,
+            "sin": longest * R // 2,
             "missing": T * A * D,
             "place": T * A,
             "h": T * D,
@@ -177,17 +187,28 @@ class Workspace:
     def __init__(self, card: Card, buffers: Buffers, D: int) -> None:
         """Raises DeviceMemoryError."""
         self.context, self.stride, self.chunks = buffers.context, buffers.stride, buffers.chunks
-        self.slice, self.D = buffers.slice, D
-        self.base = card.allocate(
-            buffers.n_bytes, f"working memory for a context of {buffers.context} tokens"
-        )
+        self.slice, self.D, self.longest = buffers.slice, D, buffers.longest
+        self.pinned = card.pinned(4 * sum(buffers.shared_with_host.values()))
+        try:
+            self.base = card.allocate(
+                buffers.n_bytes, f"working memory for a context of {buffers.context} tokens"
+            )
+        except DeviceMemoryError:
+            card.unpin(self.pinned)
+            raise
         self.at = {name: self.base + offset for name, offset in buffers.offsets.items()}
         self.rows = {name: rows_at(self.at[name], n, K) for name, (n, K) in buffers.rows.items()}
-        host, first = card.pinned(4 * sum(buffers.shared_with_host.values())), 0
-        self.host = dict[str, NDArray[np.uint8]]()
+        self.host, first = dict[str, NDArray[np.uint8]](), 0
         for name, n in buffers.shared_with_host.items():
-            self.host[name] = host[first : first + 4 * n]
+            self.host[name] = self.pinned[first : first + 4 * n]
             first += 4 * n
+
+    def of(self, first: int) -> "Workspace":
+        """The same buffers for the 256 tokens of a step from its `first` on, a multiple of 256."""
+        own, each = copy.copy(self), {"start": 1, "x": MOST_TOKENS * self.D}
+        each |= {name: MOST_TOKENS * self.host[name].size // (4 * self.longest) for name in ("cos", "sin")}
+        own.at = self.at | {name: self.at[name] + 4 * n * (first // MOST_TOKENS) for name, n in each.items()}
+        return own
 
     def floats(self, name: str, n: int) -> Float:
         """The first n values of a pinned buffer."""

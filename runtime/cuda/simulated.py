@@ -6,7 +6,8 @@ that every expert is computed once, in one place, and added in order; that plans
 that bad days end in a sentence. Memory is accounted against a capacity, byte for byte as the planner counts it.
 
 Time is a virtual clock with two hands, the card's and the CPU's. Queued work starts when both are there and moves the
-card's; whatever crosses moves the CPU's; experts that the CPU ran are charged when they come back. So a plan's prediction
+card's; whatever crosses moves the CPU's; experts that the CPU ran are charged when they come back. Streamed ones move the
+CPU's, which copies them while the card computes, but only into a buffer that the card has left. So a plan's prediction
 can be held against what the router really chose, without waiting for it. The costs are those of cost.py.
 
 Dimension key:  T tokens   D hidden   A active experts   V vocabulary   M experts that ran on the CPU   E routed experts
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 
 from kimi_lite.runtime import dense, kernels, vision
 from kimi_lite.runtime.cost import LayerSize, Sizes, encode_s, layer_size, sizes_of
-from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError, Routed
+from kimi_lite.runtime.cuda.device import MOST_TOKENS, DeviceLostError, DeviceMemoryError, Routed
+from kimi_lite.runtime.cuda.halves import Buffers
 from kimi_lite.runtime.cuda.tower import TowerShape, parts_of, room_for
 from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.placement import gb
@@ -50,7 +52,7 @@ class SimulatedDevice:
     """A card of `capacity` bytes.
 
     Args:
-        speeds: what its clock goes by.
+        speeds: what its clock goes by, and plans for it.
         n_cards: how many there were to choose from, for its name.
         taken: bytes that another program takes as soon as the first layer is up.
         lost_after: the card fails after so many pieces of queued work.
@@ -67,7 +69,7 @@ class SimulatedDevice:
     ) -> None:
         choice = f", the roomiest of {n_cards}" if n_cards > 1 else ""
         self.name = f"a simulated card of {gb(capacity)}{choice}"
-        self.speeds = speeds
+        self._speeds = speeds
         self._capacity, self._taken, self._lost_after = capacity, taken, lost_after
         self._used = 0
         self._layers: dict[int, _Loaded] = {}
@@ -76,7 +78,10 @@ class SimulatedDevice:
         self._tower: VisionWeights | None = None
         self._card_s = self._cpu_s = 0.0
         self._x_TD = self._cos_TR = self._sin_TR = np.empty((0, 0), np.float32)
-        self._start = 0
+        self._start, self._longest = 0, MOST_TOKENS
+        self._turns: dict[int, int] = {}  # which of the two buffers a layer's missing experts go through
+        self._brought: list[int | None] = [None, None]  # the layer whose experts are in each
+        self._left_s = [0.0, 0.0]  # when the card has done with it
 
     @property
     def clock_s(self) -> float:
@@ -86,6 +91,9 @@ class SimulatedDevice:
     def free_bytes(self) -> int:
         taken = self._taken if self._layers else 0
         return max(0, self._capacity - self._used - taken)
+
+    def speeds(self) -> Speeds:
+        return self._speeds
 
     def load_layer(self, index: int, layer: Layer, experts: Sequence[int] | None) -> None:
         size = layer_size(layer)
@@ -105,10 +113,16 @@ class SimulatedDevice:
         if weights.head.layout in dense.LAYOUTS:
             self._products[None] = {"head": dense.backend().on_cpu(weights.head)}
 
-    def reserve_cache(self, context: int) -> None:
+    def reserve_cache(self, context: int, *, streams: bool) -> None:
         assert self._ends is not None, "load_ends comes first"
         sizes = self._ends[1]
-        needed = sizes.cache_bytes(context) + sizes.workspace_bytes(context)
+        needed = sizes.cache_bytes(context) + sizes.workspace_bytes(context, streams=streams)
+        if streams:
+            resident = [np.flatnonzero(on.here_E).tolist() for on in self._layers.values()]
+            needed += sizes.stream_bytes(resident)
+            lacking = [index for index, on in self._layers.items() if not on.here_E.all()]
+            self._turns = {index: n % 2 for n, index in enumerate(lacking)}
+            self._longest = Buffers(sizes.shapes, context, sizes.V, streams=True).longest
         self._take(needed, f"the cache of {context} tokens, with working memory,")
         for on in self._layers.values():
             C = on.layer.attention.k_b.rows
@@ -120,12 +134,15 @@ class SimulatedDevice:
         """Nothing to do: rows beyond a token's own position are never read."""
 
     def begin(self, x_TD: Float, cos_TR: Float, sin_TR: Float, start: int) -> None:
+        assert 1 <= len(x_TD) <= self._longest, (
+            f"{len(x_TD)} tokens in one step; it takes 1 to {self._longest}"
+        )
         self._x_TD, self._cos_TR, self._sin_TR, self._start = x_TD.copy(), cos_TR, sin_TR, start
-        self._cpu_s += self.speeds.crossing_s(x_TD.nbytes)
+        self._cpu_s += self.speeds().crossing_s(x_TD.nbytes)
 
     def attend(self, index: int) -> None:
         on = self._layers[index]
-        self._queue(on.size.attend_s(self.speeds, len(self._x_TD), self._start))
+        self._queue(on.size.attend_s(self.speeds(), len(self._x_TD), self._start))
         step = on.layer.attention, self._x_TD, self._cos_TR, self._sin_TR, on.cache, self._start
         if index in self._products:
             dense.attend(*step, partial(self.run_dense, index))
@@ -134,7 +151,7 @@ class SimulatedDevice:
 
     def route(self, index: int, *, wanted: bool) -> Routed | None:
         on, T = self._layers[index], len(self._x_TD)
-        self._queue(on.size.route_s(self.speeds))
+        self._queue(on.size.route_s(self.speeds()))
         f = on.layer.feed_forward
         on.h_TD = kernels.rms_norm(self._x_TD, f.norm_D, f.eps)
         on.ids_TA, on.weights_TA = np.empty((T, 0), np.int32), np.empty((T, 0), np.float32)
@@ -143,14 +160,14 @@ class SimulatedDevice:
             on.ids_TA, on.weights_TA = kernels.route(on.h_TD, r.weight_ED, r.bias_E, r.n_active, r.scale)
         if not wanted:
             return None
-        self._wait(on.size.down_s(self.speeds, T))
+        self._wait(on.size.down_s(self.speeds(), T))
         return Routed(on.h_TD.copy(), on.ids_TA.copy(), on.weights_TA.copy())
 
     def run_experts(self, index: int) -> None:
         on, f, T = self._layers[index], self._layers[index].layer.feed_forward, len(self._x_TD)
         tokens_M, slots_M = np.nonzero(on.here_E[on.ids_TA])
         experts_M = on.ids_TA[tokens_M, slots_M]
-        self._queue(on.size.experts_s(self.speeds, T, len(np.unique(experts_M)), len(experts_M)))
+        self._queue(on.size.experts_s(self.speeds(), T, len(np.unique(experts_M)), len(experts_M)))
         # Not a number stands for what the CPU has to bring.
         on.outputs_TAD = np.full((*on.ids_TA.shape, on.size.D), np.nan, np.float32)
         if f.routed is not None:
@@ -167,18 +184,44 @@ class SimulatedDevice:
         there_TA = ~on.here_E[on.ids_TA]
         if outputs_MD is not None:
             n_experts = len(np.unique(on.ids_TA[there_TA]))
-            self._cpu_s += on.size.cpu_experts_s(self.speeds, n_experts, len(outputs_MD))
-            self._cpu_s += on.size.up_s(self.speeds, len(outputs_MD))
+            self._cpu_s += on.size.cpu_experts_s(self.speeds(), n_experts, len(outputs_MD))
+            self._cpu_s += on.size.up_s(self.speeds(), len(outputs_MD))
             on.outputs_TAD[there_TA] = outputs_MD
-        self._queue(on.size.add_s(self.speeds))
+        self._queue(on.size.add_s(self.speeds()))
         kernels.combine(on.outputs_TAD, on.weights_TA, on.shared_TD, self._x_TD)
+
+    def bring(self, index: int) -> None:
+        on, turn = self._layers[index], self._turns[index]
+        self._answer()
+        self._cpu_s = max(self._cpu_s, self._left_s[turn])
+        self._cpu_s += on.size.stream_s(self.speeds(), int((~on.here_E).sum()))
+        self._brought[turn] = index
+
+    def run_layer(self, index: int) -> None:
+        on, step = self._layers[index], (self._x_TD, self._cos_TR, self._sin_TR, self._start)
+        own_E = on.here_E
+        if index in self._turns:
+            assert self._brought[self._turns[index]] == index, f"the experts of layer {index} are not here"
+        on.here_E = np.ones_like(own_E)
+        for first in range(0, len(step[0]), MOST_TOKENS):
+            part = slice(first, first + MOST_TOKENS)
+            self._x_TD, self._cos_TR, self._sin_TR = (rows[part] for rows in step[:3])
+            self._start = step[3] + first
+            self.attend(index)
+            self.route(index, wanted=False)
+            self.run_experts(index)
+            self.add_experts(index, None)
+        on.here_E = own_E
+        self._x_TD, self._cos_TR, self._sin_TR, self._start = step
+        if index in self._turns:
+            self._left_s[self._turns[index]] = self._card_s
 
     def logits(self) -> Float:
         assert self._ends is not None, "load_ends comes first"
         weights, sizes = self._ends
-        self._queue(sizes.head_s(self.speeds))
+        self._queue(sizes.head_s(self.speeds()))
         last_1D = kernels.rms_norm(self._x_TD[-1:], weights.norm_D, weights.config.rms_eps)
-        self._wait(sizes.logits_s(self.speeds))
+        self._wait(sizes.logits_s(self.speeds()))
         if None in self._products:
             return self.run_dense(None, "head", last_1D).reshape(-1)
         return kernels.linear(weights.head, last_1D).reshape(-1)
@@ -191,7 +234,7 @@ class SimulatedDevice:
         parts_of(weights)
         self._take(shape.bytes, "the image tower")
         self._tower = weights
-        self._queue(sum(map(self.speeds.crossing_s, shape.part_bytes)))
+        self._queue(sum(map(self.speeds().crossing_s, shape.part_bytes)))
 
     def encode(
         self,
@@ -205,7 +248,7 @@ class SimulatedDevice:
         room = room_for(shape, sizes, resident=resident)
         self._take(room, f"encoding pictures of {sum(sizes)} patches")
         try:
-            up, *parts, down = encode_s(shape, self.speeds, sizes, resident=resident)
+            up, *parts, down = encode_s(shape, self.speeds(), sizes, resident=resident)
             self._cpu_s += up
             for part in parts:
                 self._queue(part)
@@ -226,11 +269,15 @@ class SimulatedDevice:
 
     def _queue(self, seconds: float) -> None:
         """Work on the card, after all before it."""
+        self._answer()
+        self._card_s = max(self._card_s, self._cpu_s) + seconds
+
+    def _answer(self) -> None:
+        """Take one more piece of work, or fail."""
         if self._lost_after is not None:
             if self._lost_after == 0:
                 raise DeviceLostError(f"{self.name} does not answer any more")
             self._lost_after -= 1
-        self._card_s = max(self._card_s, self._cpu_s) + seconds
 
     def _wait(self, seconds: float) -> None:
         """The CPU waits for the card, and for what crosses."""

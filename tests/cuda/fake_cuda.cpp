@@ -1,12 +1,16 @@
 // A driver library without a card: the functions of libcuda that runtime/cuda/driver.py calls, over the shim.
 //
-// It is as strict as a card may be. Work that was queued runs when the stream is waited for and not before, so a host
-// buffer that is reused too early shows. Arguments are copied by the kernel's own C++ types, as the driver copies them.
-// Fresh memory is NaN and ends at a page that nobody may touch. Launches beyond a card's limits are refused. Tests
-// choose the machine with fake_machine and let a function fail with fake_fail.
+// It is as strict as a card may be. Work that was queued runs when its stream is waited for and not before, so a host
+// buffer that is reused too early shows. Streams know of each other by events alone: one that is waited for runs ahead
+// of all others, and of those only what it was told to wait for; so a missing order between them shows. Arguments are
+// copied by the kernel's own C++ types, as the driver copies them. Fresh memory is NaN and ends at a page that nobody
+// may touch. Launches beyond a card's limits are refused. Tests choose the machine with fake_machine and let a function
+// fail with fake_fail.
 #include <sys/mman.h>
 
+#include <deque>
 #include <map>
+#include <set>
 #include <string>
 #include <tuple>
 
@@ -22,7 +26,7 @@
 namespace {
 using Work = std::function<void()>;
 using Result = int;  // CUresult
-enum { kSuccess = 0, kInvalid = 1, kOutOfMemory = 2, kNoDevice = 100, kNoContext = 201, kNotFound = 500, kSticky = 700 };
+enum { kSuccess = 0, kInvalid = 1, kOutOfMemory = 2, kNoDevice = 100, kNoContext = 201, kNotFound = 500, kSticky = 700, kCapturing = 900 };
 
 template <typename... A, size_t... I>
 Work bound(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
@@ -48,8 +52,19 @@ const Function kFunctions[] = {
     ENTRY(attend_patches_5), ENTRY(attend_patches_8)};
 
 using Graph = std::vector<Work>;
-Graph stream, captured;
-bool capturing, lost;
+struct Stream {
+  std::deque<Work> work;
+  size_t n_queued = 0, n_done = 0;
+};
+struct Event {  // behind so much work of a stream; of none, if it was never recorded
+  Stream* stream = nullptr;
+  size_t at = 0;
+};
+std::set<Stream*> streams;
+std::set<Event*> events;
+Graph captured;
+Stream* recorded;  // whose launches are captured
+bool lost;
 thread_local void* context;  // each thread has to make one current
 int n_devices = 1, version = 13000, capability = 86;
 size_t memory = size_t{1} << 30, used;
@@ -70,7 +85,19 @@ Result called(const char* name) {
   return code;
 }
 #define CALLED if (const Result r = called(__func__)) return r
-void queue(Work work) { (capturing ? captured : stream).push_back(std::move(work)); }
+void queue(Stream* s, Work work) {
+  if (s == recorded) return captured.push_back(std::move(work));
+  s->work.push_back(std::move(work));
+  ++s->n_queued;
+}
+void run(Stream* s, size_t until) {
+  while (s && s->n_done < until) {
+    const Work next = std::move(s->work.front());
+    s->work.pop_front();
+    next();  // which may run another stream, but only up to what was queued before
+    ++s->n_done;
+  }
+}
 constexpr size_t kPage = 4096;
 size_t pages(size_t n) { return (n + kPage - 1) / kPage * kPage; }
 }  // namespace
@@ -78,8 +105,9 @@ size_t pages(size_t n) { return (n + kPage - 1) / kPage * kPage; }
 extern "C" {
 void fake_machine(int devices, int driver_version, int compute_capability, size_t bytes) {
   n_devices = devices, version = driver_version, capability = compute_capability, memory = bytes;
-  calls.clear(), fail_after.clear(), stream.clear(), captured.clear();
-  lost = capturing = false;
+  calls.clear(), fail_after.clear(), captured.clear();
+  for (Stream* s : streams) s->work.clear(), s->n_done = s->n_queued;
+  lost = false, recorded = nullptr;
 }
 void fake_fail(const char* name, int code, int after) { fail_code[name] = code, fail_after[name] = after; }
 void fake_order(int backwards) { shim::backwards = backwards; }
@@ -147,31 +175,56 @@ Result cuMemFree_v2(u64 address) {
 }
 Result cuMemHostAlloc(void** out, size_t n, unsigned) { CALLED; *out = std::malloc(n); return kSuccess; }
 Result cuMemFreeHost(void* at) { CALLED; std::free(at); return kSuccess; }
-Result cuMemcpyHtoDAsync_v2(u64 to, const void* from, size_t n, void*) {
+Result cuMemcpyHtoDAsync_v2(u64 to, const void* from, size_t n, Stream* s) {
   CALLED;
-  queue([=] { std::memcpy(reinterpret_cast<void*>(to), from, n); });
+  queue(s, [=] { std::memcpy(reinterpret_cast<void*>(to), from, n); });
   return kSuccess;
 }
-Result cuMemcpyDtoHAsync_v2(void* to, u64 from, size_t n, void*) {
+Result cuMemcpyDtoHAsync_v2(void* to, u64 from, size_t n, Stream* s) {
   CALLED;
-  queue([=] { std::memcpy(to, reinterpret_cast<void*>(from), n); });
+  queue(s, [=] { std::memcpy(to, reinterpret_cast<void*>(from), n); });
   return kSuccess;
 }
-Result cuMemsetD8Async(u64 at, unsigned char value, size_t n, void*) {
+Result cuMemsetD8Async(u64 at, unsigned char value, size_t n, Stream* s) {
   CALLED;
-  queue([=] { std::memset(reinterpret_cast<void*>(at), value, n); });
+  queue(s, [=] { std::memset(reinterpret_cast<void*>(at), value, n); });
   return kSuccess;
 }
-Result cuStreamCreate(void** out, unsigned) { CALLED; *out = &stream; return kSuccess; }
-Result cuStreamDestroy_v2(void*) { CALLED; return kSuccess; }
-Result cuStreamSynchronize(void*) {
+Result cuStreamCreate(Stream** out, unsigned) { CALLED; streams.insert(*out = new Stream); return kSuccess; }
+Result cuStreamDestroy_v2(Stream* s) {
   CALLED;
-  if (capturing) return 900;  // the operation is not permitted when the stream is capturing
-  Graph work;
-  work.swap(stream);
-  for (const Work& each : work) each();
+  if (!streams.erase(s)) return kInvalid;
+  for (Event* e : events)
+    if (e->stream == s) e->stream = nullptr;
+  delete s;
   return kSuccess;
 }
+Result cuStreamSynchronize(Stream* s) {
+  CALLED;
+  if (s == recorded) return kCapturing;
+  run(s, s->n_queued);
+  return kSuccess;
+}
+Result cuEventCreate(Event** out, unsigned) { CALLED; events.insert(*out = new Event); return kSuccess; }
+Result cuEventDestroy_v2(Event* e) {
+  CALLED;
+  if (!events.erase(e)) return kInvalid;
+  delete e;
+  return kSuccess;
+}
+Result cuEventRecord(Event* e, Stream* s) {
+  CALLED;
+  if (s == recorded) return kCapturing;
+  *e = {s, s->n_queued};
+  return kSuccess;
+}
+Result cuStreamWaitEvent(Stream* s, const Event* e, unsigned) {
+  CALLED;
+  if (s == recorded) return kCapturing;
+  queue(s, [seen = *e] { run(seen.stream, seen.at); });  // as it is now; later records do not count
+  return kSuccess;
+}
+Result cuEventSynchronize(const Event* e) { CALLED; run(e->stream, e->at); return kSuccess; }
 Result cuModuleLoadData(void** out, const void* image) {
   CALLED;
   if (std::memcmp(image, "\177ELF", 4)) return 200;  // no image of a kernel
@@ -189,17 +242,17 @@ Result cuModuleGetFunction(const Function** out, void*, const char* name) {
   return kNotFound;
 }
 Result cuLaunchKernel(const Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                      unsigned shared, void*, void** arguments, void** extra) {
+                      unsigned shared, Stream* s, void** arguments, void** extra) {
   CALLED;
   if (!gx || !gy || !gz || gy > 65535 || gz > 65535) return kInvalid;
   if (!bx || bx > 1024 || bx % 32 || by != 1 || bz != 1 || shared > kSharedLimit || extra) return kInvalid;
-  queue([=, work = f->bind(arguments)] { shim::launch({gx, gy, gz}, bx, shared, work); });
+  queue(s, [=, work = f->bind(arguments)] { shim::launch({gx, gy, gz}, bx, shared, work); });
   return kSuccess;
 }
-Result cuStreamBeginCapture_v2(void*, int) { CALLED; capturing = true; captured.clear(); return kSuccess; }
-Result cuStreamEndCapture(void*, Graph** out) {
+Result cuStreamBeginCapture_v2(Stream* s, int) { CALLED; recorded = s; captured.clear(); return kSuccess; }
+Result cuStreamEndCapture(Stream*, Graph** out) {
   CALLED;
-  capturing = false;
+  recorded = nullptr;
   *out = new Graph(captured);
   return kSuccess;
 }
@@ -208,9 +261,9 @@ Result cuGraphInstantiateWithFlags(Graph** out, const Graph* graph, u64) {
   *out = new Graph(*graph);
   return kSuccess;
 }
-Result cuGraphLaunch(const Graph* graph, void*) {
+Result cuGraphLaunch(const Graph* graph, Stream* s) {
   CALLED;
-  for (const Work& each : *graph) queue(each);
+  for (const Work& each : *graph) queue(s, each);
   return kSuccess;
 }
 Result cuGraphDestroy(Graph* graph) { CALLED; delete graph; return kSuccess; }

@@ -7,6 +7,7 @@ stream. The oracle is the simulated card, which knows nothing of buffers and lau
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -22,7 +23,8 @@ from kimi_lite.runtime.cuda.cuda import CudaDevice
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
-from kimi_lite.runtime.placement import MARGIN
+from kimi_lite.runtime.placement import MARGIN, make_plan
+from kimi_lite.runtime.speeds import ASSUMED
 from kimi_lite.runtime.weights import open_weights
 
 bnb = dense.backend()
@@ -32,12 +34,12 @@ CONTEXT = 290
 class TorchOnPaper(bnb.TorchOnCard):  # type: ignore[misc,name-defined]
     """PyTorch on the CPU, on memory of the driver without a card."""
 
-    def __init__(self, fake: FakeDriver) -> None:
-        self.device, self._fake = torch.device("cpu"), fake
+    def __init__(self, fake: FakeDriver, stream: int) -> None:
+        self.device, self._fake, self._stream = torch.device("cpu"), fake, stream
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
-        self._fake.run()
+        self._fake.run(self._stream)
         yield
 
     def tensor(self, address: int, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -49,7 +51,7 @@ class TorchOnPaper(bnb.TorchOnCard):  # type: ignore[misc,name-defined]
 @pytest.fixture
 def card(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr("kimi_lite.runtime.hybrid.find_device", lambda: CudaDevice(fake.path))
-    monkeypatch.setattr(bnb, "TorchOnCard", lambda ordinal, stream: TorchOnPaper(fake))
+    monkeypatch.setattr(bnb, "TorchOnCard", lambda ordinal, stream: TorchOnPaper(fake, stream))
     monkeypatch.setenv("KIMI_LITE_EXPERT_USAGE", "off")
     return fake
 
@@ -87,6 +89,28 @@ def test_every_plan_has_the_bits_of_the_simulated_card_within_its_memory(
     assert isinstance(engine.model, HybridModel)
     engine.model.close()
     assert card.used() == 0
+
+
+def test_streamed_prompts_have_the_bits_of_the_simulated_card(
+    card: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = sizes_of(dense.outline(open_weights(nano_path()), "nf4"))
+    plan = make_plan(sizes, device="by hand", free=1 << 30, context=CONTEXT, speeds=ASSUMED)
+    some = ((), (0, 1, 2), (), (0, 2, 4, 6))
+    streaming = replace(plan, resident=some, hit=(0.0, 3 / 8, 0.0, 1 / 2), stream_from=12)
+    monkeypatch.setattr("kimi_lite.runtime.hybrid.make_plan", lambda *_, **__: streaming)
+    engine = Engine(nano_path(), context=CONTEXT, vram=None, gpu_dense="nf4")
+    # Its proof streamed nine tokens.
+    assert card.calls("cuStreamWaitEvent") > 0
+    monkeypatch.undo()
+    monkeypatch.setattr("kimi_lite.runtime.hybrid.find_device", lambda: SimulatedDevice(1 << 30))
+    oracle = Engine(nano_path(), context=CONTEXT, vram=None, gpu_dense="nf4")
+    rng = np.random.default_rng(3)
+    for n in (20, 1, 258):  # streamed, decoded, streamed in two parts
+        ids = [int(i) for i in rng.integers(0, 800, n)]
+        np.testing.assert_array_equal(engine.append(ids), oracle.append(ids))
+    assert isinstance(engine.model, HybridModel)
+    engine.model.close()
 
 
 @pytest.mark.parametrize(

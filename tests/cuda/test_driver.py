@@ -35,7 +35,7 @@ def loaded(fake: FakeDriver, weights: Weights) -> Iterator[CudaDevice]:
     for index in range(2):
         device.load_layer(index, weights.layers[index], None)
     device.load_ends(weights)
-    device.reserve_cache(64)
+    device.reserve_cache(64, streams=False)
     yield device
     device.close()
 
@@ -131,13 +131,13 @@ def test_a_cache_that_does_not_fit_says_so_and_a_smaller_one_then_works(
     device.load_ends(weights)
     before = fake.used()
     with pytest.raises(DeviceMemoryError, match="the cache of 1000000 tokens takes"):
-        device.reserve_cache(1_000_000)
+        device.reserve_cache(1_000_000, streams=False)
     with pytest.raises(DeviceMemoryError, match="working memory for a context of 200000 tokens"):
-        device.reserve_cache(200_000)
+        device.reserve_cache(200_000, streams=False)
     assert fake.used() == before
-    device.reserve_cache(64)
+    device.reserve_cache(64, streams=False)
     small = fake.used()
-    device.reserve_cache(96)  # instead of the other
+    device.reserve_cache(96, streams=False)  # instead of the other
     assert fake.used() - small < small - before
     begin(device, weights)
     device.attend(0)
@@ -153,7 +153,7 @@ def test_what_a_planner_is_told_is_what_is_taken(fake: FakeDriver, weights: Weig
         device.load_layer(index, layer, None)
     device.load_ends(weights)
     before = fake.used()
-    device.reserve_cache(context)
+    device.reserve_cache(context, streams=False)
     caches = c.n_layers * sum(latent_cache_bytes(context, c.kv_rank, c.rope_dim))
     assert fake.used() - before == caches + sizes_of(weights).workspace_bytes(context)
     device.close()
@@ -267,7 +267,7 @@ def test_experts_on_the_cpu_make_two_graphs_a_layer(fake: FakeDriver, weights: W
     device = CudaDevice(fake.path)
     device.load_layer(0, weights.layers[1], [])
     device.load_ends(weights)
-    device.reserve_cache(64)
+    device.reserve_cache(64, streams=False)
     A, D = weights.config.n_active, weights.config.hidden_size
     for _ in range(3):
         begin(device, weights)

@@ -26,7 +26,7 @@ class OnCard:
         for index, layer in enumerate(self.weights.layers):
             self.device.load_layer(index, layer, None)
         self.device.load_ends(self.weights)
-        self.device.reserve_cache(CONTEXT)
+        self.device.reserve_cache(CONTEXT, streams=False)
 
     def append(self, ids: list[int]) -> Float:
         x_TD = kernels.embed(self.weights.embed, np.asarray(ids, np.int32))

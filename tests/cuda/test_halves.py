@@ -96,7 +96,7 @@ class Pair:
         self.shape, self.layer = shape, layer
         self.device = CudaDevice(fake.path)
         self.device.load_layer(0, layer, experts)
-        self.device.reserve_cache(context)
+        self.device.reserve_cache(context, streams=False)
         sizes = kernels.latent_cache_bytes(context, shape.C, shape.R)
         self.rows, self.columns = (np.zeros(n, np.uint8) for n in sizes)
         self.cache = kernels.latent_cache(self.rows, self.columns, context, shape.C, shape.R)

@@ -1,7 +1,9 @@
 """benchmarks/gpu.py in a tiny form on a simulated card, so that it works on the day when there is a real one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gpu
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from kimi_lite.api import nano_path
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.kernels import Float
+from kimi_lite.runtime.placement import Plan, make_plan
 
 TINY = (
     "--caps",
@@ -48,6 +51,25 @@ def fake_llama_bench(folder: Path, speed: float) -> Path:
     )
     script.chmod(0o755)
     return script
+
+
+def test_streaming_is_measured_beside_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nano's own plans never stream: its buffers would take the place of all that is missing.
+    def streaming(*arguments: Any, **options: Any) -> Plan:
+        plan = make_plan(*arguments, **options)
+        return plan if plan.whole else replace(plan, stream_from=60)
+
+    monkeypatch.setattr("kimi_lite.runtime.hybrid.make_plan", streaming)
+    tiny = [{"40,300,9000": "40", "6.8M,7M,50M,1G": "6.8M,50M"}.get(word, word) for word in TINY]
+    result = gpu.main([str(nano_path()), *tiny])
+    rows = [row for row in result["rows"] if row["stream_from"]]
+    assert len(rows) == 2
+    assert all(row["streamed"] > 0 and row["not_streamed"] > 0 for row in rows)
+    assert verdicts(result)["Wherever experts lie, logits have the CPU's bits."] == "holds"
+    assert verdicts(result)["The planner predicts prefill within 15 %."] == "holds"
+    faster = [row["streamed"] > row["not_streamed"] for row in rows]
+    says = "From half as many tokens again as the plan says, streaming is faster than the CPU."
+    assert verdicts(result)[says] == ("holds" if all(faster) else "refuted")
 
 
 def test_every_claim_is_judged_on_a_simulated_card(card: Path, capsys: pytest.CaptureFixture[str]) -> None:

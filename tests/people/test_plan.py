@@ -80,6 +80,26 @@ def test_assumed_speeds_change_the_prediction() -> None:
         assert tok_per_s(prefill, **{name: 1}) < tok_per_s(prefill) / 2, name
 
 
+def test_the_plan_says_from_where_on_experts_are_streamed_or_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def report(context: int, **speeds: float) -> str:
+        lines = plan_report(
+            nano_path(), vram=7_250_000, context=context, speeds=Speeds(**speeds), measure=False
+        )
+        return "\n".join(lines)
+
+    slow = {"cpu_gb_s": 0.5, "cpu_gmac_s": 2.0}
+    monkeypatch.setattr("kimi_lite.runtime.placement.ANSWER", 1)  # nano's buffers are dear
+    streamed = report(256, **slow)
+    assert re.search(r"\n +from \d+ tokens of a prompt on they are streamed to the card", streamed)
+    sizes = [float(size) for size in re.findall(r"^(?:on it)? +([\d.]+) MB ", streamed, re.MULTILINE)]
+    assert len(sizes) == 5
+    assert 7.1 < sum(sizes) <= 7.26
+    assert "not streamed to the card for prompts: at these speeds they cost 256 tokens more" in report(
+        256, copy_gb_s=0.001
+    )
+    assert "not streamed to the card for prompts: their two buffers do not fit" in report(300)
+
+
 @pytest.mark.parametrize(
     ("vram", "says", "where"),
     [
@@ -122,7 +142,9 @@ def test_a_card_that_is_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> Non
 
     for module in ("plan", "runtime.hybrid"):
         monkeypatch.setattr(f"kimi_lite.{module}.find_device", Card)
-    report = "\n".join(plan_report(nano_path(), vram=None, context=500, speeds=Speeds(), measure=True))
+    speeds = Speeds(pcie_gb_s=3.21)  # which the card, asked, has not
+    report = "\n".join(plan_report(nano_path(), vram=None, context=500, speeds=speeds, measure=True))
+    assert "PCIe 12 GB/s, 4 µs a kernel, 20 µs a hand-off; all assumed but PCIe, which was measured" in report
     assert "predicted with the card's speeds assumed, not measured:" in report
     assert "an assumed card" not in report
     found = re.search(

@@ -408,7 +408,7 @@ def test_encoding_moves_the_clock_as_predicted(monkeypatch: pytest.MonkeyPatch) 
     weights = open_vision(nano_path())
     config, _, D = tower_facts(nano_path())
     pixels = [np.zeros((14 * 10, 14 * 12, 3), np.uint8)]
-    predicted = sum(encode_s(TowerShape.of(config, D), card.speeds, [120], resident=False))
+    predicted = sum(encode_s(TowerShape.of(config, D), card.speeds(), [120], resident=False))
     card.encode(weights, pixels)
     assert card.clock_s == pytest.approx(predicted)
     card.keep_tower(weights)
@@ -417,7 +417,7 @@ def test_encoding_moves_the_clock_as_predicted(monkeypatch: pytest.MonkeyPatch) 
     assert (
         0
         < card.clock_s - before
-        < predicted + sum(map(card.speeds.crossing_s, TowerShape.of(config, D).part_bytes))
+        < predicted + sum(map(card.speeds().crossing_s, TowerShape.of(config, D).part_bytes))
     )
 
 

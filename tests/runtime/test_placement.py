@@ -14,7 +14,7 @@ from kimi_lite.runtime.cuda.halves import Shape
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
-from kimi_lite.runtime.placement import MARGIN, Plan, make_plan, parse_size, predict, ranges
+from kimi_lite.runtime.placement import MARGIN, Plan, make_plan, parse_size, predict, predict_prompt, ranges
 from kimi_lite.runtime.sampling import SamplingOptions
 from kimi_lite.runtime.speeds import Speeds
 from kimi_lite.runtime.usage import HALVE_AT, entry_name, load_usage, save_usage
@@ -55,6 +55,7 @@ def full_size() -> Sizes:
 
 
 def plan(sizes: Sizes, free: int, context: int = 32768, **options: object) -> Plan:
+    options = {"speeds": Speeds(), **options}
     return make_plan(sizes, device="card", free=free, context=context, **options)  # type: ignore[arg-type]
 
 
@@ -65,7 +66,7 @@ def room_for(sizes: Sizes, n_experts: float, context: int) -> int:
 
 
 def taken(p: Plan) -> int:
-    return p.sizes.fixed_bytes + p.cache_bytes + p.experts_bytes + p.reserve_bytes
+    return p.sizes.fixed_bytes + p.cache_bytes + p.experts_bytes + p.reserve_bytes + p.stream_bytes
 
 
 @pytest.mark.parametrize("gigabytes", [3, 6, 8, 12, 24])
@@ -114,7 +115,7 @@ def test_a_profile_decides_and_a_short_one_only_a_little() -> None:
     usage = np.ones((26, 64), np.int64)
     usage[:, 40:] = 1000  # 24 of 64 get nearly all
     usage[3] = 1  # a layer where all are alike
-    by_use, evenly = (plan(sizes, 5_500_000_000, usage=u) for u in (usage, None))
+    by_use, evenly = (plan(sizes, 6_000_000_000, usage=u) for u in (usage, None))
     assert by_use.profiled
     assert not evenly.profiled
     assert set(by_use.resident[1]) >= set(range(45, 64))
@@ -179,6 +180,78 @@ def test_predictions_agree_with_the_clock_of_the_simulated_card(
         clock = device.clock_s - before
         predicted = sum(predict(p, speeds, T=T, start=start + i * T).seconds for i in range(steps))
         assert predicted == pytest.approx(clock, rel=0.15), (T, start)
+
+
+# Streaming. An expert of the published sizes has 4,866,048 bytes and 8,650,752 products a token.
+
+
+def test_break_even_is_where_the_copies_cost_what_the_cpu_does() -> None:
+    # By hand: all 64 experts of a layer cross in 64 · 4.866 MB / 10 GB/s = 31.1 ms, and for a token the CPU takes
+    # 6 · 8.65 M / 600 G = 86.5 µs; 8 KB of its row and 6 · 8 KB of outputs cross at 12 GB/s in 4.8 µs; and the card
+    # attends (13.8 M / 10 T = 1.4 µs), which streaming hides: 336 tokens. Where a third lies on the card, copies and CPU
+    # have two thirds. A read of weights counts for nothing here: a rest of few tokens would cost the CPU one. Launches
+    # and hand-offs, 0.1 to 0.3 ms a layer and step, and the card's first and last layer, 1 in 26, stay below a tenth.
+    sizes, speeds = full_size(), Speeds(cpu_gb_s=1e6)
+    for gigabytes in (3, 4, 6):
+        p = plan(sizes, gigabytes * 10**9, context=4096, speeds=speeds)
+        assert p.stream_from == pytest.approx(31.1e-3 / (86.5e-6 + 4.8e-6 + 1.4e-6), rel=0.1), gigabytes
+    fixed = 5 * 10**9
+    usual = plan(sizes, fixed).stream_from
+    assert usual is not None
+    for other, later in (
+        (Speeds(cpu_gmac_s=300), False),
+        (Speeds(cpu_gmac_s=1200), True),
+        (Speeds(pcie_gb_s=5), True),  # slower than a copy in main memory
+        (Speeds(copy_gb_s=5), True),
+    ):
+        moved = plan(sizes, fixed, speeds=other).stream_from
+        assert moved is not None
+        assert (moved > usual) == later
+
+
+def test_from_break_even_on_a_streamed_prompt_is_predicted_faster_and_not_before() -> None:
+    sizes, speeds = full_size(), Speeds()
+    p = plan(sizes, 6 * 10**9)
+    assert p.stream_from is not None
+    for T in (2, p.stream_from - 1, p.stream_from, 1000, 2048):
+        by_streaming = predict(replace(p, stream_from=2), speeds, T=T).seconds
+        by_the_cpu = predict_prompt(replace(p, stream_from=None), speeds, T)
+        assert (by_streaming < by_the_cpu) == p.streams(T) == (p.stream_from <= T), T
+    steps = [(2048, 0), (2048, 2048), (256, 4096), (1, 4352)]  # what is left of 4353 is not worth it
+    expected = sum(predict(p, speeds, T=T, start=start).seconds for T, start in steps)
+    assert predict_prompt(p, speeds, 4353) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("gigabytes", [3, 4, 6, 8])
+def test_buffers_are_as_small_as_they_can_be_and_hold_every_layer(gigabytes: int) -> None:
+    sizes = full_size()
+    p = plan(sizes, gigabytes * 10**9)
+    assert p.stream_from is not None
+    expert = sizes.layers[1].expert_bytes
+    missing = max(64 - len(experts) for experts in p.resident[1:])
+    rows = (2048 - 256) * 4 * (2048 + 64)  # of the residual stream and the rotations
+    assert p.stream_bytes == pytest.approx(2 * missing * expert + rows, abs=1000)
+    assert taken(p) <= gigabytes * 10**9
+    assert gigabytes * 10**9 - taken(p) < 3 * expert  # a buffer smaller by one would hold two more
+    margin = p.reserve_bytes - sizes.workspace_bytes(p.context)
+    assert p.left_bytes == p.budget - taken(p) + margin  # where pictures are encoded, nothing else lies
+
+
+def test_streaming_is_planned_only_where_it_pays() -> None:
+    sizes = full_size()
+    whole = plan(sizes, 24 * 10**9)
+    assert whole.whole
+    assert (whole.stream_from, whole.stream_bytes, whole.why_not_streamed) == (None, 0, "")
+    for free, speeds, why in (
+        (room_for(sizes, 100, 4096), Speeds(), "their two buffers do not fit"),  # of 128 experts
+        (6 * 10**9, Speeds(pcie_gb_s=0.5), "they cost 2048 tokens more than the CPU does"),
+        (6 * 10**9, Speeds(pcie_gb_s=1), "2048 tokens would gain less than the 256 of an answer lose"),
+    ):
+        p = plan(sizes, free, context=4096, speeds=speeds)
+        assert p.stream_from is None
+        assert why in p.why_not_streamed
+        assert p.stream_bytes == 0
+        assert free - taken(p) < sizes.layers[1].expert_bytes  # nothing is kept free for it
 
 
 def draw(seed: int, n: int) -> list[int]:
