@@ -30,6 +30,7 @@ class Row:
     streamed: float | None = None  # prefill of half as many again
     not_streamed: float | None = None
     decode: float | None = None
+    decode_in_turn: float | None = None  # the CPU waiting for the card's experts before it runs its own
     predicted_decode: float | None = None
     ceiling: float | None = None  # the prediction without launches and hand-offs
     gb_per_s: float | None = None  # that the card reads while decoding
@@ -58,6 +59,7 @@ class Claim:
 class Setting:
     """What the rows were measured under."""
 
+    card: str
     first_depth: int
     prompt: int
     speeds: Speeds
@@ -85,6 +87,19 @@ def judge(s: Setting, rows: Sequence[Row], llama: Sequence[Row], others: Sequenc
         assert predicted
         assert measured
         return abs(predicted / measured - 1) <= 0.15, f"{where}: {predicted} predicted, {measured} measured"
+
+    def beside_llama(what: str, times: float, *, whole: bool) -> list[tuple[bool, str]]:
+        """Rows that have all experts on the card, or not, against llama.cpp's of the same cap and depth."""
+        pairs = [
+            (at(r), getattr(r, what), getattr(theirs[r.cap, r.depth], what))
+            for r in done
+            if r.whole == whole and (r.cap, r.depth) in theirs
+        ]
+        return [
+            (ours >= times * other, f"{where}: {ours} to {other}")
+            for where, ours, other in pairs
+            if ours and other
+        ]
 
     base = {row.depth: row.decode for row in none if row.decode}
     eight = [
@@ -135,6 +150,22 @@ def judge(s: Setting, rows: Sequence[Row], llama: Sequence[Row], others: Sequenc
             ],
         ),
         claim(
+            "With experts on both, card and CPU work at the same time: decoding is faster than in turn.",
+            [
+                (r.decode > r.decode_in_turn, f"{at(r)}: {r.decode} to {r.decode_in_turn}")
+                for r in done
+                if r.decode and r.decode_in_turn
+            ],
+        ),
+        claim(
+            "With all on the card, an H100 decodes 350 tok/s.",
+            [
+                (r.decode >= 350, f"{at(r)}: {r.decode}")
+                for r in first
+                if r.whole and r.decode and "H100" in s.card and not s.simulated
+            ],
+        ),
+        claim(
             "Prefill of 2048 tokens with experts streamed reaches 2500 tok/s.",
             [
                 (r.prefill >= 2500, f"{at(r)}: {r.prefill}")
@@ -163,24 +194,19 @@ def judge(s: Setting, rows: Sequence[Row], llama: Sequence[Row], others: Sequenc
         ),
         claim(
             "With all on the card, prefill is ahead of llama.cpp's CUDA build.",
-            [
-                (r.prefill >= peer.prefill, f"{at(r)}: {r.prefill} to {peer.prefill}")
-                for r in first
-                if r.whole and r.prefill and (peer := theirs.get((r.cap, r.depth))) and peer.prefill
-            ],
+            beside_llama("prefill", 1.0, whole=True),
         ),
         claim(
-            "Decoding and prefill are ahead of llama.cpp's CUDA build with the same memory.",
-            [
-                (ours >= other, f"{at(r)}, {what}: {ours} to {other}")
-                for r in done
-                if (peer := theirs.get((r.cap, r.depth)))
-                for what, ours, other in (
-                    ("decode", r.decode, peer.decode),
-                    ("prefill", r.prefill, peer.prefill),
-                )
-                if ours and other
-            ],
+            "With experts on the CPU, prefill is ahead of llama.cpp's CUDA build with the same memory.",
+            beside_llama("prefill", 1.0, whole=False),
+        ),
+        claim(
+            "With all on the card, decoding is 1.5 times as fast as llama.cpp's CUDA build.",
+            beside_llama("decode", 1.5, whole=True),
+        ),
+        claim(
+            "With experts on the CPU, decoding is 1.3 times as fast as llama.cpp's CUDA build with the same memory.",
+            beside_llama("decode", 1.3, whole=False),
         ),
         claim(
             "With --gpu-dense, products are within their bound and all else has the CPU's bits.",

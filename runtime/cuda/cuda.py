@@ -351,6 +351,11 @@ class CudaDevice:
         self._synchronize()
         return pinned.copy()
 
+    def wait(self) -> None:
+        """Return when all that was called for is done."""
+        self._flush()
+        self._synchronize()
+
     def residual(self) -> Float:
         """The residual stream as it is now, float32 [T, D]; waits. For tests and for those who look for a wrong bit."""
         self._flush()

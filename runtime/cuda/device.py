@@ -118,6 +118,9 @@ class Device(Protocol):
     def logits(self) -> Float:
         """Of the last token: float32 [V]."""
 
+    def wait(self) -> None:
+        """Return when all that was called for is done: for those who measure, because a step waits by itself."""
+
     def run_dense(self, index: int | None, name: str, x_TI: Float) -> Float:
         """One product of a layer's dense weights, or of the head for None, where they are of a layout of dense.py; waits.
 

@@ -226,6 +226,9 @@ class SimulatedDevice:
             return self.run_dense(None, "head", last_1D).reshape(-1)
         return kernels.linear(weights.head, last_1D).reshape(-1)
 
+    def wait(self) -> None:
+        self._wait(0.0)
+
     def run_dense(self, index: int | None, name: str, x_TI: Float) -> Float:
         return self._products[index][name](x_TI)
 

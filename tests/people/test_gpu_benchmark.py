@@ -7,11 +7,13 @@ from typing import Any
 
 import gpu
 import pytest
+from gpu_claims import Row, Setting, judge
 
 from kimi_lite.api import nano_path
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.placement import Plan, make_plan
+from kimi_lite.runtime.speeds import Speeds
 
 TINY = (
     "--caps",
@@ -33,6 +35,13 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("KIMI_LITE_EXPERT_USAGE", "off")
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
     return tmp_path
+
+
+AHEAD = (
+    "With experts on the CPU, prefill is ahead of llama.cpp's CUDA build with the same memory.",
+    "With all on the card, decoding is 1.5 times as fast as llama.cpp's CUDA build.",
+    "With experts on the CPU, decoding is 1.3 times as fast as llama.cpp's CUDA build with the same memory.",
+)
 
 
 def verdicts(result: dict[str, object]) -> dict[str, str]:
@@ -85,13 +94,14 @@ def test_every_claim_is_judged_on_a_simulated_card(card: Path, capsys: pytest.Ca
         "No more memory is taken than --vram allows.",
         "The planner predicts prefill within 15 %.",
         "With all on the card, prefill is ahead of llama.cpp's CUDA build.",
-        "Decoding and prefill are ahead of llama.cpp's CUDA build with the same memory.",
+        *AHEAD,
+        "With experts on both, card and CPU work at the same time: decoding is faster than in turn.",
         "A picture that is encoded on the card has the CPU's rows.",
     ):
         assert found[says] == "holds", says
-    # Those that speak of sizes, speeds or tensor cores that a toy on a virtual clock does not have.
+    # Those that speak of cards, sizes, speeds or tensor cores that a toy on a virtual clock does not have.
+    assert found["With all on the card, an H100 decodes 350 tok/s."] == "not measured"
     assert found["With all on the card, its tensor cores make prefill 1.3 times as fast."] == "not measured"
-    # Those that speak of sizes or speeds that a toy on a virtual clock does not have.
     assert found["A picture of 4096 patches is encoded 4 times as fast as on the CPU."] == "not measured"
     assert found["On 8 GB, experts on the card are worth 40 % over none."] == "not measured"
     assert found["With all on the card, decoding reads 55 % of the card's bandwidth."] == "refuted"
@@ -128,9 +138,65 @@ def test_other_bits_and_a_faster_peer_refute(card: Path, monkeypatch: pytest.Mon
     found = verdicts(gpu.main([str(nano_path()), *TINY, "--depths", "40", *llama]))
     assert found["Wherever experts lie, logits have the CPU's bits."] == "refuted"
     assert found["No more memory is taken than --vram allows."] == "refuted"
-    assert (
-        found["Decoding and prefill are ahead of llama.cpp's CUDA build with the same memory."] == "refuted"
-    )
+    assert [found[says] for says in AHEAD] == ["refuted"] * 3
+
+
+def test_a_card_that_does_nothing_beside_the_cpu_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = SimulatedDevice._queue
+
+    def in_turn(self: SimulatedDevice, seconds: float) -> None:
+        queue(self, seconds)
+        self.wait()
+
+    monkeypatch.setattr(SimulatedDevice, "_queue", in_turn)
+    found = verdicts(gpu.main([str(nano_path()), *TINY, "--depths", "40"]))
+    says = "With experts on both, card and CPU work at the same time: decoding is faster than in turn."
+    assert found[says] == "refuted"
+
+
+def test_claims_beside_others_are_judged_by_their_factors() -> None:
+    setting = Setting("an H100", 10, 2048, Speeds(), False, False, "bits", 20.0, None)
+
+    def judged(whole: float, some: float) -> dict[str, str]:
+        rows = [Row(24, 10, 9, 9, prefill=100.0, decode=whole), Row(8, 10, 3, 9, prefill=100.0, decode=some)]
+        peers = [Row(24, 10, prefill=100.0, decode=234.0), Row(8, 10, prefill=101.0, decode=100.0)]
+        return {claim.says: claim.verdict for claim in judge(setting, rows, peers, [])}
+
+    h100 = "With all on the card, an H100 decodes 350 tok/s."
+    prefill = "With all on the card, prefill is ahead of llama.cpp's CUDA build."
+    reached, missed = judged(351.0, 130.0), judged(349.9, 129.9)
+    assert [reached[says] for says in (h100, prefill, *AHEAD)] == [
+        "holds",
+        "holds",
+        "refuted",
+        "holds",
+        "holds",
+    ]
+    assert [missed[says] for says in (h100, prefill, *AHEAD)] == [
+        "refuted",
+        "holds",
+        "refuted",
+        "refuted",
+        "refuted",
+    ]
+
+
+def test_llama_cpp_gets_another_try_with_one_more_layer_on_the_cpu(
+    card: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "LLAMA_SPARE", 0)
+    script = fake_llama_bench(card, 5.0)
+    full = 'if o["-ncmoe"] == "0":\n    sys.exit("out of memory")\nprint('
+    script.write_text(script.read_text().replace("print(", full, 1))
+    arguments = [str(nano_path()), *TINY, "--depths", "40", "--caps", "50M"]
+    result = gpu.main([*arguments, "--llama-bench", str(script), "--gguf", str(nano_path())])
+    assert [(row["cap"] == 50_000_000, row["decode"], row["why_not"]) for row in result["llama"]] == [
+        (False, 5.0, ""),
+        (True, 5.0, ""),
+    ]
+    script.write_text(script.read_text().replace('o["-ncmoe"] == "0"', "True"))
+    result = gpu.main([*arguments, "--llama-bench", str(script), "--gguf", str(nano_path())])
+    assert {(row["decode"], row["why_not"]) for row in result["llama"]} == {(None, "out of memory")}
 
 
 DENSE = (
