@@ -59,6 +59,23 @@ def test_every_plan_has_the_bits_of_the_cpu_and_stays_within_its_memory(
     assert card.used() == 0  # with the engine, its memory went
 
 
+def test_waiting_for_the_card_in_mid_step_changes_no_bit(
+    card: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (engine, _), cpu = engine_with(9), Engine(nano_path(), context=CONTEXT)
+    run_experts = CudaDevice.run_experts
+
+    def and_wait(self: CudaDevice, index: int) -> None:
+        run_experts(self, index)
+        waits = card.calls("cuStreamSynchronize")
+        self.wait()
+        assert card.calls("cuStreamSynchronize") == waits + 1
+
+    monkeypatch.setattr(CudaDevice, "run_experts", and_wait)
+    for ids in ([1, 2, 3], [4], [5]):
+        assert np.array_equal(engine.append(ids), cpu.append(ids))
+
+
 @pytest.mark.parametrize("to", ["q4_0", "q8_0"])
 def test_a_standard_gguf_that_is_packed_at_load_runs_with_the_bits_of_the_cpu(
     card: FakeDriver, tmp_path: Path, to: Literal["q4_0", "q8_0"]
