@@ -297,7 +297,7 @@ def reading(draw: Draw, grid: tuple[int, int]) -> Sample:
         text = draw.number(shortest, longest)
     else:
         text = draw.word(shortest, longest)
-        text = text.upper() if kind < 0.45 else text
+        text = text.upper() if kind < (0.6 if draw.hard else 0.45) else text
     picture, hint = text_picture(text, grid, draw.rng, largest=18 if draw.hard else 38)
     # The number comes first, so that each character is looked up by its place and none is skipped or read twice.
     letters = " ".join(f"{i}{character}" for i, character in enumerate(text, 1))

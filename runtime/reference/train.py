@@ -1,10 +1,12 @@
 """Trains kimi-vl-nano from a seed and writes it as a published checkpoint directory.
 
     python -m kimi_lite.runtime.reference.train RUN_DIR [--minutes 60] [--export kimi_lite/nano]
+    torchrun --nproc-per-node 2 -m kimi_lite.runtime.reference.train RUN_DIR ...
 
 Each step takes one batch of text and one of pictures; loss only on the assistant's turns. Batch n depends on the seed
 and n alone, and RUN_DIR keeps weights, optimizer and step, so a run that is stopped and started again continues
-exactly as if it had not been. Matrices are trained by Muon, the rest by AdamW; the experts' load is balanced by the
+exactly as if it had not been. Under torchrun each process has batches of its own, and gradients are averaged: products
+of this size gain little from a second thread, so that is what more cores are for. Matrices are trained by Muon, the rest by AdamW; the experts' load is balanced by the
 published rule, which moves the router's bias and adds no loss. Products run in bf16 where the processor has it.
 
 The learning rate falls over `--minutes` of training time in all; started again with more, it rises once more.
@@ -12,14 +14,16 @@ The learning rate falls over `--minutes` of training time in all; started again 
 
 import argparse
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F_
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -37,6 +41,7 @@ from kimi_lite.runtime.reference.random_checkpoint import (
     write_side_files,
 )
 from kimi_lite.runtime.reference.tasks import Draw, Sample, reading, shapes, text_sample, two_pictures
+from kimi_lite.runtime.reference.text import MoE
 from kimi_lite.runtime.reference.vision import merge_patches
 from kimi_lite.runtime.template import ImagePart, Message, render
 from kimi_lite.runtime.tokenizer import Tokenizer
@@ -45,11 +50,9 @@ TEXT_BATCH, TEXT_POOL = 32, 768  # a pool is sorted by length and cut into batch
 PICTURE_BATCH, TOWER_BATCH = 64, 128
 # First text and shapes; then the tower alone learns what lies over each slot of a patch (which character, and the how
 # manyeth; the how manyeth shape), in short steps; then all together.
-TOWER_FROM, READING_FROM = 900, 5400
-TOWER_RATE = (
-    2.0  # learning rate at the start of the tower's own phase, as a multiple; a tenth of it at the end
-)
-HINT_SHARE = 0.3  # of the tower's task in the loss of the last phase
+TOWER_FROM, READING_FROM = 900, 8400
+TOWER_RATE = 1.6  # learning rate at the start of the tower's own phase, as a multiple; 2 % of it at the end
+HINT_SHARE = 0.5  # of the tower's task in the loss of the last phase
 N_CODES, N_PLACES = 128, 9
 MATRIX_RATE, OTHER_RATE = 0.003, 0.003
 WEIGHT_DECAY = 0.02
@@ -128,26 +131,31 @@ def collate(samples: list[Sample], tokenizer: Tokenizer, pad_id: int) -> Batch:
     )
 
 
-def make_batches(seed: int, step: int) -> list[Batch]:
-    """The batches of one step: text and pictures, or pictures alone in the tower's phase."""
+def make_batches(seed: int, step: int, process: int = 0) -> list[Batch]:
+    """The batches of one step: text and pictures, or pictures alone in the tower's phase.
+
+    Processes draw others of the same kind and size, so that none waits for another.
+    """
     tokenizer, pad_id = nano_tokenizer(), NANO_TEXT.pad_id or 0
-    rng = np.random.default_rng((seed, 3, step))
-    draw = Draw(rng, held_out=False, hard=bool(rng.random() < 0.5))
+    size = np.random.default_rng((seed, 3, step))
+    draw = Draw(
+        np.random.default_rng((seed, 4, step, process)), held_out=False, hard=bool(size.random() < 0.5)
+    )
     tower_alone = TOWER_FROM <= step < READING_FROM
     if step < TOWER_FROM or step % 4 == 1:
-        grid = (int(draw.rng.integers(2, 5)), int(draw.rng.integers(2, 5)))
+        grid = (int(size.integers(2, 5)), int(size.integers(2, 5)))
         pictures = [shapes(draw, grid) for _ in range(PICTURE_BATCH // 2)]
     elif step % 4 == 3 and not tower_alone:
-        grid = (int(draw.rng.integers(2, 4)), int(draw.rng.integers(2, 6)))
+        grid = (int(size.integers(2, 4)), int(size.integers(2, 6)))
         pictures = [two_pictures(draw, grid) for _ in range(PICTURE_BATCH // 2)]
     else:
-        grid = (int(draw.rng.choice((1, 1, 2, 2, 3))), int(draw.rng.integers(2, 8)))
+        grid = (int(size.choice((1, 1, 2, 2, 3))), int(size.integers(2, 8)))
         pictures = [reading(draw, grid) for _ in range(TOWER_BATCH if tower_alone else PICTURE_BATCH)]
     seen = collate(pictures, tokenizer, pad_id)
     if tower_alone:
         return [seen]
     per_pool = TEXT_POOL // TEXT_BATCH
-    words = Draw(np.random.default_rng((seed, 1, step // per_pool)), held_out=False)
+    words = Draw(np.random.default_rng((seed, 1, step // per_pool, process)), held_out=False)
     # Length follows the reply; sorting by it keeps padding small.
     pool = sorted(
         (text_sample(words) for _ in range(TEXT_POOL)),
@@ -158,15 +166,26 @@ def make_batches(seed: int, step: int) -> list[Batch]:
     return [collate(pool[at : at + TEXT_BATCH], tokenizer, pad_id), seen]
 
 
-def prefetch(seed: int, start: int, ahead: int = 4) -> Iterator[list[Batch]]:
+def prefetch(seed: int, start: int, process: int, ahead: int = 4) -> Iterator[list[Batch]]:
     """Batches made by one process beside the training."""
     with ProcessPoolExecutor(1) as pool:
-        queue: list[Future[list[Batch]]] = [pool.submit(make_batches, seed, start + i) for i in range(ahead)]
+        queue: list[Future[list[Batch]]] = [
+            pool.submit(make_batches, seed, start + i, process) for i in range(ahead)
+        ]
         step = start + ahead
         while True:
             yield queue.pop(0).result()
-            queue.append(pool.submit(make_batches, seed, step))
+            queue.append(pool.submit(make_batches, seed, step, process))
             step += 1
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace each by its mean over the processes of the run."""
+    if dist.is_initialized():
+        whole = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(whole)
+        for tensor, mean in zip(tensors, torch.split(whole, [t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor) / dist.get_world_size())
 
 
 def initialise(model: KimiVL, seed: int) -> None:
@@ -253,12 +272,12 @@ class Muon(torch.optim.Optimizer):
 class Trainer:
     """Model, optimizers and step; saved and restored as one file."""
 
-    def __init__(self, run: Path, seed: int, start_from: Path | None = None) -> None:
+    def __init__(self, run: Path, seed: int, start_from: Path | None = None, rate: float = 1.0) -> None:
         """A run of its own or the one that `run` holds; a new one may take its weights from a checkpoint.
 
         Such a run begins with the tower's phase: the checkpoint has learned the text.
         """
-        self.run, self.seed, self.step, self.trained_s = run, seed, 0, 0.0
+        self.run, self.seed, self.rate, self.step, self.trained_s = run, seed, rate, 0, 0.0
         self.model = KimiVL(nano_config())
         if start_from:
             self.model, self.step = load(start_from)[0].train(), TOWER_FROM
@@ -305,11 +324,11 @@ class Trainer:
         tower_alone = len(batches) == 1
         if tower_alone:  # fall linearly
             progress = (self.step - TOWER_FROM) / (READING_FROM - TOWER_FROM)
-            factor = TOWER_RATE * (1 - 0.9 * progress)
+            factor = TOWER_RATE * (1 - 0.98 * progress)
         else:  # warm up over 100 steps, hold, and fall linearly to 2 % over the last half of the time
             left = max(0.0, 1 - self.trained_s / total_s)
-            factor = min(1.0, (self.step + 1) / 100, max(0.02, left / 0.5))
-        losses = []
+            factor = self.rate * min(1.0, (self.step + 1) / 100, max(0.02, left / 0.5))
+        losses, loads = [], list[tuple[MoE, Tensor]]()
         for batch in batches:
             with torch.autocast("cpu", torch.bfloat16, enabled=BF16_HERE):
                 if tower_alone:
@@ -318,9 +337,13 @@ class Trainer:
                     loss, hint_loss = loss_of(self.model, self.hint, batch)
             (loss if tower_alone else loss + HINT_SHARE * hint_loss).backward()  # type: ignore[no-untyped-call]
             losses += [float(loss.detach()), float(hint_loss.detach())]
-            for layer, load_E in expert_loads(self.model) if not tower_alone else ():
-                share_E = load_E.float()
-                layer.router_bias += BALANCE_RATE * factor * torch.sign(share_E.mean() - share_E)
+            loads += [
+                (layer, load_E.float()) for layer, load_E in expert_loads(self.model) if not tower_alone
+            ]
+        parameters = [*self.model.parameters(), *self.hint.parameters()]
+        average([p.grad for p in parameters if p.grad is not None] + [load_E for _, load_E in loads])
+        for layer, load_E in loads:
+            layer.router_bias += BALANCE_RATE * factor * torch.sign(load_E.mean() - load_E)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * factor
@@ -330,28 +353,31 @@ class Trainer:
         return losses
 
     def train(self, total_s: float, export_dir: Path | None, every_s: float = 180) -> None:
+        process = dist.get_rank() if dist.is_initialized() else 0
         seen: dict[str, list[float]] = {}
         saved = time.monotonic()
         log = (self.run / "log.jsonl").open("a", buffering=1)
-        for batches in prefetch(self.seed, self.step):
+        for batches in prefetch(self.seed, self.step, process):
             start = time.process_time()
             losses = self.update(batches, total_s)
             # The processor's time, so that a pause or a busy machine does not count as training.
-            self.trained_s += (time.process_time() - start) / torch.get_num_threads()
+            spent = torch.tensor((time.process_time() - start) / torch.get_num_threads())
+            average([spent])
+            self.trained_s += float(spent)
             hint = batches[-1].hint_NPS2
             kind = "reading" if hint is not None and hint[..., 0].any() else "shapes"
             if len(batches) > 1:
                 seen.setdefault("text", []).append(losses[0])
                 seen.setdefault(kind, []).append(losses[2])
             seen.setdefault(f"{kind}_hint", []).append(losses[-1])
-            if self.step % 50 == 0:
+            if self.step % 50 == 0 and not process:
                 record: dict[str, float] = {"step": self.step, "trained_s": round(self.trained_s)}
                 record |= {f"{name}_loss": round(sum(v) / len(v), 4) for name, v in seen.items()}
                 print(json.dumps(record), flush=True)
                 log.write(json.dumps(record) + "\n")
                 seen.clear()
             over = self.trained_s >= total_s
-            if over or time.monotonic() - saved > every_s:
+            if not process and (over or time.monotonic() - saved > every_s):
                 self.save()
                 if export_dir:
                     export(self.model, export_dir)
@@ -384,6 +410,12 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
+        "--rate",
+        type=float,
+        default=1.0,
+        help="the learning rate when all learn together, as a multiple; less than 1 keeps what a tower has learned",
+    )
+    parser.add_argument(
         "--export", type=Path, help="directory of the checkpoint, rewritten every few minutes"
     )
     parser.add_argument(
@@ -391,7 +423,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     arguments.run.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(arguments.run, arguments.seed, arguments.start_from)
+    if "RANK" in os.environ:  # as torchrun says
+        dist.init_process_group("gloo")
+    trainer = Trainer(arguments.run, arguments.seed, arguments.start_from, arguments.rate)
     print(
         f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters, step {trainer.step}", flush=True
     )

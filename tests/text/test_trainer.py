@@ -1,6 +1,8 @@
 """The trainer: batches depend on seed and step alone, a stopped run continues exactly, payloads stay held out."""
 
 import re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,39 @@ def test_batches_repeat_from_their_seed() -> None:
         assert np.array_equal(first.ids_BT, second.ids_BT)
         assert first.grid == second.grid
         assert (first.patches_NPX is None) == (second.patches_NPX is None)
+
+
+def a_process(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2
+    )
+    for name, n in (("TEXT_BATCH", 4), ("TEXT_POOL", 16), ("PICTURE_BATCH", 4)):
+        setattr(train, name, n)
+    trainer = Trainer(folder / f"process {rank}", seed=1)
+    (folder / f"process {rank}").mkdir()
+    for step in range(2):
+        trainer.update(make_batches(1, step, rank), total_s=1e9)
+    trainer.save()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_as_one_does_on_the_batches_of_both(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        list(pool.map(a_process, (0, 1), (tmp_path, tmp_path)))
+    one = Trainer(tmp_path / "none", seed=1)
+    start = {name: value.clone() for name, value in one.model.state_dict().items()}
+    for step in range(2):  # the sum where theirs is the mean; both optimizers go by its direction alone
+        one.update([*make_batches(1, step, 0), *make_batches(1, step, 1)], total_s=1e9)
+    two = [
+        torch.load(tmp_path / f"process {rank}" / "state.pt", weights_only=True)["model"] for rank in (0, 1)
+    ]
+    for name, value in one.model.state_dict().items():
+        assert torch.equal(two[0][name], two[1][name]), name
+        if name.endswith("router_bias"):  # one step a batch, and one process has twice as many
+            continue
+        moved = float((value - start[name]).norm())
+        # Sums in another order, 2^-24 each, which Adam makes as large as its step where a gradient is nearly none.
+        assert float((two[0][name] - value).norm()) <= 0.01 * moved, name
 
 
 def test_only_the_last_reply_is_learned() -> None:
