@@ -10,7 +10,8 @@ needs that depth would ask for. Depths are really prefilled. What the time does 
 to be not measured, which proves nothing.
 
 Bandwidths of this very card are measured through PyTorch if it is there with CUDA, else given with --card-read and
---pcie, else assumed; claims that need them are not judged by an assumption. llama.cpp is measured by its own `llama-bench`
+--pcie, else assumed; claims that need them are not judged by an assumption. How many products a second our kernels do there is
+found from one step of 256 tokens with all that fits on the card, and held against longer prompts and smaller caps. llama.cpp is measured by its own `llama-bench`
 with as few layers' experts on the CPU as fit the same cap.
 
 Where bitsandbytes is installed, the largest cap is measured again at the first depth with each format of `--gpu-dense`:
@@ -104,6 +105,7 @@ class Bench:
         device.close()
         self.speeds, self.measured_card = self.find_speeds(device)
         self.picture = picture_of(self.weights.image_side) if self.weights.image_side else None
+        self.measured_arithmetic = False
         self.prefill_tok_per_s = math.inf  # the last measured, to see whether a depth is within reach
 
     def find_speeds(self, device: object) -> tuple[Speeds, bool]:
@@ -116,6 +118,28 @@ class Bench:
         if card_gb_s and pcie_gb_s:
             return replace(speeds, card_gb_s=card_gb_s, pcie_gb_s=pcie_gb_s), True
         return speeds, False
+
+    def find_arithmetic(self) -> None:
+        """The card's products a second: so many that a step of 256 tokens is predicted to take what it takes."""
+        context = self.context(self.a.depths[0])
+        cap = self.caps(self.a.depths[0])[-1]
+        engine = Engine(self.a.file, context=context, vram=cap, threads=self.a.threads, prove=False)
+        model, low, high = engine.model, 1.0, 1e7
+        assert isinstance(model, HybridModel)
+        model.plan = replace(model.plan, stream_from=None)  # whose copies would hide the card's time
+        seconds = MOST_TOKENS / self.prefill(engine, self.clock(model), MOST_TOKENS)
+
+        def predicted(gmac_s: float) -> float:
+            return predict(model.plan, replace(self.speeds, card_gmac_s=gmac_s), T=MOST_TOKENS).seconds
+
+        model.close()
+        while high > 1.001 * low:
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if predicted(middle) > seconds else (low, middle)
+        # Where reads and launches alone take as long, products have not been seen.
+        self.measured_arithmetic = predicted(high) < 1.05 * seconds and predicted(high / 2) > 1.05 * seconds
+        if self.measured_arithmetic:
+            self.speeds = replace(self.speeds, card_gmac_s=round(high, 1))
 
     def caps(self, depth: int) -> list[int]:
         """Those that the card has room for, and before them one that leaves no room for a routed expert."""
@@ -408,6 +432,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"{bench.card}, {gb(bench.free)} free; {card_facts() or 'no nvidia-smi'}", file=sys.stderr)
     cpu_bits, cpu_decode = cpu_decoding(a)
     rows, llama = list[Row](), list[Row]()
+    if not bench.simulated:
+        bench.find_arithmetic()
     for depth in a.depths:
         for cap in bench.caps(depth):
             rows.append(row := bench.measure(cap, depth))
@@ -425,6 +451,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         prompt=a.prompt,
         speeds=bench.speeds,
         known=bench.measured_card,
+        arithmetic=bench.simulated or bench.measured_arithmetic,
         simulated=bench.simulated,
         cpu_bits=cpu_bits,
         cpu_decode=cpu_decode,
@@ -454,6 +481,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "file": a.file.name,
         "speeds": asdict(bench.speeds),
         "card_speeds_measured": bench.measured_card,
+        "card_arithmetic_measured": bench.measured_arithmetic,
         "cpu_decode": cpu_decode,
         "rows": [asdict(row) for row in rows],
         "llama": [asdict(row) for row in llama],

@@ -155,7 +155,7 @@ def test_a_card_that_does_nothing_beside_the_cpu_is_found_out(monkeypatch: pytes
 
 
 def test_claims_beside_others_are_judged_by_their_factors() -> None:
-    setting = Setting("an H100", 10, 2048, Speeds(), False, False, "bits", 20.0, None)
+    setting = Setting("an H100", 10, 2048, Speeds(), False, False, False, "bits", 20.0, None)
 
     def judged(whole: float, some: float) -> dict[str, str]:
         rows = [Row(24, 10, 9, 9, prefill=100.0, decode=whole), Row(8, 10, 3, 9, prefill=100.0, decode=some)]
@@ -179,6 +179,28 @@ def test_claims_beside_others_are_judged_by_their_factors() -> None:
         "refuted",
         "refuted",
     ]
+
+
+@pytest.mark.parametrize(("gmac_s", "seen"), [(3.0, True), (1e6, False)])
+def test_the_rate_of_products_is_found_where_they_are_what_takes_long(
+    monkeypatch: pytest.MonkeyPatch, gmac_s: float, seen: bool
+) -> None:
+    monkeypatch.setattr(SimulatedDevice, "speeds", lambda self: Speeds(card_gmac_s=gmac_s))
+    monkeypatch.setattr(gpu.Bench, "find_speeds", lambda self, device: (Speeds(), True))
+    started, init = list[gpu.Bench](), gpu.Bench.__init__
+
+    def and_look(self: gpu.Bench, *arguments: Any) -> None:
+        init(self, *arguments)
+        self.simulated = False  # the clock is, the rest goes as on a card
+        started.append(self)
+
+    monkeypatch.setattr(gpu.Bench, "__init__", and_look)
+    result = gpu.main([str(nano_path()), *TINY, "--depths", "40", "--prompt", "300", "--caps", "7.2M,50M"])
+    (bench,) = started
+    assert bench.measured_arithmetic is seen
+    assert bench.speeds.card_gmac_s == (pytest.approx(gmac_s, rel=0.01) if seen else Speeds().card_gmac_s)
+    verdict = verdicts(result)["The planner predicts prefill within 15 %."]
+    assert verdict == ("holds" if seen else "not measured")
 
 
 def test_llama_cpp_gets_another_try_with_one_more_layer_on_the_cpu(
