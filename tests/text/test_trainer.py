@@ -59,6 +59,9 @@ def a_process(rank: int, folder: Path) -> None:
     )
     for name, n in (("TEXT_BATCH", 4), ("TEXT_POOL", 16), ("PICTURE_BATCH", 4)):
         setattr(train, name, n)
+    ranks = [torch.tensor([[float(rank)], [3.0]]), torch.tensor(float(rank))]
+    train.average(ranks)
+    assert [mean.tolist() for mean in ranks] == [[[0.5], [3.0]], 0.5]
     trainer = Trainer(folder / f"process {rank}", seed=1)
     (folder / f"process {rank}").mkdir()
     for step in range(2):
