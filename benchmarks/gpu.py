@@ -232,7 +232,8 @@ class Bench:
         return (lambda: device.clock_s) if isinstance(device, SimulatedDevice) else time.perf_counter
 
     def decode_in_turn(self, engine: Engine, model: HybridModel, clock: Callable[[], float]) -> float:
-        """Decoding in which the CPU begins with a layer's experts when the card has done its own."""
+        """Decoding from the same position on, in which the CPU begins a layer's experts when the card has done its own."""
+        engine.rewind(len(engine.tokens) - self.a.tokens - 1)
         run_experts, replaced = model.device.run_experts, vars(model.device)
 
         def and_wait(index: int) -> None:
