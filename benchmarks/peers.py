@@ -102,7 +102,7 @@ class Bench:
         self.samples: dict[str, dict[tuple[str, Setting], list[float]]] = {}
         self.memory: dict[str, dict[str, float]] = {}
         self.versions: dict[str, str] = {}
-        self.missing: dict[str, str] = {}
+        self.missing: dict[str, str] = {}  # the package of each peer that is not there
 
     def run(self) -> None:
         engines = ["ours", *self.present()]
@@ -121,8 +121,8 @@ class Bench:
             if subprocess.run([self.arguments.python, "-c", look], check=False).returncode == 0:
                 here.append(engine)
             else:
-                self.missing[engine] = missing_peer(engine, self.arguments.python)
-                print(self.missing[engine], file=sys.stderr)
+                self.missing[engine] = PEERS[engine][2]
+                print(missing_peer(engine, self.arguments.python), file=sys.stderr)
         return here
 
     def jobs(self, engine: str, first: bool) -> list[tuple[Setting, list[str]]]:

@@ -7,8 +7,9 @@ whole where it runs here. The plan is made from what was measured.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -45,6 +46,7 @@ from kimi_lite.runtime.weights import Weights, open_weights
 
 MEASURE_S = 0.25  # for each of two: one token, and many
 COPY_S = 0.05
+MEASURED_LAYERS = 2  # for many tokens, which read a whole layer
 DECODED = 32
 PATCHES = 4096  # of the picture whose time is predicted, if the model takes one as large
 
@@ -151,38 +153,52 @@ def plan_report(
 def measure_cpu(weights: Weights, speeds: Speeds) -> Speeds:
     """Speeds with those of the CPU measured on routed experts of real layers, for one token, for many, and for copies.
 
-    Every call takes other experts, in turn through all layers, so that they come from memory as in decoding.
+    A round goes through layers in turn, so that experts come from memory as in decoding; one round goes before, so that
+    none comes from disk.
     """
     layers = [layer.feed_forward for layer in weights.layers if layer.feed_forward.routed is not None]
     sizes = [layer for layer in sizes_of(weights).layers if layer.n_experts]
     rng, found = np.random.default_rng(0), []
-    for T in (1, MOST_TOKENS):
+    for T, n_layers in ((1, len(layers)), (MOST_TOKENS, MEASURED_LAYERS)):
         x_TD = rng.standard_normal((T, weights.config.hidden_size), np.float32)
-        work, spent, i = 0.0, 0.0, 0
-        while spent < MEASURE_S or i < 2:
-            f, size = layers[i % len(layers)], sizes[i % len(layers)]
+        calls, work = list[Callable[[], object]](), 0
+        for f, size in zip(layers[:n_layers], sizes, strict=False):
             assert f.routed is not None
             chosen_TA = np.stack([rng.permutation(size.n_experts)[: size.n_active] for _ in range(T)])
-            tokens_M = np.repeat(np.arange(T, dtype=np.int32), size.n_active)
-            start = time.perf_counter()
-            kernels.expert_outputs(f.routed, x_TD, chosen_TA.reshape(-1).astype(np.int32), tokens_M)
-            if i:  # the first one starts the threads
-                spent += time.perf_counter() - start
-                work += size.n_active * (size.expert_bytes if T == 1 else T * size.expert_macs)
-            i += 1
-        found.append(work / spent / 1e9)
-    copied, spent, i = 0, 0.0, 0
+            experts_M, tokens_M = chosen_TA.reshape(-1), np.repeat(np.arange(T), size.n_active)
+            calls.append(
+                partial(
+                    kernels.expert_outputs,
+                    f.routed,
+                    x_TD,
+                    experts_M.astype(np.int32),
+                    tokens_M.astype(np.int32),
+                )
+            )
+            work += size.n_active * (size.expert_bytes if T == 1 else T * size.expert_macs)
+        found.append(work / _seconds_of_a_round(calls, MEASURE_S) / 1e9)
     pinned = np.empty(max(size.expert_bytes for size in sizes), np.uint8)
-    while spent < COPY_S or i < 2:
-        for source in _stored(layers[i % len(layers)].routed):
-            start = time.perf_counter()
-            n = min(pinned.size, source.size)
-            pinned[:n] = source[:n]
-            if i:  # the first one finds the buffer's pages
-                spent += time.perf_counter() - start
-                copied += n
-        i += 1
-    return replace(speeds, cpu_gb_s=found[0], cpu_gmac_s=found[1], copy_gb_s=copied / spent / 1e9)
+    stored = [source[: pinned.size] for f in layers for source in _stored(f.routed)]
+    copies = [partial(np.copyto, pinned[: source.size], source) for source in stored]
+    copied = sum(source.size for source in stored)
+    return replace(
+        speeds,
+        cpu_gb_s=found[0],
+        cpu_gmac_s=found[1],
+        copy_gb_s=copied / _seconds_of_a_round(copies, COPY_S) / 1e9,
+    )
+
+
+def _seconds_of_a_round(calls: Sequence[Callable[[], object]], least_s: float) -> float:
+    """The mean over as many rounds as last so long, after one that finds pages and starts threads."""
+    for call in calls:
+        call()
+    start, n = time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < least_s or not n:
+        for call in calls:
+            call()
+        n += 1
+    return spent / n
 
 
 def _stored(mlp: Mlp | None) -> list[NDArray[np.uint8]]:

@@ -5,20 +5,26 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import kimi_lite
 from kimi_lite.api import nano_path
 from kimi_lite.chat import Session
 from kimi_lite.errors import KimiLiteWarning
-from kimi_lite.plan import plan_report
+from kimi_lite.plan import measure_cpu, plan_report
+from kimi_lite.runtime.cost import sizes_of
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
+from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.sampling import SamplingOptions
 from kimi_lite.runtime.speeds import Speeds
+from kimi_lite.runtime.weights import open_weights
 
 ASSUMED = "for an assumed card, not measured"
 
@@ -33,6 +39,30 @@ def command(*arguments: str, device: str = "", **environment: str) -> subprocess
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "KIMI_LITE_DEVICE": device, **environment},
         timeout=120,
     )
+
+
+def test_a_file_that_is_not_in_memory_yet_is_measured_as_if_it_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    # By a clock on which whatever is touched first takes 1 s, then 10 ms: what was read is the same in both.
+    seconds, touched = 0.0, set[object]()
+
+    def works(key: object) -> None:
+        nonlocal seconds
+        seconds += 0.01 if key in touched else 1.0
+        touched.add(key)
+
+    def expert_outputs(mlp: object, x_TD: Float, experts_M: NDArray[np.int32], tokens_M: object) -> None:
+        works((id(mlp), experts_M.tobytes()))
+
+    monkeypatch.setattr("kimi_lite.plan.kernels.expert_outputs", expert_outputs)
+    monkeypatch.setattr("kimi_lite.plan.np.copyto", lambda to, source: works(source.ctypes.data))
+    monkeypatch.setattr("kimi_lite.plan.time.perf_counter", lambda: seconds)
+    weights = open_weights(nano_path())
+    layer = sizes_of(weights).layers[1]
+    speeds = measure_cpu(weights, Speeds())
+    assert speeds.cpu_gb_s == pytest.approx(layer.n_active * layer.expert_bytes / 0.01 / 1e9)
+    assert speeds.cpu_gmac_s == pytest.approx(256 * layer.n_active * layer.expert_macs / 0.01 / 1e9)
+    assert speeds.copy_gb_s == pytest.approx(layer.expert_bytes / 0.01 / 1e9)
+    assert replace(speeds, cpu_gb_s=40, cpu_gmac_s=600, copy_gb_s=10) == Speeds()
 
 
 def test_without_a_card_the_plan_is_the_cpu_and_says_why() -> None:
