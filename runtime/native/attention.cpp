@@ -116,17 +116,18 @@ struct OneToken {
     for (int half = 0; half < 2; ++half) sum_block(2 * pair + half, turned + half * kQ8Run, u);
   }
   void sum_block(int b, const uint8_t* turned, float* u) const {
-    const BlockKernel kernel = kernels().block[static_cast<int>(Form::q8g32)];
+    const BlockKernel product = kernels().block[static_cast<int>(Form::q8g32_positive)];
+    const BlockKernel with_signs = kernels().block[static_cast<int>(Form::q8g32)];
     const uint8_t* columns = cache->columns + b * cache->columns_stride();
     tiles([&](int first, int W) {
       float parts[4][kTile * kRows] = {};
       if (groups) {
-        kernel(columns, weights + static_cast<size_t>(first) * kTokenGroup * groups, groups, W, parts[0], kRows);
-        kernel(columns, rest + first * kTokenGroup, 1, W, parts[1], kRows);
+        product(columns, weights + static_cast<size_t>(first) * kTokenGroup * groups, groups, W, parts[0], kRows);
+        with_signs(columns, rest + first * kTokenGroup, 1, W, parts[1], kRows);
       }
       if (own) {
-        kernel(turned, last + first * kTokenGroup, 1, W, parts[2], kRows);
-        kernel(turned, last_rest + first * kTokenGroup, 1, W, parts[3], kRows);
+        product(turned, last + first * kTokenGroup, 1, W, parts[2], kRows);
+        with_signs(turned, last_rest + first * kTokenGroup, 1, W, parts[3], kRows);
       }
       for (int i = 0; i < W; ++i)
         for (int r = 0; r < kRows; ++r) {

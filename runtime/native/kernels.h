@@ -40,7 +40,8 @@ static_assert(sizeof(PanelRun) == 512 + 4 * 3 * kRows, "PanelRun has no padding"
 // W times -8 x (sum of the values), W times the same of the first 16 channels. One pointer walks a tile.
 constexpr int kTokenGroup = 32 + 4 + 4 + 4;  // bytes of one token's group
 
-enum class Form { q4g32, q8g32, q5g32, i4g32, q4k, q6k, panel, panel_halves, panel_offsets, count };
+// The layouts, the three kinds of panels, and q8g32 times activations of which none is negative.
+enum class Form { q4g32, q8g32, q5g32, i4g32, q4k, q6k, panel, panel_halves, panel_offsets, q8g32_positive, count };
 
 // One row block times a tile: out[i * stride + row] for its W tokens, 16 floats each.
 using BlockKernel = void (*)(const void* w, const uint8_t* tile, int groups, int W, float* out, size_t stride);

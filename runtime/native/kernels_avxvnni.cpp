@@ -1,4 +1,5 @@
 // AVX2 with VNNI at 256 bits: Intel since Alder Lake (2021), AMD since Zen 5 (2024). Laptops are the reason.
+#include <cpuid.h>
 #include <immintrin.h>
 #include <math.h>
 
@@ -10,8 +11,9 @@ using namespace kimi;
 #include "kernels_inl.h"
 bool runs_here() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-         __builtin_cpu_supports("avxvnni");
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return false;
+  unsigned a = 0, b, c, d;  // clang before 19 has no name for it
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1u << 4;
 }
 }  // namespace
 

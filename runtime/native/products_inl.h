@@ -19,8 +19,9 @@ struct Sums {
 // A form says how 16 rows are stored: where group g's run lies, its four pairs of lines (channels 8p..8p+3 and
 // 8p+4..8p+7), and its scales, each from row r on. Stored values are unsigned, at most `most`, with a bias of 8 << shift
 // (none if shift is negative), or signed bytes. Halves have a scale each; offsets are minima besides the scale.
+// Signed weights of activations that are never negative, as a softmax's are, can be easier to multiply: `positive`.
 struct Symmetric {
-  static constexpr bool is_signed = false, halves = false, offsets = false;
+  static constexpr bool is_signed = false, positive = false, halves = false, offsets = false;
   static inline V offset(const uint8_t*, int, int) { return vset(0.0f); }
 };
 
@@ -46,6 +47,10 @@ struct Q8 : Symmetric {
     *b = lload(run + 128 * p + 64 + 4 * r);
   }
   static inline V scale(const uint8_t* w, int g, int, int r) { return vhalf(reinterpret_cast<const uint16_t*>(run(w, g) + 512) + r); }
+};
+
+struct Q8Positive : Q8 {
+  static constexpr bool positive = true;
 };
 
 struct Q5 : Symmetric {
@@ -112,9 +117,16 @@ struct Panel : Q8 {
   static inline V offset(const uint8_t* w, int g, int r) { return vload(panel(w, g)->offset + r); }
 };
 
-// A single token is as fast as memory: its weights are asked for this many bytes ahead, across the ends of pages, where
-// the processor's own prefetching stops. They are used once, so they should not push everything else out of the caches.
+// Weights are asked for this many bytes ahead, across the ends of pages, where the processor's own prefetching stops. Those
+// of a single token are used once, so they should not push everything else out of the caches.
 constexpr int kAhead = 4096;
+
+template <class F>
+static inline I dot_line(I acc, L w, const int8_t* x) {
+  if constexpr (F::positive) return dot_s8_positive(acc, w, x);
+  else if constexpr (F::is_signed) return dot_s8(acc, w, x);
+  else return dot_u7(acc, w, x);
+}
 
 // One group's lines times NT tokens, from row r on. Sums: channels 0-15 in low and 16-31 in high where halves have
 // scales of their own; one token's even and odd lines, so that its products do not wait for each other; else all in low.
@@ -127,8 +139,8 @@ static inline void pair_product(const uint8_t* run, int r, const int8_t* x, I* l
 #pragma GCC unroll 8
   for (int t = 0; t < NT; ++t) {
     const int8_t* at = x + t * kGroup + 8 * p;
-    first[t] = F::is_signed ? dot_s8(first[t], a, at) : dot_u7(first[t], a, at);
-    second[t] = F::is_signed ? dot_s8(second[t], b, at + 4) : dot_u7(second[t], b, at + 4);
+    first[t] = dot_line<F>(first[t], a, at);
+    second[t] = dot_line<F>(second[t], b, at + 4);
   }
 }
 
@@ -186,7 +198,7 @@ constexpr int kLanes = sizeof(V) / sizeof(float);  // rows that a vector holds, 
 // NT tokens of a tile of W, from lane `first`, times R vectors of rows from row `row` on.
 template <class F, int NT, int W, int R>
 static inline void tile_product(const uint8_t* w, const uint8_t* tile, int first, int row, int groups, float* out, size_t stride) {
-  constexpr bool biased = F::is_signed ? bias_s8 != 0 : F::shift >= 0;
+  constexpr bool biased = F::is_signed ? bias_s8 != 0 && !F::positive : F::shift >= 0;
   constexpr int shift = F::shift >= 0 ? F::shift : 0;
   Sums<NT> sums[R];
   for (int g = 0; g < groups; ++g, tile += W * kTokenGroup) {
@@ -194,8 +206,8 @@ static inline void tile_product(const uint8_t* w, const uint8_t* tile, int first
     const int8_t* x = reinterpret_cast<const int8_t*>(tile) + first * kGroup;
     const float* scale = reinterpret_cast<const float*>(tile + W * kGroup) + first;
     const int32_t* sum = reinterpret_cast<const int32_t*>(tile + W * (kGroup + 4)) + first;
-    if (NT == 1)
-      for (int line = 0; line < F::bytes; line += 64) __builtin_prefetch(run + kAhead + line, 0, 0);
+    if (row == 0)
+      for (int line = 0; line < F::bytes; line += 64) __builtin_prefetch(run + kAhead + line, 0, NT == 1 ? 0 : 2);
     for (int part = 0; part < R; ++part) {
       const int r = row + part * kLanes;
       I low[NT], high[NT];

@@ -37,15 +37,17 @@ static inline L four_channels(const int8_t* x) { int32_t r; __builtin_memcpy(&r,
 #if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
 // VNNI at 256 bits: four byte products a lane and step. Newer processors without AVX-512 have it in one encoding, those
 // with AVX-512 in another.
-static inline I dot_u7(I acc, L w, const int8_t* x) {
+static inline I dpbusd(I acc, __m256i u, __m256i s) {
 #ifdef __AVXVNNI__
-  return _mm256_dpbusd_avx_epi32(acc, w, four_channels(x));
+  return _mm256_dpbusd_avx_epi32(acc, u, s);
 #else
-  return _mm256_dpbusd_epi32(acc, w, four_channels(x));
+  return _mm256_dpbusd_epi32(acc, u, s);
 #endif
 }
+static inline I dot_u7(I acc, L w, const int8_t* x) { return dpbusd(acc, w, four_channels(x)); }
 // Unsigned weights are wanted: w + 128. The caller takes 128 * (sum of activations) off again, exactly.
 static inline I dot_s8(I acc, L w, const int8_t* x) { return dot_u7(acc, _mm256_xor_si256(w, _mm256_set1_epi8(-128)), x); }
+static inline I dot_s8_positive(I acc, L w, const int8_t* x) { return dpbusd(acc, four_channels(x), w); }
 static constexpr int32_t bias_s8 = 128;
 #else
 // Products of small unsigned values may be added up in 16 bits, which saves the widening of each: 16 sums of 2 channels.
@@ -59,6 +61,8 @@ static inline I dot_u7(I acc, L w, const int8_t* x) { return widen_add(acc, shor
 static inline I dot_s8(I acc, L w, const int8_t* x) {
   return widen_add(acc, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(four_channels(x), w)));
 }
+// Activations that are unsigned as they are: signs take the ports of multiplications, which are what is scarce.
+static inline I dot_s8_positive(I acc, L w, const int8_t* x) { return widen_add(acc, _mm256_maddubs_epi16(four_channels(x), w)); }
 static constexpr int32_t bias_s8 = 0;
 #endif
 static constexpr int kBatch = 8;

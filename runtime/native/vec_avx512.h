@@ -79,5 +79,6 @@ static inline I dot_s8(I acc, L w, const int8_t* x) {
   // dpbusd wants unsigned weights: w + 128. The caller takes 128 * (sum of activations) off again, exactly.
   return _mm512_dpbusd_epi32(acc, _mm512_xor_si512(w, _mm512_set1_epi8(-128)), _mm512_set1_epi32(four(x)));
 }
+static inline I dot_s8_positive(I acc, L w, const int8_t* x) { return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(four(x)), w); }
 static constexpr int32_t bias_s8 = 128;
 static constexpr int kBatch = 8;  // 8 x (total, acc, integer sum) and a line: 28 of 32 registers

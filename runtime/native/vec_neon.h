@@ -94,6 +94,7 @@ static inline I dot_s8(I acc, L w, const int8_t* x) {
   return acc;
 }
 static inline I dot_u7(I acc, L w, const int8_t* x) { return dot_s8(acc, w, x); }  // at most 127: signed all the same
+static inline I dot_s8_positive(I acc, L w, const int8_t* x) { return dot_s8(acc, w, x); }
 static constexpr int32_t bias_s8 = 0;
 static constexpr int kBatch = 4;  // a vector is four registers, of which there are 32
 #undef EACH

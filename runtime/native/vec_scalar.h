@@ -104,6 +104,8 @@ static inline I dot_s8(I acc, L w, const int8_t* x) {
   EACH for (int c = 0; c < 4; ++c) acc.v[k] += static_cast<int32_t>(static_cast<int8_t>(w.b[4 * k + c])) * x[c];
   return acc;
 }
+// The same where no activation is negative, without that bias.
+static inline I dot_s8_positive(I acc, L w, const int8_t* x) { return dot_s8(acc, w, x); }
 static constexpr int32_t bias_s8 = 0;  // dot_s8 gives the sum plus bias_s8 * (sum of the activations)
 static constexpr int kBatch = 8;
 #undef EACH

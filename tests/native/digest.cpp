@@ -1,9 +1,14 @@
 // Runs every kernel of every instruction set of this machine on the same numbers and prints a digest of each result, one
-// line a kernel: `name kernel digest`, where the image tower's names begin with `tower:`. Built for another processor and run under an emulator, it must print the same digests.
+// line a kernel: `name kernel digest`, where the image tower's names begin with `tower:`. Built for another processor and
+// run under an emulator, it must print the same digests.
 //
 //   c++ -O2 -std=c++20 -ffp-contract=off -I runtime/native tests/native/digest.cpp kernels of that processor
+//
+// On x86, vpdpbusd.cpp goes with it, so that AVX-VNNI's kernels run on every processor with AVX2.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -12,6 +17,13 @@
 #include "vision.h"
 
 using namespace kimi;
+
+void execute_vpdpbusd();  // vpdpbusd.cpp
+
+// C's library is then all that a cross compiler has to have.
+void* operator new(size_t n) { return std::malloc(n); }
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete(void* p, size_t) noexcept { std::free(p); }
 
 namespace {
 uint64_t state = 1;
@@ -34,8 +46,8 @@ void say(const VisionKernels& k, const char* what, int size, const std::vector<T
   std::printf("tower:%s %s %d %016llx\n", k.name, what, size, static_cast<unsigned long long>(digest(data.data(), sizeof(T) * data.size())));
 }
 
-void run(const Kernels& k) {
-  if (!k.runs_here()) {
+void run(const Kernels& k, bool emulated = false) {
+  if (!emulated && !k.runs_here()) {
     std::printf("%s does not run here\n", k.name);
     return;
   }
@@ -44,13 +56,16 @@ void run(const Kernels& k) {
   std::vector<float> x(W * I), y(W * I);
   for (float& v : x) v = draw_float();
   std::vector<uint8_t> weights(G * sizeof(PanelRun));
-  const char* names[] = {"q4g32", "q8g32", "q5g32", "i4g32", "q4k", "q6k", "panel", "panel_halves", "panel_offsets"};
+  const char* names[] = {"q4g32", "q8g32", "q5g32", "i4g32", "q4k", "q6k", "panel", "panel_halves", "panel_offsets", "q8g32_positive"};
   for (int form = 0; form < static_cast<int>(Form::count); ++form)
     for (int width : {1, 2, 4, 8}) {
       std::vector<uint8_t> tile(static_cast<size_t>(width) * G * kTokenGroup);
-      for (int t = 0; t < width; ++t) k.quantize(x.data() + t * I, G, tile.data(), width, t);
+      const bool positive = form == static_cast<int>(Form::q8g32_positive);
+      std::copy(x.begin(), x.end(), y.begin());
+      if (positive) for (float& v : y) v = std::abs(v);
+      for (int t = 0; t < width; ++t) k.quantize(y.data() + t * I, G, tile.data(), width, t);
       for (uint8_t& b : weights) b = static_cast<uint8_t>(draw());
-      if (form >= static_cast<int>(Form::panel)) {
+      if (form >= static_cast<int>(Form::panel) && !positive) {
         for (int g = 0; g < G; ++g) {
           PanelRun run;
           std::memcpy(run.q, weights.data() + g * sizeof run, sizeof run.q);
@@ -59,7 +74,7 @@ void run(const Kernels& k) {
           std::memcpy(weights.data() + g * sizeof run, &run, sizeof run);
         }
       } else {
-        for (uint8_t& b : weights) b &= 0x3b;  // float16 scales stay finite, whatever bytes they are
+        for (uint8_t& b : weights) b &= 0xbf;  // float16 scales stay finite, whatever bytes they are; signs stay
       }
       float out[8 * kRows];
       k.block[form](weights.data(), tile.data(), G, width, out, kRows);
@@ -146,7 +161,8 @@ int main() {
   run(kVisionScalar, kScalar);
 #if defined(__x86_64__)
   run(kAvx2);
-  run(kAvxVnni);
+  execute_vpdpbusd();
+  run(kAvxVnni, kAvx2.runs_here());
   run(kAvx512Vnni256);
   run(kAvx512Vnni);
   run(kVisionAvx2, kAvx2);
