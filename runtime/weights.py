@@ -66,7 +66,7 @@ def open_weights(path: Path, *, pack: bool = True) -> Weights:
         ModelFileError: damage, another model, a missing or misshapen tensor, a type that no kernel reads.
         DoesNotFitError: what must be packed exceeds the memory that is free.
     """
-    file = GgufFile(path)
+    file = GgufFile(path, without=("tokenizer.ggml.merges",))  # they follow from the ranks
     where = str(path)
     config = TextConfig.from_gguf(file.metadata, where)
     vocab = Vocab.from_gguf(file.metadata, where)

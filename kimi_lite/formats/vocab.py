@@ -7,11 +7,15 @@ alphabet for bytes, plus the merge that makes each token, which byte-pair progra
 
 import base64
 import binascii
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kimi_lite.errors import ModelFileError
 from kimi_lite.formats.config import read_json
@@ -108,10 +112,16 @@ class Vocab:
             )
         _, to_byte = _byte_alphabet()
         n_ranks = next((i for i, kind in enumerate(types) if kind != NORMAL), len(tokens))
-        try:
-            ranks = [bytes([to_byte[c] for c in token]) for token in tokens[:n_ranks]]
-        except KeyError as error:
-            raise ModelFileError(f"{where}: a token holds {error}, which stands for no byte") from None
+        text = "".join(tokens[:n_ranks])
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)  # all at once: a million of them
+        byte_of = np.full(sys.maxunicode + 1, -1, np.int16)
+        byte_of[[*map(ord, to_byte)]] = [*to_byte.values()]
+        values = byte_of[codes]
+        if (values < 0).any():
+            wrong = text[int(np.argmax(values < 0))]
+            raise ModelFileError(f"{where}: a token holds {wrong!r}, which stands for no byte")
+        raw, ends = values.astype(np.uint8).tobytes(), accumulate(map(len, tokens[:n_ranks]), initial=0)
+        ranks = [raw[start:end] for start, end in pairwise(ends)]
         specials = {tokens[i]: i for i in range(n_ranks, len(tokens)) if types[i] != UNUSED}
         return cls(ranks, specials, len(tokens))
 

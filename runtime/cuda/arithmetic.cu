@@ -132,7 +132,7 @@ struct Rows {
 // One group, a lane each channel. Returns what the rounding lost.
 DEVICE float quantize(float v, const Rows& to, size_t row, int group) {
   const float most = largest(fabsf(v));
-  const float inverse = most > 0 ? 127.0f / most : 0.0f;
+  const float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
   const int q = static_cast<int>(rintf(v * inverse));
   const int sum = sum_of(q);
   const size_t at = row * to.groups + group;

@@ -158,7 +158,7 @@ DEVICE float place_row(const float* x, const float* bias, const float* cos, cons
     most = fabsf(odd[i]) > most ? fabsf(odd[i]) : most;
   }
   most = largest(most);
-  const float inverse = most > 0.0f ? kQkLimit / most : 0.0f;
+  const float inverse = most > 1e-30f ? kQkLimit / most : 0.0f;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int j = lane() + 32 * i;
@@ -197,7 +197,7 @@ KERNEL place_patches(Patches s, const float* qkv, const float* bias, const float
     const float v = fabsf(qkv[static_cast<size_t>(i) * 3 * W] + shift);
     most = v > most ? v : most;
   }
-  const float inverse = most > 0.0f ? kVLimit / most : 0.0f;
+  const float inverse = most > 1e-30f ? kVLimit / most : 0.0f;
   const int block = (first + from) / kKeys;
   s.v_scale[(static_cast<size_t>(head) * (s.Np / kKeys) + block) * s.Kp + channel] = most / (kVLimit * kWeightLimit);
   u32* out = s.v + (static_cast<size_t>(head) * s.Np + block * kKeys) / 2 * s.Kp + channel;

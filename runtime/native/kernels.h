@@ -50,7 +50,8 @@ struct Kernels {
   const char* name;
   bool (*runs_here)();        // the processor and the operating system support it
   BlockKernel block[static_cast<int>(Form::count)];
-  // One token's floats into lane `lane` of a tile of W: scale = absmax / 127, q = nearest even of x / scale.
+  // One token's floats into lane `lane` of a tile of W: scale = absmax / 127, q = nearest even of x / scale; a group with
+  // nothing above 1e-30 is zeros.
   void (*quantize)(const float* x, int groups, uint8_t* tile, int W, int lane);
   float (*dot)(const float* a, const float* b, int n);  // n a multiple of 16, as below
   void (*half_to_float)(const uint16_t* x, int n, float* out);

@@ -5,12 +5,13 @@
 
 static inline V vsigmoid(V x) { return vdiv(vset(1.0f), vadd(vset(1.0f), vexp(vsub(vset(0.0f), x)))); }
 
-// One token's groups into a tile. The quotient is at most 127 (1 + 2^-23), so it never rounds to 128.
+// One token's groups into a tile. The quotient is at most 127 (1 + 2^-23), so it never rounds to 128. Below about 4e-37 the
+// inverse would be infinite.
 static void quantize(const float* x, int groups, uint8_t* tile, int W, int lane) {
   for (int g = 0; g < groups; ++g, x += kGroup, tile += W * kTokenGroup) {
     const V a = vload(x), b = vload(x + 16);
     const float absmax = lane_max(vmax(vabs(a), vabs(b)));
-    const V inverse = vset(absmax > 0 ? 127.0f / absmax : 0.0f);
+    const V inverse = vset(absmax > 1e-30f ? 127.0f / absmax : 0.0f);
     int8_t* q = reinterpret_cast<int8_t*>(tile) + lane * kGroup;
     const int32_t low = -8 * store_int8(q, vround(vmul(a, inverse)));
     const int32_t whole = low - 8 * store_int8(q + 16, vround(vmul(b, inverse)));

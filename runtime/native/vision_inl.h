@@ -93,7 +93,7 @@ static inline float place_row(const float* x, const float* bias, const float* co
   V top = vset(0.0f);
   for (int k = 0; k < K; k += 16) top = vmax(top, vabs(vload(turned + k)));
   const float most = lane_max(top);
-  const V inverse = vset(most > 0 ? static_cast<float>(kQkLimit) / most : 0.0f);
+  const V inverse = vset(most > 1e-30f ? static_cast<float>(kQkLimit) / most : 0.0f);
   alignas(64) int16_t whole[kMaxHead];
   for (int k = 0; k < K; k += 16) vstore_s16(whole + k, vmul(vload(turned + k), inverse));
   __builtin_memcpy(out, whole, sizeof(int16_t) * static_cast<size_t>(K));
@@ -131,7 +131,7 @@ static void place(Patches& s, int head, int first, int n, const float* qkv, size
     }
   float* scale = s.v_scale + (static_cast<size_t>(head) * (s.Np / kKeys) + first / kKeys) * s.Kp;
   for (int k = 0; k < s.Kp; ++k) {
-    inverse[k] = most[k] > 0 ? static_cast<float>(kVLimit) / most[k] : 0.0f;
+    inverse[k] = most[k] > 1e-30f ? static_cast<float>(kVLimit) / most[k] : 0.0f;
     scale[k] = most[k] / static_cast<float>(kVLimit * kWeightLimit);
   }
   for (int pair = 0; pair < kKeys / 2; ++pair) {

@@ -87,6 +87,27 @@ def test_we_read_what_the_gguf_package_writes(tmp_path: Path) -> None:
     assert np.array_equal(ours.tensors["x"].float32(), values.astype(np.float32))
 
 
+def test_strings_that_nobody_wants_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    metadata = {"general.architecture": "x", "merges": ["a b", "", "é ü"], "after": 7}
+    with GgufWriter(path, metadata, [TensorSpec("t", "F32", (8,))]) as out:
+        out.write(np.arange(8, dtype=np.float32))
+    ours, whole = GgufFile(path, without=("merges",)), GgufFile(path)
+    assert ours.metadata == {key: value for key, value in whole.metadata.items() if key != "merges"}
+    assert np.array_equal(ours.tensors["t"].float32(), np.arange(8))
+
+
+@pytest.mark.parametrize("length", [60, 10**6, 2**62, 2**63, 2**64 - 1])
+def test_damage_in_what_is_passed_over_is_one_sentence(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "x.gguf"
+    with GgufWriter(path, {"merges": ["one", "two", "six"]}, [TensorSpec("t", "F32", (8,))]) as out:
+        out.write(np.zeros(8, np.float32))
+    damaged = path.read_bytes().replace(struct.pack("<Q", 3) + b"two", struct.pack("<Q", length) + b"two")
+    path.write_bytes(damaged)
+    with pytest.raises(ModelFileError, match=r"x\.gguf: .*; the file is damaged"):
+        GgufFile(path, without=("merges",))
+
+
 def good_file(path: Path) -> bytearray:
     with GgufWriter(
         path, {"general.architecture": "x"}, [TensorSpec("one", "F32", (8,)), TensorSpec("two", "F32", (8,))]

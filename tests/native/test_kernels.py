@@ -51,6 +51,20 @@ def test_packed_products_follow_the_formula(isa: str, layout: str, O: int, I: in
     assert (error <= bound(w_OI, rounded)).all()
 
 
+@pytest.mark.parametrize("layout", ["q4g32", "q8g32"])
+@pytest.mark.parametrize("size", [1e-29, 1e-31, 1e-37, 1e-42])
+def test_activations_next_to_nothing_give_next_to_nothing(isa: str, layout: str, size: float) -> None:
+    rng = np.random.default_rng(1)
+    matrix = packed(rng, layout, 16, 64)
+    x_TI = (size * rng.standard_normal((1, 64))).astype(np.float32)
+    x_TI[0, 1] = 0  # times an infinite inverse, this would be no number
+    w_OI = unpack(matrix.data, layout, 16, 64)
+    most = np.abs(w_OI).sum(1) * np.abs(x_TI).max()
+    y_TO = kernels.linear(matrix, x_TI)
+    assert (np.abs(y_TO) <= 1.01 * most).all()
+    assert (y_TO != 0).any() == (size > 1e-30)
+
+
 def random_blocks(rng: np.random.Generator, kind: str, O: int, I: int) -> NDArray[np.uint8]:
     """Valid blocks of any type: random bytes, with the float16 fields made small and finite."""
     elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]

@@ -79,6 +79,16 @@ def test_the_vocabulary_survives_gguf() -> None:
     assert Vocab.from_gguf(metadata, "test") == vocab
 
 
+def test_a_token_of_a_letter_that_stands_for_no_byte_is_refused() -> None:
+    metadata = Vocab(byte_ranks(300, seed=3), {}, 300).gguf_metadata()
+    for letter in ("\n", "\u0144", "√", "𝄞"):  # GPT-2's alphabet has others for all of these
+        tokens = [*metadata["tokenizer.ggml.tokens"][:-1], "a" + letter]
+        with pytest.raises(
+            ModelFileError, match=f"holds {letter!r}, which stands for no byte".replace("\\", "\\\\")
+        ):
+            Vocab.from_gguf({**metadata, "tokenizer.ggml.tokens": tokens}, "file")
+
+
 def test_merges_are_those_that_make_the_tokens() -> None:
     vocab = Vocab([*BYTES, b"he", b"ll", b"hell", b"hello"], {}, 260)
     assert vocab.merges() == [(b"h", b"e"), (b"l", b"l"), (b"he", b"ll"), (b"hell", b"o")]
