@@ -125,5 +125,5 @@ static void turn_rows(const uint8_t* rows, size_t block_stride, int first, int n
 #define KIMI_TABLE(name, runs_here)                                                                                   \
   {name, runs_here, {KIMI_BLOCK(Q4), KIMI_BLOCK(Q8), KIMI_BLOCK(Q5), KIMI_BLOCK(I4), KIMI_BLOCK(Q4K), KIMI_BLOCK(Q6K), \
     products::block<products::Panel<false, false>>, products::block<products::Panel<true, false>>,                    \
-    products::block<products::Panel<false, true>>, KIMI_BLOCK(Q8Positive)},                                                                    \
+    products::block<products::Panel<false, true>>, KIMI_BLOCK(Q8Positive)},                                           \
    quantize, dot, half_to_float, rms_norm, silu_mul, sigmoid, axpy, residual, softmax, store_row, turn_rows}
