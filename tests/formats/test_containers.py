@@ -97,14 +97,17 @@ def test_strings_that_nobody_wants_are_passed_over(tmp_path: Path) -> None:
     assert np.array_equal(ours.tensors["t"].float32(), np.arange(8))
 
 
-@pytest.mark.parametrize("length", [60, 10**6, 2**62, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("length", [10**6, 2**62, 2**63, 2**64 - 1])
 def test_damage_in_what_is_passed_over_is_one_sentence(tmp_path: Path, length: int) -> None:
     path = tmp_path / "x.gguf"
     with GgufWriter(path, {"merges": ["one", "two", "six"]}, [TensorSpec("t", "F32", (8,))]) as out:
         out.write(np.zeros(8, np.float32))
     damaged = path.read_bytes().replace(struct.pack("<Q", 3) + b"two", struct.pack("<Q", length) + b"two")
     path.write_bytes(damaged)
-    with pytest.raises(ModelFileError, match=r"x\.gguf: .*; the file is damaged"):
+    with pytest.raises(
+        ModelFileError,
+        match=r"x\.gguf: the file ends inside the array of strings at \d+; the file is damaged",
+    ):
         GgufFile(path, without=("merges",))
 
 

@@ -16,7 +16,7 @@ constexpr int kGeneral[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_R
                               REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
 
 [[noreturn]] void give_up() {
-  constexpr char text[] = "an invalid instruction that is not vpdpbusd\n";
+  constexpr char text[] = "an invalid instruction that is not vpdpbusd at 256 bits\n";
   (void)!write(2, text, sizeof text - 1);
   _exit(1);
 }
@@ -24,10 +24,10 @@ constexpr int kGeneral[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_R
 void execute(int, siginfo_t*, void* context) {
   mcontext_t& machine = static_cast<ucontext_t*>(context)->uc_mcontext;
   const auto* code = reinterpret_cast<const uint8_t*>(machine.gregs[REG_RIP]);
-  // C4, inverted R X B and the map 0F38, then W = 0, inverted vvvv, L, the prefix 66; opcode 50.
-  if (code[0] != 0xc4 || (code[1] & 0x1f) != 2 || (code[2] & 0x83) != 1 || code[3] != 0x50) give_up();
+  // C4, inverted R X B and the map 0F38, then W = 0, inverted vvvv, L = 1 for 256 bits, the prefix 66; opcode 50.
+  if (code[0] != 0xc4 || (code[1] & 0x1f) != 2 || (code[2] & 0x87) != 5 || code[3] != 0x50) give_up();
   const int r = code[1] & 0x80 ? 0 : 8, x = code[1] & 0x40 ? 0 : 8, b = code[1] & 0x20 ? 0 : 8;
-  const int bytes = code[2] & 4 ? 32 : 16, mode = code[4] >> 6, low = code[4] & 7;
+  const int mode = code[4] >> 6, low = code[4] & 7;
   const int sums = (code[4] >> 3 & 7) | r, unsigned_bytes = ~code[2] >> 3 & 15;
   code += 5;
 
@@ -72,10 +72,9 @@ void execute(int, siginfo_t*, void* context) {
       address += displacement;
     }
     if (next_instruction) address += reinterpret_cast<uint64_t>(code);
-    memcpy(s, reinterpret_cast<const void*>(address), bytes);
+    memcpy(s, reinterpret_cast<const void*>(address), sizeof s);
   }
-  for (int i = 0; i < bytes; ++i) sum[i / 4] += u[i] * s[i];
-  if (bytes == 16) memset(sum + 4, 0, 16);
+  for (int i = 0; i < 32; ++i) sum[i / 4] += u[i] * s[i];
   memcpy(xmm + 16 * sums, sum, 16);
   memcpy(ymm + 16 * sums, sum + 4, 16);
   machine.gregs[REG_RIP] = reinterpret_cast<greg_t>(code);
