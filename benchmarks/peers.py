@@ -17,6 +17,7 @@ Prints a table, and ends with one JSON line.
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import statistics
@@ -171,7 +172,9 @@ class Bench:
                 str(WORKER),
                 json.dumps(job),
             ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            # pip compiles what it installs; a checkout's modules must be allowed to keep their bytecode too
+            environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
                 print(f"{engine}: no result with {setting}: {last}", file=sys.stderr)

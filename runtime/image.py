@@ -13,13 +13,16 @@ Dimension key:  P patches   X = 3·14·14, the values of a patch
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from kimi_lite.errors import UsageError
 from kimi_lite.formats.config import ImageConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PATCH = 14
 TOKEN = 2 * PATCH  # pixels of a token's side
@@ -78,8 +81,10 @@ def _tokens(size: Size) -> int:
     return rows * columns // 4
 
 
-def canvas(picture: Image.Image, size: Size, grid: tuple[int, int]) -> NDArray[np.uint8]:
+def canvas(picture: "Image.Image", size: Size, grid: tuple[int, int]) -> NDArray[np.uint8]:
     """The picture resized and padded: uint8 [rows · 14, columns · 14, 3]. `picture` is RGB."""
+    from PIL import Image  # only once there is a picture
+
     if size != picture.size:
         picture = picture.resize(size, Image.Resampling.BICUBIC)
     pixels = np.zeros((grid[0] * PATCH, grid[1] * PATCH, 3), np.uint8)

@@ -38,7 +38,7 @@ class Tokenizer:
         self._encoding = tiktoken.Encoding(
             "kimi",
             pat_str=PATTERN,
-            mergeable_ranks={token: rank for rank, token in enumerate(vocab.ranks)},
+            mergeable_ranks=dict(zip(vocab.ranks, range(len(vocab.ranks)), strict=True)),
             special_tokens={},
         )
         self._names = {i: name for name, i in vocab.specials.items()}

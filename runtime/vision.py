@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from kimi_lite.errors import ModelFileError, UsageError
 from kimi_lite.formats.config import ImageConfig, VisionConfig
@@ -33,6 +33,9 @@ from kimi_lite.runtime.image_cache import ImageCache
 from kimi_lite.runtime.kernels import Float, Matrix, linear
 from kimi_lite.runtime.template import ImagePart
 from kimi_lite.runtime.tensors import Tensors, of_image_side
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LN_EPS = 1e-5
 ROPE_THETA = 10000.0
@@ -449,9 +452,7 @@ class ImageEncoder:
         _, (h, w) = image.plan(size, self.image, self.max_tokens if capped else None)
         return h * w // 4
 
-    def encode(
-        self, pictures: Iterable[Image.Image], on_progress: Progress | None = None
-    ) -> list[EncodedImage]:
+    def encode(self, pictures: "Iterable[Image]", on_progress: Progress | None = None) -> list[EncodedImage]:
         """One row of embeddings for each image token; `pictures` are RGB, and taken one after the other."""
         canvases, keys = [], []
         for picture in pictures:

@@ -26,12 +26,10 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType
-from gguf.constants import GGML_QUANT_SIZES
-from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from kimi_lite.errors import DoesNotFitError, KimiLiteWarning, ModelFileError
+from kimi_lite.formats.ggml_types import BY_NAME, BY_NUMBER
 
 MAGIC, VERSION = b"GGUF", 3
 MAX_COUNT = 1 << 20  # tensors or metadata entries; the real file has 430 and 45
@@ -68,6 +66,10 @@ class GgufTensor:
     def dequantize(self, start: int = 0, n: int | None = None) -> NDArray[np.float32]:
         """Rows start…start+n-1 as float32 [n, last axis]."""
         block = self.rows()[start : None if n is None else start + n]
+        if self.type == "F32":
+            return block.view("<f4").astype(np.float32, copy=False)
+        from gguf import GGMLQuantizationType, dequantize  # slow to import, and a packed file does without
+
         return np.asarray(dequantize(block, GGMLQuantizationType[self.type]), np.float32).reshape(
             len(block), -1
         )
@@ -79,9 +81,9 @@ class GgufTensor:
 
 def row_bytes(type_name: str, n: int) -> int:
     """Bytes of n elements of a ggml type; n must fill whole blocks."""
-    elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
-    assert n % elements == 0, f"{n} elements do not fill blocks of {elements} ({type_name})"
-    return int(n // elements * size)
+    block = BY_NAME[type_name]
+    assert n % block.elements == 0, f"{n} elements do not fill blocks of {block.elements} ({type_name})"
+    return n // block.elements * block.bytes
 
 
 class _Cursor:
@@ -243,17 +245,17 @@ class GgufFile:
             raise read.fail(f"the tensor {name!r} has {n_dimensions} dimensions")
         sizes = [read.scalar("<Q") for _ in range(n_dimensions)]
         kind, offset = read.scalar("<I"), read.scalar("<Q")
-        try:
-            type_ = GGMLQuantizationType(kind)
-        except ValueError:
-            raise read.fail(f"the tensor {name!r} has the unknown type {kind}") from None
-        elements, block_bytes = GGML_QUANT_SIZES[type_]
-        if sizes[0] % elements or min(sizes) < 1:
-            raise read.fail(f"the tensor {name!r} has sizes {sizes}, which do not fill blocks of {elements}")
-        n_bytes = block_bytes * (sizes[0] // elements)
+        if kind not in BY_NUMBER:
+            raise read.fail(f"the tensor {name!r} has the unknown type {kind}")
+        block = BY_NUMBER[kind]
+        if sizes[0] % block.elements or min(sizes) < 1:
+            raise read.fail(
+                f"the tensor {name!r} has sizes {sizes}, which do not fill blocks of {block.elements}"
+            )
+        n_bytes = block.bytes * (sizes[0] // block.elements)
         for size in sizes[1:]:
             n_bytes *= size  # Python's integers do not overflow
-        return name, type_.name, tuple(reversed(sizes)), offset, n_bytes
+        return name, block.name, tuple(reversed(sizes)), offset, n_bytes
 
 
 def mmproj_beside(path: Path) -> Path:
@@ -308,7 +310,7 @@ class GgufWriter:
         for spec, offset in zip(self.specs, offsets, strict=True):
             head += [_string(spec.name), struct.pack("<I", len(spec.shape))]
             head += [struct.pack("<Q", size) for size in reversed(spec.shape)]
-            head.append(struct.pack("<IQ", GGMLQuantizationType[spec.type], offset))
+            head.append(struct.pack("<IQ", BY_NAME[spec.type].number, offset))
         self.head = b"".join(head)
         self.head += bytes(-len(self.head) % alignment)
         self.n_bytes = len(self.head) + at

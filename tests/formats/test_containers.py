@@ -14,6 +14,7 @@ from numpy_model import unpack as slow_unpack
 from safetensors.torch import load_file
 
 from kimi_lite.errors import ModelFileError
+from kimi_lite.formats.ggml_types import BY_NAME, BY_NUMBER
 from kimi_lite.formats.gguf_file import GgufFile, GgufWriter, TensorSpec
 from kimi_lite.formats.packed import (
     QUANTIZED,
@@ -85,6 +86,12 @@ def test_we_read_what_the_gguf_package_writes(tmp_path: Path) -> None:
     assert ours.metadata["tokens"][999] == "t999"
     assert ours.metadata["big"] == 2**40
     assert np.array_equal(ours.tensors["x"].float32(), values.astype(np.float32))
+
+
+def test_the_types_are_those_of_the_gguf_package() -> None:
+    theirs = {t.name: (t.value, *gguf.GGML_QUANT_SIZES[t]) for t in gguf.GGMLQuantizationType}
+    assert {t.name: (t.number, t.elements, t.bytes) for t in BY_NAME.values()} == theirs
+    assert {number: t.name for number, t in BY_NUMBER.items()} == {theirs[n][0]: n for n in theirs}
 
 
 def test_strings_that_nobody_wants_are_passed_over(tmp_path: Path) -> None:

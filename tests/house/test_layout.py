@@ -87,6 +87,14 @@ def test_a_light_start_imports_nothing_heavy(command: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_question_without_a_picture_waits_for_no_package_that_it_does_not_need() -> None:
+    slow = "{'torch', 'gguf', 'PIL', 'av', 'pypdfium2', 'safetensors', 'llama_cpp'}"
+    question = "from kimi_lite.__main__ import main; main(['ask', '--vram', '0', 'What is 38 + 47?'])"
+    code = f"import sys\ntry:\n    {question}\nexcept SystemExit as end:\n    assert not end.code\nassert not {slow} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", ["runtime", "quantize"])
 def test_the_folders_refuse_to_be_imported_under_their_bare_names(name: str) -> None:
     done = subprocess.run(
