@@ -121,9 +121,10 @@ static void turn_rows(const uint8_t* rows, size_t block_stride, int first, int n
   }
 }
 
-#define KIMI_BLOCK(form) products::block<products::form>
+#define KIMI_FORMS(call)                                                                                              \
+  {products::call<products::Q4>, products::call<products::Q8>, products::call<products::Q5>, products::call<products::I4>, \
+   products::call<products::Q4K>, products::call<products::Q6K>, products::call<products::Panel<false, false>>,        \
+   products::call<products::Panel<true, false>>, products::call<products::Panel<false, true>>, products::call<products::Q8Positive>}
 #define KIMI_TABLE(name, runs_here)                                                                                   \
-  {name, runs_here, {KIMI_BLOCK(Q4), KIMI_BLOCK(Q8), KIMI_BLOCK(Q5), KIMI_BLOCK(I4), KIMI_BLOCK(Q4K), KIMI_BLOCK(Q6K), \
-    products::block<products::Panel<false, false>>, products::block<products::Panel<true, false>>,                    \
-    products::block<products::Panel<false, true>>, KIMI_BLOCK(Q8Positive)},                                           \
+  {name, runs_here, KIMI_FORMS(block), KIMI_FORMS(two_blocks),                                                         \
    quantize, dot, half_to_float, rms_norm, silu_mul, sigmoid, axpy, residual, softmax, store_row, turn_rows}

@@ -19,8 +19,8 @@ const Kernels* const kBestFirst[] = {
 const Kernels* chosen = nullptr;
 std::unique_ptr<Pool> the_pool;
 
-// A task should read about this much, so that claiming it costs nothing beside it.
-constexpr size_t kTaskBytes = 16 << 10;
+// A task should read about this much, so that claiming it costs nothing beside it, and a single token's row blocks go in pairs.
+constexpr size_t kTaskBytes = 40 << 10;
 bool is_float(const Weights& w) { return w.block->elements == 1; }
 int blocks_of(int rows) { return (rows + kRows - 1) / kRows; }
 
@@ -110,15 +110,27 @@ void row_block(const Weights& w, int b, const Operand& x, float* out, size_t str
   }
 }
 
+bool by_two(const Weights& w, const Operand& x) { return x.n == 1 && is_packed(w.block->kind); }
+
+// Row blocks from..to of w times all tokens: out[i * stride + row], counted from the first block's first row.
+void row_blocks(const Weights& w, int from, int to, const Operand& x, float* out, size_t stride) {
+  if (by_two(w, x))
+    for (; from + 2 <= to; from += 2, out += 2 * kRows) {
+      const uint8_t* at = w.data + from * w.stride;
+      kernels().two_blocks[static_cast<int>(w.block->kind)]({at, at + w.stride}, 2 * w.stride, x.tiles, w.columns / kGroup, {out, out + kRows});
+    }
+  for (; from < to; ++from, out += kRows) row_block(w, from, x, out, stride);
+}
+
 // The same into y [n][stride], trimming the last block; `add` adds to what is there.
-void row_block_into(const Weights& w, int b, const Operand& x, float* y, size_t stride, bool add) {
-  const int rows = std::min(kRows, w.rows - b * kRows);
-  if (rows == kRows && !add) return row_block(w, b, x, y + b * kRows, stride);
-  float* out = scratch.out.get(static_cast<size_t>(x.n) * kRows);
-  row_block(w, b, x, out, kRows);
+void row_blocks_into(const Weights& w, int from, int to, const Operand& x, float* y, size_t stride, bool add) {
+  const int padded = (to - from) * kRows, rows = std::min(padded, w.rows - from * kRows);
+  if (rows == padded && !add) return row_blocks(w, from, to, x, y + from * kRows, stride);
+  float* out = scratch.out.get(static_cast<size_t>(x.n) * padded);
+  row_blocks(w, from, to, x, out, padded);
   for (int i = 0; i < x.n; ++i) {
-    float* at = y + i * stride + b * kRows;
-    for (int r = 0; r < rows; ++r) at[r] = add ? at[r] + out[i * kRows + r] : out[i * kRows + r];
+    float* at = y + i * stride + from * kRows;
+    for (int r = 0; r < rows; ++r) at[r] = add ? at[r] + out[i * padded + r] : out[i * padded + r];
   }
 }
 
@@ -163,8 +175,7 @@ void products(const std::vector<Product>& all, const float* x, size_t x_stride, 
     while (i >= ends[which]) ++which;
     const Product& p = all[which];
     const int step = blocks_a_task(*p.w), from = (i - (which ? ends[which - 1] : 0)) * step;
-    for (int b = from; b < std::min(from + step, blocks_of(p.w->rows)); ++b)
-      row_block_into(*p.w, b, operand, p.y, p.stride, p.add);
+    row_blocks_into(*p.w, from, std::min(from + step, blocks_of(p.w->rows)), operand, p.y, p.stride, p.add);
   });
 }
 
@@ -187,8 +198,7 @@ void head_products(const std::vector<Weights>& w, const float* x, size_t x_token
   pool().run(H * steps, [&](int i, int) {
     const int h = i / steps, from = i % steps * step;
     const Operand operand{tiles ? tiles + h * size : nullptr, T, columns, x + h * x_head, x_token, list};
-    for (int b = from; b < std::min(from + step, B); ++b)
-      row_block_into(w[h], b, operand, y + static_cast<size_t>(h) * w[h].rows, static_cast<size_t>(H) * w[h].rows, false);
+    row_blocks_into(w[h], from, std::min(from + step, B), operand, y + static_cast<size_t>(h) * w[h].rows, static_cast<size_t>(H) * w[h].rows, false);
   });
 }
 
@@ -336,6 +346,19 @@ std::vector<Job> jobs_of(const Mlp& mlp, const int32_t* experts, const int32_t* 
   return jobs;
 }
 
+// Row blocks b and b + 1 of gate and up: [n][32] each.
+void gate_and_up(const Job& job, int b, float* gate, float* up) {
+  const Weights &g = *job.gate, &u = *job.up;
+  if (by_two(g, job.in) && u.block == g.block) {
+    for (int half = 0; half < 2; ++half, ++b, gate += kRows, up += kRows)
+      kernels().two_blocks[static_cast<int>(g.block->kind)]({g.data + b * g.stride, u.data + b * u.stride}, g.stride, job.in.tiles,
+                                                      g.columns / kGroup, {gate, up});
+    return;
+  }
+  row_blocks(g, b, b + 2, job.in, gate, kGroup);
+  row_blocks(u, b, b + 2, job.in, up, kGroup);
+}
+
 // The first half of all jobs: hidden values, quantized unless a down matrix is stored as floats.
 void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
   static Buffer<uint8_t> rows, gathered, hidden_tiles;
@@ -388,10 +411,7 @@ void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
     const int n = job.in.n, F = job.gate->rows;
     float* gate = scratch.out.get(static_cast<size_t>(n) * kGroup);
     float* up = scratch.more.get(static_cast<size_t>(n) * kGroup);
-    for (int half = 0; half < 2; ++half) {
-      row_block(*job.gate, 2 * g + half, job.in, gate + half * kRows, kGroup);
-      row_block(*job.up, 2 * g + half, job.in, up + half * kRows, kGroup);
-    }
+    gate_and_up(job, 2 * g, gate, up);
     kernels().silu_mul(gate, up, n * kGroup, gate);
     if (job.hidden.x) {
       float* to = const_cast<float*>(job.hidden.x) + g * kGroup;
@@ -406,6 +426,13 @@ void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
   });
 }
 
+// Calls task(from, to) for all row blocks of down: pairs where an expert may have a single token, else one by one.
+template <typename Task>
+void each_down(int D, int T, const Task& task) {
+  const int step = T < 64 ? 2 : 1, blocks = blocks_of(D);
+  pool().run((blocks + step - 1) / step, [&](int i, int) { task(i * step, std::min((i + 1) * step, blocks)); });
+}
+
 }  // namespace
 
 void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A, const Mlp* shared, const float* x,
@@ -417,19 +444,19 @@ void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A,
   const int32_t* numbers = counting(T);
   if (shared) jobs.push_back({&shared->gate[0], &shared->up[0], &shared->down[0], {numbers, numbers + T}, {}, {}, {}});
   run_hidden(jobs, x, T, D);
-  pool().run(blocks_of(D), [&](int b, int) {
-    const int rows_here = std::min(kRows, D - b * kRows);
-    float* sum = scratch.more.get(static_cast<size_t>(T) * kRows);
-    std::fill_n(sum, static_cast<size_t>(T) * kRows, 0.0f);
+  each_down(D, T, [&](int from, int to) {
+    const int padded = (to - from) * kRows, rows = std::min(padded, D - from * kRows);
+    float* sum = scratch.more.get(static_cast<size_t>(T) * padded);
+    std::fill_n(sum, static_cast<size_t>(T) * padded, 0.0f);
     for (const Job& job : jobs) {
-      float* part = scratch.out.get(static_cast<size_t>(job.hidden.n) * kRows);
-      row_block(*job.down, b, job.hidden, part, kRows);
+      float* part = scratch.out.get(static_cast<size_t>(job.hidden.n) * padded);
+      row_blocks(*job.down, from, to, job.hidden, part, padded);
       for (int i = 0; i < job.hidden.n; ++i)
-        kernels().axpy(job.slots.empty() ? 1.0f : weights[job.slots[i]], part + static_cast<size_t>(i) * kRows, kRows,
-                       sum + static_cast<size_t>(job.tokens[i]) * kRows);
+        kernels().axpy(job.slots.empty() ? 1.0f : weights[job.slots[i]], part + static_cast<size_t>(i) * padded, padded,
+                       sum + static_cast<size_t>(job.tokens[i]) * padded);
     }
     for (int t = 0; t < T; ++t)
-      for (int r = 0; r < rows_here; ++r) y[static_cast<size_t>(t) * D + b * kRows + r] += sum[static_cast<size_t>(t) * kRows + r];
+      for (int r = 0; r < rows; ++r) y[static_cast<size_t>(t) * D + from * kRows + r] += sum[static_cast<size_t>(t) * padded + r];
   });
 }
 
@@ -437,13 +464,13 @@ void expert_outputs(const Mlp& mlp, const int32_t* experts, const int32_t* token
                     int D, float* y) {
   std::vector<Job> jobs = jobs_of(mlp, experts, tokens, n_slots);
   run_hidden(jobs, x, T, D);
-  pool().run(blocks_of(D), [&](int b, int) {
-    const size_t here = std::min(kRows, D - b * kRows);
+  each_down(D, T, [&](int from, int to) {
+    const int padded = (to - from) * kRows, rows = std::min(padded, D - from * kRows);
     for (const Job& job : jobs) {
-      float* part = scratch.out.get(static_cast<size_t>(job.hidden.n) * kRows);
-      row_block(*job.down, b, job.hidden, part, kRows);
+      float* part = scratch.out.get(static_cast<size_t>(job.hidden.n) * padded);
+      row_blocks(*job.down, from, to, job.hidden, part, padded);
       for (int i = 0; i < job.hidden.n; ++i)
-        std::memcpy(y + static_cast<size_t>(job.slots[i]) * D + b * kRows, part + static_cast<size_t>(i) * kRows, sizeof(float) * here);
+        std::memcpy(y + static_cast<size_t>(job.slots[i]) * D + from * kRows, part + static_cast<size_t>(i) * padded, sizeof(float) * rows);
     }
   });
 }

@@ -81,6 +81,12 @@ void run(const Kernels& k, bool emulated = false) {
       char name[40];
       std::snprintf(name, sizeof name, "%s x%d", names[form], width);
       say(k, name, out, sizeof(float) * width * kRows);
+      if (width > 1) continue;
+      std::vector<uint8_t> other = weights;  // run after run moved on by one
+      std::rotate(other.begin(), other.begin() + sizeof(PanelRun), other.end());
+      k.two_blocks[form]({weights.data(), other.data()}, 0, tile.data(), G, {out + kRows, out});
+      std::snprintf(name, sizeof name, "%s two blocks", names[form]);
+      say(k, name, out, sizeof(float) * 2 * kRows);
     }
   std::vector<uint8_t> tile(static_cast<size_t>(W) * G * kTokenGroup);
   for (int t = 0; t < W; ++t) k.quantize(x.data() + t * I, G, tile.data(), W, t);
