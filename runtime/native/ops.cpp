@@ -110,6 +110,7 @@ void row_block(const Weights& w, int b, const Operand& x, float* out, size_t str
   }
 }
 
+// Are two row blocks multiplied at a time? So they are for one token, whose speed is that of memory.
 bool by_two(const Weights& w, const Operand& x) { return x.n == 1 && is_packed(w.block->kind); }
 
 // Row blocks from..to of w times all tokens: out[i * stride + row], counted from the first block's first row.
@@ -351,8 +352,8 @@ void gate_and_up(const Job& job, int b, float* gate, float* up) {
   const Weights &g = *job.gate, &u = *job.up;
   if (by_two(g, job.in) && u.block == g.block) {
     for (int half = 0; half < 2; ++half, ++b, gate += kRows, up += kRows)
-      kernels().two_blocks[static_cast<int>(g.block->kind)]({g.data + b * g.stride, u.data + b * u.stride}, g.stride, job.in.tiles,
-                                                      g.columns / kGroup, {gate, up});
+      kernels().two_blocks[static_cast<int>(g.block->kind)]({g.data + b * g.stride, u.data + b * u.stride}, g.stride,
+                                                            job.in.tiles, g.columns / kGroup, {gate, up});
     return;
   }
   row_blocks(g, b, b + 2, job.in, gate, kGroup);
