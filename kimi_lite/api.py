@@ -316,7 +316,7 @@ class Model:
             for kind, piece in stream.feed(CLOSE.encode()):
                 yield Event(kind, piece)
         reason = "stop" if stream.stopped else engine.finish_reason  # type: ignore[assignment]
-        for kind, piece in stream.finish():
+        for kind, piece in stream.finish(cut=reason in ("length", "context")):
             yield Event(kind, piece)
         now = time.perf_counter()
         first = first or now

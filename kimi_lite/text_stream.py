@@ -36,17 +36,20 @@ class TextStream:
         self._held += self._utf8.decode(data)
         yield from self._move(final=False)
 
-    def finish(self) -> Iterator[Piece]:
-        """What is left when no more bytes come; a character cut in two becomes U+FFFD."""
-        self._held += self._utf8.decode(b"", final=True)
-        yield from self._move(final=True)
+    def finish(self, cut: bool = False) -> Iterator[Piece]:
+        """What is left when no more bytes come; half a character becomes U+FFFD.
 
-    def _move(self, final: bool) -> Iterator[Piece]:
+        If it was a limit that `cut` the output off, half a character or half a mark is nobody's text.
+        """
+        self._held += self._utf8.decode(b"", final=not cut)
+        yield from self._move(final=True, cut=cut)
+
+    def _move(self, final: bool, cut: bool = False) -> Iterator[Piece]:
         if self.part == "start":
             text = self._held.lstrip()
             if text.startswith(OPEN):
                 self.part, self._held = "thinking", text[len(OPEN) :]
-            elif OPEN.startswith(text) and not final:
+            elif OPEN.startswith(text) and (cut or not final):
                 return  # may still become the opening mark
             else:
                 self.part = "answer"
@@ -56,7 +59,7 @@ class TextStream:
                 yield from self._show("thinking", before)
                 self.part, self._held, self._space, self._begun = "answer", after, "", False
             else:
-                yield from self._release("thinking", (CLOSE,), final)
+                yield from self._release("thinking", (CLOSE,), final and not cut)
         if self.part == "answer" and not self.stopped:
             found = [at for at in (self._held.find(s) for s in self.stop) if at >= 0]
             if found:

@@ -184,6 +184,7 @@ def test_ask_json_is_one_object() -> None:
     [
         (["ask"], 2, "no question"),
         (["ask", "--max-tokens", "6", LONG], 7, "cut off inside its thinking"),
+        (["ask", "--max-tokens", "1", LONG], 7, "cut off inside its thinking"),
         (["ask", "-m", "/nowhere/model.gguf", "x"], 3, "/nowhere/model.gguf: not found"),
         (["ask", "--context", "999999", "x"], 2, "allows 1 to 8192"),
         (["ask", "--context", "8", "a question of more than eight tokens"], 2, "the context holds 8"),

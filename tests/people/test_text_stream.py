@@ -19,6 +19,17 @@ def run(chunks: list[bytes], stop: tuple[str, ...] = ()) -> tuple[str, str, bool
     return parts["thinking"], parts["answer"], stream.stopped
 
 
+def test_a_limit_leaves_no_half_mark_and_no_half_character_behind() -> None:
+    raw = f"{OPEN}whÿ{CLOSE}becauſe".encode()
+    for n in range(len(raw)):
+        stream, parts = TextStream(), {"thinking": "", "answer": ""}
+        for kind, text in (*stream.feed(raw[:n]), *stream.finish(cut=True)):
+            parts[kind] += text
+        said = raw[:n].decode(errors="ignore")
+        thinking, _, answer = said.removeprefix(OPEN).partition(CLOSE) if said.startswith(OPEN) else ("",) * 3
+        assert parts == {"thinking": thinking.partition("◁")[0], "answer": answer}, n
+
+
 @pytest.mark.parametrize(
     ("output", "thinking", "answer"),
     [
