@@ -3,8 +3,8 @@
     python benchmarks/kernels.py [--rounds 20] [--from-memory] [--json RESULTS]
 
 The arithmetic alone: a matrix of 256 x 2048 weights, 0.3 to 0.6 MB, times 1, 8 and 128 tokens, one thread, activations
-quantized once a call. With --from-memory each call has another matrix, of 256 MB in all, and 1, 2, 4 and 8 tokens. Each round measures everything in turn; the best round counts, because what disturbs a core only ever
-slows it. `KIMI_LITE_ISA` chooses the instruction set. Real speeds are `kimi-lite bench`'s.
+quantized once a call. With --from-memory each call has another matrix, of 256 MB in all, and 1, 2, 4 and 8 tokens. Each
+round measures everything in turn; the best round counts, because what disturbs a core only ever slows it. `KIMI_LITE_ISA` chooses the instruction set. Real speeds are `kimi-lite bench`'s.
 """
 
 import argparse
