@@ -77,6 +77,16 @@ def expert_outputs(
 def combine(outputs: Floats, weights: Floats, shared: Floats, x: Floats) -> None: ...
 def remember(cache: LatentCache, rows: Floats, start: int) -> None: ...
 def attention(cache: LatentCache, q: Floats, qr: Floats, start: int, scale: float, u: Floats) -> None: ...
+def expanded_attention(
+    cache: LatentCache,
+    k_b: list[Weights],
+    v_b: list[Weights],
+    q: Floats,
+    qr: Floats,
+    start: int,
+    scale: float,
+    o: Floats,
+) -> None: ...
 def attention_layer(
     layer: AttentionLayer,
     x: Floats,
@@ -84,6 +94,7 @@ def attention_layer(
     sin: Floats,
     cache: LatentCache,
     start: int,
+    expanded: bool,
 ) -> None: ...
 def feed_forward_layer(layer: FeedForwardLayer, x: Floats) -> None: ...
 

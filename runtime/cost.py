@@ -14,7 +14,7 @@ docs/gpu-kernels.md lists the launches; the second half of the experts is the su
 costs a hand-off and its bytes over PCIe; what is streamed, at the slower of PCIe and a copy in main memory. Nothing here is
 measured: all speeds come from speeds.py.
 
-Dimension key:  T tokens   D hidden   E routed experts   A active   C latent   R rope   H heads   V vocabulary
+Dimension key:  T tokens   D hidden   E routed experts   A active   C latent   R rope   H heads   N, V a head's keys, values (V: vocabulary)
 """
 
 from collections.abc import Sequence
@@ -55,6 +55,8 @@ class LayerSize:
     shared_macs: int
     expert_macs: int
     cache_macs: int  # for each cached position
+    expand_macs: int  # to make a cached position's keys and values
+    expanded_macs: int  # for each cached position, once they are made
     cache_bytes: float  # of a cached position
     D: int
 
@@ -79,6 +81,14 @@ class LayerSize:
 
     def add_s(self, speeds: Speeds) -> float:
         return speeds.card_s(ADD_LAUNCHES, 0, 0)
+
+    def cpu_attend_macs(self, T: int, start: int) -> float:
+        """Products of attention of T tokens on the CPU, in the form that `model.expands` chooses."""
+        seen = start + (T + 1) / 2
+        if T * (self.cache_macs - self.expanded_macs) < self.expand_macs:
+            return T * (self.attention_macs + seen * self.cache_macs)
+        own = T * (self.attention_macs - self.expand_macs + seen * self.expanded_macs)
+        return own + (start + T) * self.expand_macs
 
     def cpu_experts_s(self, speeds: Speeds, n_experts: float, n_rows: float) -> float:
         return speeds.cpu_s(n_experts * self.expert_bytes, n_rows * self.expert_macs)
@@ -194,7 +204,7 @@ def layer_size(layer: Layer) -> LayerSize:
     a, f = layer.attention, layer.feed_forward
     matrices = (a.q, a.kv_a, a.k_b, a.v_b, a.o)
     C, H, D = a.k_b.rows, a.k_b.count, a.q.columns
-    R = a.kv_a.rows - C
+    R, N, V = a.kv_a.rows - C, a.k_b.columns, a.v_b.rows
     routed, router = f.routed, f.router
     return LayerSize(
         attention_bytes=sum(matrix_size(m) for m in matrices) + a.norm_D.nbytes + a.kv_norm_C.nbytes,
@@ -207,6 +217,8 @@ def layer_size(layer: Layer) -> LayerSize:
         shared_macs=3 * f.shared.F * D,
         expert_macs=3 * routed.F * D if routed else 0,
         cache_macs=H * (2 * C + R),
+        expand_macs=H * C * (N + V),
+        expanded_macs=H * (N + R + V),
         cache_bytes=sum(latent_cache_bytes(MANY_POSITIONS, C, R)) / MANY_POSITIONS,
         D=D,
     )

@@ -28,7 +28,7 @@ from kimi_lite.runtime import kernels, vision
 from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError, DeviceWrongError
 from kimi_lite.runtime.hybrid import HybridModel, place
 from kimi_lite.runtime.kernels import Float
-from kimi_lite.runtime.model import PREFILL_CHUNK, CpuModel, OnLayer, Spliced
+from kimi_lite.runtime.model import CpuModel, OnLayer, Spliced
 from kimi_lite.runtime.sampling import Sampler, SamplingOptions
 from kimi_lite.runtime.template import IMAGE_PAD
 from kimi_lite.runtime.tokenizer import Tokenizer
@@ -45,7 +45,6 @@ Place = tuple[EncodedImage, int] | None  # the picture and the row that an image
 class BaseEngine(ABC):
     """One open model. Not for two threads at once."""
 
-    chunk = PREFILL_CHUNK  # tokens of a step
     placement = ""  # where the model runs, for people
     gpu_dense: str | None = (
         None  # the format in which bitsandbytes multiplies dense weights on a card, if it does
@@ -72,9 +71,9 @@ class BaseEngine(ABC):
     def forward(self, ids: Sequence[int], places: Sequence[Place], on_layer: OnLayer) -> NDArray[np.float32]:
         """One step of as many tokens as `step` says, after the cached ones; the logits [V] that follow the last."""
 
+    @abstractmethod
     def step(self, n_left: int) -> int:
         """Tokens of the next step, of so many that are left."""
-        return min(n_left, self.chunk)
 
     def encode(
         self,
@@ -296,10 +295,12 @@ class Engine(BaseEngine):
         other = f", with the file's own dense weights in place of {self.gpu_dense}" if self.gpu_dense else ""
         warnings.warn(f"{error}; the CPU goes on{again}{other}", KimiLiteWarning, stacklevel=4)
         cpu = CpuModel(self.weights, self.context)
-        for start in range(0, len(self.tokens), PREFILL_CHUNK):
-            ids = self.tokens[start : start + PREFILL_CHUNK]
-            places = self.places[start : start + PREFILL_CHUNK]
+        start = 0
+        while start < len(self.tokens):
+            end = start + cpu.step(len(self.tokens) - start)
+            ids, places = self.tokens[start:end], self.places[start:end]
             cpu.forward(np.asarray(ids, np.int32), _spliced(places))
+            start = end
         assert isinstance(self.model, HybridModel)
         self.model.close()
         self.model = cpu  # only now, so that Ctrl-C meanwhile leaves no half-filled cache

@@ -331,7 +331,7 @@ def _load(weights: Weights, device: Device, plan: Plan, gpu_dense: str | None) -
 def _prove(model: HybridModel) -> None:
     """Hold the card against the CPU, bit for bit. Raises DeviceWrongError, the card then being closed."""
     context = _proof_context(model)
-    _same_bits(model, lambda weights: CpuModel(weights, context).forward)
+    _same_bits(model, lambda weights: CpuModel(weights, context, expanded=False).forward)
 
 
 def _prove_dense(model: HybridModel) -> None:

@@ -1,13 +1,13 @@
 """The Python face of the C++ kernels: allocates results, names types, chooses instruction set and threads.
 
 All products quantize their float32 input to int8 once, in groups of 32, and add in one fixed order; the bits do not
-depend on instruction set, thread count or how a prompt was cut (docs/kernels.md). There is no slower path in Python:
+depend on instruction set, thread count or how tokens were dealt to calls (docs/kernels.md). There is no slower path in Python:
 without the compiled module nothing runs, and the import says so.
 
 KIMI_LITE_ISA forces an instruction set by name; an unknown name is an error. `describe` says what is in use.
 
 Dimension key:  T tokens   I, O in and out   D model width   E experts   A active   H heads   C latent   R rope
-                M (token, expert) pairs
+                M (token, expert) pairs   N, V a head's keys and values
 """
 
 import os
@@ -235,6 +235,21 @@ def latent_attention(
     return u_THC
 
 
+def expanded_attention(
+    cache: "_kernels.LatentCache",
+    k_b: Matrix,
+    v_b: Matrix,
+    q_THN: Float,
+    qr_THR: Float,
+    start: int,
+    scale: float,
+) -> Float:
+    """Expanded attention: the same over keys k_b ᵀ c and values v_b c of each head, made from the cache. float32 [T, H, V]."""
+    o_THV = np.empty((*q_THN.shape[:2], v_b.rows), np.float32)
+    _kernels.expanded_attention(cache, k_b.handles, v_b.handles, q_THN, qr_THR, start, scale, o_THV)
+    return o_THV
+
+
 @dataclass(frozen=True)
 class Router:
     """Which routed experts act, and how much they count."""
@@ -317,12 +332,14 @@ def attend(
     sin_TR: Float,
     cache: "_kernels.LatentCache",
     start: int,
+    expanded: bool = False,
 ) -> None:
     """x += attention(norm(x)), in place; the tokens' latents and rotated keys are cached from position `start` on.
 
-    cos and sin are [T, R/2]: the angles by which the pairs (x[2i], x[2i+1]) turn.
+    cos and sin are [T, R/2]: the angles by which the pairs (x[2i], x[2i+1]) turn. The expanded form makes keys and
+    values of all heads from the cache: fewer products for many tokens, other roundings.
     """
-    _kernels.attention_layer(layer.handle, x_TD, cos_TR, sin_TR, cache, start)
+    _kernels.attention_layer(layer.handle, x_TD, cos_TR, sin_TR, cache, start, expanded)
 
 
 def feed_forward(layer: FeedForwardLayer, x_TD: Float) -> None:

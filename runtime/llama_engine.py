@@ -39,6 +39,8 @@ MOST = 512  # layers or experts that llama.cpp has room for
 class LlamaEngine(BaseEngine):
     """A standard GGUF file on llama.cpp. Not for two threads at once."""
 
+    chunk = 512  # tokens of a step, as llama.cpp takes them by default
+
     def __init__(
         self,
         path: Path,
@@ -86,6 +88,9 @@ class LlamaEngine(BaseEngine):
             # The fork looks whether a first step of one token is its warm-up, also where there is an embedding instead.
             self.append([0])
             self.rewind(0)
+
+    def step(self, n_left: int) -> int:
+        return min(n_left, self.chunk)
 
     def forward(self, ids: Sequence[int], places: Sequence[Place], on_layer: OnLayer) -> NDArray[np.float32]:
         # A batch of llama.cpp holds tokens or embeddings, so pictures and text take turns.

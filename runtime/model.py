@@ -1,9 +1,11 @@
 """The whole text model on the CPU kernels, straight down.
 
 The two halves of a layer are one native call each (`attention_layer` and `feed_forward_layer` in native/ops.cpp), so
-that nothing but two short crossings per layer stands between the kernels. Attention runs in its absorbed form for
-prefill and decode alike: queries are taken into latent space, so that all heads read the one cached row of a position.
-With sums in one fixed order (docs/kernels.md), a prompt gives the same bits however it is cut.
+that nothing but two short crossings per layer stands between the kernels. Attention has two forms. Absorbed, queries are
+taken into latent space, so that all heads read the one cached row of a position: a token's fewest bytes. Expanded, keys
+and values of all heads are made from the cache for the time of a layer: a long prompt's fewest products. They round
+differently, so `expands` chooses by the number of tokens alone. Within a form, sums have one fixed order
+(docs/kernels.md), and a token has the same bits in whatever pass it comes.
 
 Dimension key:  T tokens   D hidden   R rope   V vocabulary   M image tokens
 """
@@ -19,7 +21,7 @@ from kimi_lite.runtime.cache import LatentCache
 from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.weights import Weights
 
-PREFILL_CHUNK = 512  # tokens a pass: at full size each expert is read once for about 48 of them
+PREFILL_CHUNK = 1024  # tokens a pass: at full size each expert is read once for about 96 of them
 Spliced = tuple[NDArray[np.int64], NDArray[np.float16]]
 OnLayer = Callable[[int], None]  # hears after each layer how many are done
 
@@ -29,23 +31,33 @@ class CpuModel:
 
     placement = "the CPU"
 
-    def __init__(self, weights: Weights, context: int) -> None:
-        """Room for `context` positions, as virtual memory."""
-        self.weights, self.cache = weights, LatentCache(weights.config, context)
+    def __init__(self, weights: Weights, context: int, expanded: bool = True) -> None:
+        """Room for `context` positions, as virtual memory. Unless `expanded`, attention is absorbed, as a card's is."""
+        self.weights, self.cache, self.expanded = weights, LatentCache(weights.config, context), expanded
 
     def step(self, n_left: int) -> int:
-        """Tokens of the next step, of so many that are left."""
-        return min(n_left, PREFILL_CHUNK)
+        """Tokens of the next step, of so many that are left: as few steps as can be, all about as long."""
+        return -(-n_left // -(-n_left // PREFILL_CHUNK))
 
     def forward(
         self, ids_T: NDArray[np.int32], pictures: Spliced | None = None, on_layer: OnLayer | None = None
     ) -> Float:
         """Append T tokens to the cache; returns the last one's logits, float32 [V]."""
-        return forward(self.weights, self.cache, ids_T, pictures, on_layer)
+        expanded = self.expanded and expands(self.weights.config, len(ids_T))
+        return forward(self.weights, self.cache, ids_T, pictures, on_layer, expanded)
 
     def rewind(self, n: int) -> None:
         """Keep the first n cached positions."""
         self.cache.rewind(n)
+
+
+def expands(c: TextConfig, T: int) -> bool:
+    """Is attention of T tokens in one pass expanded?
+
+    Each of them multiplies 2C - N - V pairs fewer a head for every position that it sees, whose keys and values cost
+    C (N + V) once. So this is where it pays even if all positions were cached before: 171 tokens at full size.
+    """
+    return T * (2 * c.kv_rank - c.nope_dim - c.value_dim) >= c.kv_rank * (c.nope_dim + c.value_dim)
 
 
 def forward(
@@ -54,6 +66,7 @@ def forward(
     ids_T: NDArray[np.int32],
     pictures: Spliced | None = None,
     on_layer: OnLayer | None = None,
+    expanded: bool = False,
 ) -> Float:
     """Append T tokens to the cache; returns the last one's logits, float32 [V].
 
@@ -64,7 +77,7 @@ def forward(
     x_TD = embedded(weights, ids_T, pictures)
     cos_TR, sin_TR = rope_tables(c, cache.n, T)
     for index, layer in enumerate(weights.layers):
-        kernels.attend(layer.attention, x_TD, cos_TR, sin_TR, cache.layers[index], cache.n)
+        kernels.attend(layer.attention, x_TD, cos_TR, sin_TR, cache.layers[index], cache.n, expanded)
         kernels.feed_forward(layer.feed_forward, x_TD)
         if on_layer:
             on_layer(index + 1)

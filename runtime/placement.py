@@ -321,10 +321,9 @@ def predict_cpu(sizes: Sizes, speeds: Speeds, *, T: int = 1, start: int = 0) -> 
     """What a step takes without a card."""
     seconds = speeds.cpu_s(sizes.head_bytes, sizes.head_macs)
     for layer in sizes.layers:
-        seen = start + (T + 1) / 2
         n_bytes = layer.attention_bytes + layer.router_bytes + layer.shared_bytes
         n_bytes += round((start + T) * layer.cache_bytes)
-        macs = T * (layer.attention_macs + layer.shared_macs + seen * layer.cache_macs)
+        macs = layer.cpu_attend_macs(T, start) + T * layer.shared_macs
         n_experts = (
             layer.n_experts * (1 - (1 - layer.n_active / layer.n_experts) ** T) if layer.n_experts else 0
         )

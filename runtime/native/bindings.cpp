@@ -232,6 +232,26 @@ NB_MODULE(_kernels, m) {
     Computing computing;
     attention(cache, q.data(), qr.data(), start, T, H, scale, u.data());
   }, "cache"_a, "q"_a, "qr"_a, "start"_a, "scale"_a, "u"_a);
+  m.def("expanded_attention", [](const LatentCache& cache, const std::vector<Weights>& k_b, const std::vector<Weights>& v_b, const Floats& q,
+                                 const Floats& qr, int start, float scale, const Out& o) {
+    const int T = axis(q, 0, "q"), H = axis(q, 1, "q"), N = axis(q, 2, "q"), V = axis(o, 2, "o");
+    require(k_b.size() == static_cast<size_t>(H) && v_b.size() == static_cast<size_t>(H), "k_b and v_b need one matrix a head");
+    require(N % 32 == 0 && V % 16 == 0, "a head's width must be a multiple of 32, its values' of 16");
+    for (int h = 0; h < H; ++h) {
+      same(k_b[h].rows, cache.C, "k_b's height");
+      same(k_b[h].columns, N, "k_b's width");
+      same(v_b[h].rows, V, "v_b's height");
+      same(v_b[h].columns, cache.C, "v_b's width");
+    }
+    same(axis(qr, 0, "qr"), T, "qr's length");
+    same(axis(qr, 1, "qr"), H, "qr's heads");
+    same(axis(qr, 2, "qr"), cache.R, "qr's width");
+    same(axis(o, 0, "o"), T, "o's length");
+    same(axis(o, 1, "o"), H, "o's heads");
+    require(start >= 0 && start + T <= cache.context, "the cache is shorter than the positions asked for");
+    Computing computing;
+    expanded_attention(cache, k_b, v_b, q.data(), N, qr.data(), start, T, scale, o.data());
+  }, "cache"_a, "k_b"_a, "v_b"_a, "q"_a, "qr"_a, "start"_a, "scale"_a, "o"_a);
   nb::class_<AttentionLayer>(m, "AttentionLayer", "A layer's attention: norms, projections, heads. Keeps their bytes alive.")
       .def("__init__",
            [](AttentionLayer* self, const Floats& norm, const Weights& q, const Weights& kv_a, const Floats& kv_norm,
@@ -239,7 +259,8 @@ NB_MODULE(_kernels, m) {
              require(!k_b.empty() && k_b.size() == v_b.size(), "k_b and v_b need one matrix a head");
              const int D = q.columns, H = static_cast<int>(k_b.size()), N = k_b[0].columns, C = k_b[0].rows, V = v_b[0].rows;
              const int R = kv_a.rows - C;
-             require(R > 0 && R % 16 == 0 && C % 32 == 0 && N % 32 == 0 && D % 32 == 0, "head widths must be in multiples of 32, rope's of 16");
+             require(R > 0 && R % 16 == 0 && V % 16 == 0 && C % 32 == 0 && N % 32 == 0 && D % 32 == 0,
+                     "head widths must be in multiples of 32, rope's and values' of 16");
              same(q.rows, H * (N + R), "q's height");
              same(kv_a.columns, D, "kv_a's width");
              same(o.rows, D, "o's height");
@@ -280,7 +301,7 @@ NB_MODULE(_kernels, m) {
            "norm"_a, "shared"_a, "eps"_a, "router"_a.none(), "bias"_a.none(), "routed"_a.none(), "active"_a, "scale"_a, "used"_a.none(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(),
            nb::keep_alive<1, 10>());
-  m.def("attention_layer", [](const AttentionLayer& layer, const Out& x, const Floats& cos, const Floats& sin, const LatentCache& cache, int start) {
+  m.def("attention_layer", [](const AttentionLayer& layer, const Out& x, const Floats& cos, const Floats& sin, const LatentCache& cache, int start, bool expanded) {
     const int T = axis(x, 0, "x"), C = layer.k_b[0].rows, R = layer.kv_a.rows - C;
     same(axis(x, 1, "x"), layer.q.columns, "x's width");
     for (const Floats* table : {&cos, &sin}) {
@@ -291,8 +312,8 @@ NB_MODULE(_kernels, m) {
     same(cache.R, R, "the cached key's width");
     require(start >= 0 && start + T <= cache.context, "the cache is shorter than the positions asked for");
     Computing computing;
-    attention_layer(layer, x.data(), T, cos.data(), sin.data(), cache, start);
-  }, "layer"_a, "x"_a, "cos"_a, "sin"_a, "cache"_a, "start"_a);
+    attention_layer(layer, x.data(), T, cos.data(), sin.data(), cache, start, expanded);
+  }, "layer"_a, "x"_a, "cos"_a, "sin"_a, "cache"_a, "start"_a, "expanded"_a);
   m.def("feed_forward_layer", [](const FeedForwardLayer& layer, const Out& x) {
     const int T = axis(x, 0, "x");
     same(axis(x, 1, "x"), layer.shared.gate[0].columns, "x's width");

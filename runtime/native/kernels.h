@@ -73,6 +73,10 @@ struct Kernels {
   // Rows first..first+n-1 of a q8g32 matrix, turned round: channel block b of C / 16 becomes one q8g32 run of 16 channels
   // by 32 rows at out + b * out_stride, rows past n being 0. `first` is a multiple of 32, n at most 32.
   void (*turn_rows)(const uint8_t* rows, size_t block_stride, int first, int n, int C, uint8_t* out, size_t out_stride);
+  // The values x [n][V], `stride` floats apart, of n positions (at most 32) and V channels (a multiple of 16), turned round:
+  // channel block b becomes one q8g32 run of 16 channels by 32 positions at out + b * out_stride, with scales of 1. Position
+  // i's own scale is scale[i], absmax / 127; of the 32, those past n are 0.
+  void (*turn_values)(const float* x, size_t stride, int n, int V, uint8_t* out, size_t out_stride, float* scale);
 };
 
 extern const Kernels kScalar;

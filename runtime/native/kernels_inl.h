@@ -121,10 +121,27 @@ static void turn_rows(const uint8_t* rows, size_t block_stride, int first, int n
   }
 }
 
+static void turn_values(const float* x, size_t stride, int n, int C, uint8_t* out, size_t out_stride, float* scale) {
+  float inverse[kGroup];
+  for (int i = 0; i < kGroup; ++i) {
+    V absmax = vset(0.0f);
+    for (int k = 0; i < n && k < C; k += 16) absmax = vmax(absmax, vabs(vload(x + i * stride + k)));
+    const float most = lane_max(absmax);
+    scale[i] = most / 127.0f;
+    inverse[i] = most > 1e-30f ? 127.0f / most : 0.0f;
+  }
+  constexpr uint16_t one = 0x3C00;  // as a half
+  for (int b = 0; b < C / kRows; ++b, x += kRows, out += out_stride) {
+    const auto step = [&](int i) { return i < n ? vround(vmul(vload(x + i * stride), vset(inverse[i]))) : vset(0.0f); };
+    for (int j = 0; j < 8; ++j) store_four(out + 64 * j, step(4 * j), step(4 * j + 1), step(4 * j + 2), step(4 * j + 3));
+    for (int r = 0; r < kRows; ++r) __builtin_memcpy(out + 512 + 2 * r, &one, 2);
+  }
+}
+
 #define KIMI_FORMS(call)                                                                                              \
   {products::call<products::Q4>, products::call<products::Q8>, products::call<products::Q5>, products::call<products::I4>, \
    products::call<products::Q4K>, products::call<products::Q6K>, products::call<products::Panel<false, false>>,        \
    products::call<products::Panel<true, false>>, products::call<products::Panel<false, true>>, products::call<products::Q8Positive>}
 #define KIMI_TABLE(name, runs_here)                                                                                   \
   {name, runs_here, KIMI_FORMS(block), KIMI_FORMS(two_blocks),                                                         \
-   quantize, dot, half_to_float, rms_norm, silu_mul, sigmoid, axpy, residual, softmax, store_row, turn_rows}
+   quantize, dot, half_to_float, rms_norm, silu_mul, sigmoid, axpy, residual, softmax, store_row, turn_rows, turn_values}

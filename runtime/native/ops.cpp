@@ -147,39 +147,6 @@ int blocks_a_task(const Weights& w) {
   return static_cast<int>(std::max<size_t>(1, kTaskBytes / bytes));
 }
 
-struct Product {  // y (+)= w x
-  const Weights* w;
-  float* y;
-  size_t stride;
-  bool add;
-};
-
-// Several matrices that read the same rows, as one call of the pool.
-void products(const std::vector<Product>& all, const float* x, size_t x_stride, int T) {
-  static Buffer<uint8_t> buffer;
-  const int columns = all[0].w->columns;
-  Operand operand{nullptr, T, columns, x, x_stride, counting(T)};
-  std::vector<int> ends;
-  int n_tasks = 0;
-  for (const Product& p : all) {
-    if (!is_float(*p.w)) operand.tiles = buffer.get(token_bytes(columns) * T);
-    const int step = blocks_a_task(*p.w);
-    ends.push_back(n_tasks += (blocks_of(p.w->rows) + step - 1) / step);
-  }
-  if (operand.tiles)
-    each_tile(T, [&](int first, int W) {
-      uint8_t* tile = buffer.get(0) + first * token_bytes(columns);
-      for (int lane = 0; lane < W; ++lane) kernels().quantize(x + (first + lane) * x_stride, columns / kGroup, tile, W, lane);
-    });
-  pool().run(n_tasks, [&](int i, int) {
-    size_t which = 0;
-    while (i >= ends[which]) ++which;
-    const Product& p = all[which];
-    const int step = blocks_a_task(*p.w), from = (i - (which ? ends[which - 1] : 0)) * step;
-    row_blocks_into(*p.w, from, std::min(from + step, blocks_of(p.w->rows)), operand, p.y, p.stride, p.add);
-  });
-}
-
 // Matrix h times head h of T tokens. x: head h of token t at t * x_token + h * x_head; y is [T][H][rows].
 void head_products(const std::vector<Weights>& w, const float* x, size_t x_token, size_t x_head, int T, float* y) {
   static Buffer<uint8_t> buffer;
@@ -236,6 +203,31 @@ Pool& pool() {
 void set_threads(int n) {
   if (n < 1) throw std::invalid_argument("at least one thread is needed");
   if (pool().n_threads() != n) the_pool = std::make_unique<Pool>(n);
+}
+
+void products(const std::vector<Product>& all, const float* x, size_t x_stride, int T) {
+  static Buffer<uint8_t> buffer;
+  const int columns = all[0].w->columns;
+  Operand operand{nullptr, T, columns, x, x_stride, counting(T)};
+  std::vector<int> ends;
+  int n_tasks = 0;
+  for (const Product& p : all) {
+    if (!is_float(*p.w)) operand.tiles = buffer.get(token_bytes(columns) * T);
+    const int step = blocks_a_task(*p.w);
+    ends.push_back(n_tasks += (blocks_of(p.w->rows) + step - 1) / step);
+  }
+  if (operand.tiles)
+    each_tile(T, [&](int first, int W) {
+      uint8_t* tile = buffer.get(0) + first * token_bytes(columns);
+      for (int lane = 0; lane < W; ++lane) kernels().quantize(x + (first + lane) * x_stride, columns / kGroup, tile, W, lane);
+    });
+  pool().run(n_tasks, [&](int i, int) {
+    size_t which = 0;
+    while (i >= ends[which]) ++which;
+    const Product& p = all[which];
+    const int step = blocks_a_task(*p.w), from = (i - (which ? ends[which - 1] : 0)) * step;
+    row_blocks_into(*p.w, from, std::min(from + step, blocks_of(p.w->rows)), operand, p.y, p.stride, p.add);
+  });
 }
 
 void linear(const Weights& w, const float* x, int T, float* y) {
@@ -491,7 +483,7 @@ void combine(const float* outputs, const float* weights, int A, const float* sha
 }
 
 void attention_layer(const AttentionLayer& l, float* x, int T, const float* cos, const float* sin,
-                     const LatentCache& cache, int start) {
+                     const LatentCache& cache, int start, bool expanded) {
   static Buffer<float> normed, queries, latents, ropes, absorbed, summed, values;
   const int D = l.q.columns, H = static_cast<int>(l.k_b.size()), N = l.k_b[0].columns, C = l.k_b[0].rows, V = l.v_b[0].rows;
   const int R = l.kv_a.rows - C, K = N + R;
@@ -499,8 +491,6 @@ void attention_layer(const AttentionLayer& l, float* x, int T, const float* cos,
   float* q = queries.get(static_cast<size_t>(T) * H * K);
   float* kv = latents.get(static_cast<size_t>(T) * (C + R));
   float* qr = ropes.get(static_cast<size_t>(T) * H * R);
-  float* qc = absorbed.get(static_cast<size_t>(T) * H * C);
-  float* u = summed.get(static_cast<size_t>(T) * H * C);
   float* o = values.get(static_cast<size_t>(T) * H * V);
   const auto norm = [&](int t, int) { kernels().rms_norm(x + static_cast<size_t>(t) * D, l.norm, D, l.eps, h + static_cast<size_t>(t) * D); };
   if (T < 4) for (int t = 0; t < T; ++t) norm(t, 0);
@@ -525,9 +515,15 @@ void attention_layer(const AttentionLayer& l, float* x, int T, const float* cos,
   if (T < 4) for (int t = 0; t < T; ++t) turn(t, 0);
   else pool().run(T, turn);
   remember(cache, kv, T, start);
-  head_products(l.k_b, q, static_cast<size_t>(H) * K, K, T, qc);
-  attention(cache, qc, qr, start, T, H, l.scale, u);
-  head_products(l.v_b, u, static_cast<size_t>(H) * C, C, T, o);
+  if (expanded) {
+    expanded_attention(cache, l.k_b, l.v_b, q, K, qr, start, T, l.scale, o);
+  } else {
+    float* qc = absorbed.get(static_cast<size_t>(T) * H * C);
+    float* u = summed.get(static_cast<size_t>(T) * H * C);
+    head_products(l.k_b, q, static_cast<size_t>(H) * K, K, T, qc);
+    attention(cache, qc, qr, start, T, H, l.scale, u);
+    head_products(l.v_b, u, static_cast<size_t>(H) * C, C, T, o);
+  }
   products({{&l.o, x, static_cast<size_t>(D), true}}, o, static_cast<size_t>(H) * V, T);
 }
 

@@ -53,6 +53,14 @@ inline int tile_width(int n, int first) {
 }
 inline size_t token_bytes(int columns) { return static_cast<size_t>(columns) / kGroup * kTokenGroup; }
 
+struct Product {                  // y (+)= w x; `stride` floats from one token's y to the next
+  const Weights* w;
+  float* y;
+  size_t stride;
+  bool add;
+};
+// Several matrices that read the same rows x, x_stride floats apart, as one call of the pool.
+void products(const std::vector<Product>& all, const float* x, size_t x_stride, int T);
 void linear(const Weights& w, const float* x, int T, float* y);                         // [T][I] -> [T][O]
 void linear_heads(const std::vector<Weights>& w, const float* x, int T, float* y);      // [T][H][I] -> [T][H][O]
 void embed(const Weights& w, const int32_t* ids, int T, float* y);  // rows, dequantized; q4g32, q8g32 or a ggml type
@@ -85,6 +93,9 @@ struct LatentCache {
 void remember(const LatentCache& cache, const float* latent_and_key, int T, int start);
 // Absorbed attention: token t stands at start + t and sees the positions up to itself. q [T][H][C], qr [T][H][R].
 void attention(const LatentCache& cache, const float* q, const float* qr, int start, int T, int H, float scale, float* u);
+// The same in the expanded form, with a head's own keys and values: q [T][H][q_width], of which the first N are read; o [T][H][V].
+void expanded_attention(const LatentCache& cache, const std::vector<Weights>& k_b, const std::vector<Weights>& v_b, const float* q,
+                        int q_width, const float* qr, int start, int T, float scale, float* o);
 
 // The two halves of a layer, each adding to the residual stream x [T][D] in place. docs/architecture.md has the steps.
 struct AttentionLayer {
@@ -93,9 +104,9 @@ struct AttentionLayer {
   Weights q, kv_a, o;             // [H (N + R), D], [C + R, D], [D, H V]
   std::vector<Weights> k_b, v_b;  // H of [C, N]; H of [V, C]
 };
-// Remembers T tokens from `start` on. cos, sin: [T][R / 2].
+// Remembers T tokens from `start` on; attention is absorbed or expanded. cos, sin: [T][R / 2].
 void attention_layer(const AttentionLayer& layer, float* x, int T, const float* cos, const float* sin,
-                     const LatentCache& cache, int start);
+                     const LatentCache& cache, int start, bool expanded);
 
 struct FeedForwardLayer {
   const float* norm;              // [D]

@@ -117,6 +117,12 @@ void run(const Kernels& k, bool emulated = false) {
   say(k, "store_row", rows.data(), rows.size());
   k.turn_rows(rows.data(), groups * kQ8Run, 32, 29, 64, turned.data(), kQ8Run);
   say(k, "turn_rows", turned.data(), turned.size());
+  float scales[kGroup];
+  for (int n : {29, 32}) {
+    k.turn_values(x.data() + 5, 70, n, 64, turned.data(), kQ8Run, scales);
+    say(k, "turn_values", turned.data(), turned.size());
+    say(k, "turn_values' scales", scales, sizeof scales);
+  }
 }
 
 // The image tower: rows, and pictures whose heads fill their last vector or not and whose blocks of keys are whole or not.

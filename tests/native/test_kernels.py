@@ -14,6 +14,7 @@ from numpy_model import cached, int8_groups, turned, two_digits, unpack
 from random_matrix import packed
 from tolerance import U32, gamma
 
+from kimi_lite.formats.packed import pack_quantized
 from kimi_lite.runtime import _kernels, kernels
 from kimi_lite.runtime.kernels import Matrix, Mlp
 
@@ -281,6 +282,71 @@ def test_attention_sees_the_past_and_itself_only(isa: str) -> None:
                 score_error = gamma(40) * 0.2 * (np.abs(latent[:n]) @ np.abs(rounded[:C])).max() * 2
                 magnitude = (a / a.sum()) @ np.abs(columns)
                 assert (np.abs(u[t, h] - exact) <= (score_error + gamma(60)) * magnitude).all()
+
+
+def whole_steps(rng: np.random.Generator, *shape: int) -> NDArray[np.int8]:
+    """Int8 values [..., rows, columns]; the largest of each group of 32, in rows and in columns, is 127."""
+    q = rng.integers(-127, 128, shape).astype(np.int8)
+    q[..., ::32] = q[..., ::32, :] = 127
+    return q
+
+
+def stored(q_HOI: NDArray[np.int8], layout: str) -> Matrix:
+    """The matrices q / 128, which all three layouts hold exactly."""
+    H, O, I = q_HOI.shape
+    if layout == "F32":
+        data = (q_HOI / np.float32(128)).reshape(-1).view(np.uint8)
+    else:
+        scales, bias = np.full((O, I // 32), 1 / 128, np.float16), 8 if layout == "q4g32" else 0
+        data = np.concatenate([pack_quantized(q_OI + np.int8(bias), scales, layout) for q_OI in q_HOI])
+    return Matrix(layout, data, O, I, H)
+
+
+@pytest.mark.parametrize("layout", ["q8g32", "q4g32", "F32"])
+@pytest.mark.parametrize(("start", "T"), [(0, 45), (37, 20), (64, 1), (93, 4)])
+def test_expanded_attention_follows_the_formula(isa: str, layout: str, start: int, T: int) -> None:
+    rng = np.random.default_rng(start)
+    H, C, R, N, V, S = 2, 64, 16, 64, 48, start + T
+    # Whole steps of powers of two: keys and values are sums without a rounding, so the oracle rounds them as the kernel does.
+    latent_SC = (whole_steps(rng, S, C) / 32).astype(np.float32)
+    key_SR = rng.standard_normal((S, R), np.float32)
+    k_HCN, v_HVC = whole_steps(rng, H, C, N), whole_steps(rng, H, V, C)
+    if layout == "q4g32":
+        k_HCN, v_HVC = k_HCN // 16, v_HVC // 16
+    cache, latent, key = remembered(latent_SC, key_SR, 200)
+    q_THN, qr_THR = rng.standard_normal((T, H, N), np.float32), rng.standard_normal((T, H, R), np.float32)
+    k_b, v_b, scale = stored(k_HCN, layout), stored(v_HVC, layout), 0.02
+    o_THV = kernels.expanded_attention(cache, k_b, v_b, q_THN, qr_THR, start, scale)
+    for h in range(H):
+        turned_NC = np.stack([cached(row) for row in k_HCN[h].T / 128])
+        key_SN = np.stack([cached(turned_NC @ c) for c in latent])
+        value_SV = latent @ v_HVC[h].T / 128
+        steps_S = np.abs(value_SV).max(1) / 127
+        quotient_SV = value_SV / steps_S[:, None]
+        value_SV = np.rint(quotient_SV)
+        tie_SV = (
+            np.abs(np.abs(quotient_SV - value_SV) - 0.5) < gamma(2) * 127
+        )  # in float32 it may fall to either side
+        for t in range(T):
+            n = start + t + 1
+            rounded = int8_groups(np.concatenate([q_THN[t, h], qr_THR[t, h], np.zeros(-R % 32)]))
+            score = scale * (key_SN[:n] @ rounded[:N] + key[:n] @ rounded[N : N + R])
+            a = np.exp(score - score.max())
+            weight = a * steps_S[:n] / a.sum()
+            exact = two_digits_of_the_ends(weight) @ value_SV[:n]
+            # As for the absorbed form.
+            score_error = gamma(40) * scale * (np.abs(key_SN[:n]) @ np.abs(rounded[:N])).max() * 2
+            bound = (score_error + gamma(60)) * (weight @ np.abs(value_SV[:n])) + weight @ tie_SV[:n]
+            assert (np.abs(o_THV[t, h] - exact) <= bound).all(), (h, t)
+
+
+def two_digits_of_the_ends(a: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Softmax weights in int8 groups of 32 positions, the first group and the last with a second digit."""
+    pad = np.pad(a, (0, -len(a) % 32)).reshape(-1, 32)
+    digits = np.stack([int8_groups(group) for group in pad])
+    for i in {0, len(pad) - 1}:
+        digits[i] += int8_groups(pad[i] - digits[i])
+    return np.asarray(digits.reshape(-1)[: len(a)])
 
 
 def test_the_cache_does_not_depend_on_how_it_was_filled(isa: str) -> None:

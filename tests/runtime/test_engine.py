@@ -16,7 +16,7 @@ from kimi_lite.pack import pack
 from kimi_lite.quantize.convert import quantize
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.engine import Engine
-from kimi_lite.runtime.model import CpuModel
+from kimi_lite.runtime.model import CpuModel, expands
 from kimi_lite.runtime.reference.random_checkpoint import write_checkpoint
 from kimi_lite.runtime.reference.tasks import Draw, text_sample
 from kimi_lite.runtime.sampling import SamplingOptions
@@ -80,6 +80,30 @@ def test_long_prompts_stay_within_what_rounding_costs(files: dict[str, Path], to
     assert 0.5 < rms(ours - exact) / rms(contract - exact) < 2
 
 
+LEAST = 214  # tokens whose attention is expanded: 128 (96 + 64) / (2 128 - 96 - 64), rounded up
+
+
+@pytest.mark.parametrize("to", ["int4", "bf16"])
+def test_the_expanded_form_is_as_close_to_exact_as_the_absorbed(files: dict[str, Path], to: str) -> None:
+    weights = open_weights(files[to])
+    assert expands(weights.config, LEAST)
+    assert not expands(weights.config, LEAST - 1)
+    errors, apart = [], []
+    for seed in range(3):
+        ids = prompt(seed, LEAST)
+        exact = NumpyModel(files[to], contract=False).logits(ids)[-1]
+        both = [
+            CpuModel(weights, LEAST, expanded=expanded).forward(np.array(ids, np.int32))
+            for expanded in (True, False)
+        ]
+        errors.append([rms(logits - exact) for logits in both])
+        apart.append(rms(both[0] - both[1]) / errors[-1][1])
+    expanded, absorbed = np.array(errors).mean(0)
+    # Both round the same values about as finely, but not in the same places: two errors of one size, not wholly independent.
+    assert 0.5 < expanded / absorbed < 2
+    assert 0 < np.mean(apart) < 2
+
+
 @pytest.mark.parametrize("to", ["q8_0", "q4_0"])
 def test_a_packed_gguf_gives_the_bits_of_the_one_it_was_made_from(
     files: dict[str, Path], to: str, tmp_path: Path
@@ -131,8 +155,42 @@ def test_a_prompt_gives_the_same_bits_however_it_is_cut(files: dict[str, Path], 
         assert np.array_equal(logits, whole)
 
 
+@pytest.mark.parametrize("to", ["int4", "q4_0", "bf16"])
+def test_a_long_prompt_gives_the_same_bits_in_passes_of_any_length_that_expands(
+    files: dict[str, Path], to: str
+) -> None:
+    ids, weights = np.array(prompt(2, 3 * LEAST), np.int32), open_weights(files[to])
+
+    def logits(*passes: int) -> NDArray[np.float32]:
+        model, at = CpuModel(weights, len(ids)), 0
+        for n in passes:
+            out = model.forward(ids[at : at + n])
+            at += n
+        assert at == len(ids)
+        return out
+
+    whole = logits(len(ids))
+    # Passes that begin and end within groups of 32 positions and tiles of 8 tokens, and at their ends.
+    for passes in ((LEAST, LEAST, LEAST), (224, 418), (LEAST + 5, 2 * LEAST - 5)):
+        assert np.array_equal(logits(*passes), whole), passes
+    assert not np.array_equal(CpuModel(weights, len(ids), expanded=False).forward(ids), whole)
+
+
+def test_a_long_prompt_is_dealt_evenly(files: dict[str, Path]) -> None:
+    model = CpuModel(open_weights(files["int4"]), 4000)
+
+    def steps(n: int) -> list[int]:
+        out = []
+        while n:
+            out.append(model.step(n))
+            n -= out[-1]
+        return out
+
+    assert [steps(n) for n in (1, 1024, 1025, 2500)] == [[1], [1024], [513, 512], [834, 833, 833]]
+
+
 def test_every_isa_and_thread_count_gives_the_same_bits(files: dict[str, Path]) -> None:
-    ids, results = prompt(3, 40), []
+    ids, results = prompt(3, LEAST), []
     before = kernels.isa()
     try:
         for isa in kernels.usable_isas():
@@ -141,7 +199,7 @@ def test_every_isa_and_thread_count_gives_the_same_bits(files: dict[str, Path]) 
                 for to in ("int4", "q8_0"):
                     engine = Engine(files[to], threads=threads)
                     assert kernels.isa() == isa
-                    results.append((to, engine.append(ids)))
+                    results.append((to, np.stack([engine.append(ids), engine.append(ids[:40])])))
     finally:
         kernels.use_isa(before)
     for to, logits in results:

@@ -14,6 +14,7 @@ from kimi_lite.runtime.cuda.halves import Shape
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
+from kimi_lite.runtime.model import expands
 from kimi_lite.runtime.placement import MARGIN, Plan, make_plan, parse_size, predict, predict_prompt, ranges
 from kimi_lite.runtime.sampling import SamplingOptions
 from kimi_lite.runtime.speeds import Speeds
@@ -43,6 +44,8 @@ def full_size() -> Sizes:
             shared_macs=3 * D * shared,
             expert_macs=3 * D * F if n_experts else 0,
             cache_macs=H * (2 * C + R),
+            expand_macs=H * C * (N + V),
+            expanded_macs=H * (N + R + V),
             cache_bytes=1156,
             D=D,
         )
@@ -180,6 +183,21 @@ def test_predictions_agree_with_the_clock_of_the_simulated_card(
         clock = device.clock_s - before
         predicted = sum(predict(p, speeds, T=T, start=start + i * T).seconds for i in range(steps))
         assert predicted == pytest.approx(clock, rel=0.15), (T, start)
+
+
+def test_the_cpus_attention_costs_the_form_that_runs(weights: Weights) -> None:
+    nano, layer = weights.config, full_size().layers[-1]
+    full = replace(nano, kv_rank=512, nope_dim=128, value_dim=128)
+    assert not expands(full, 170)
+    assert expands(full, 171)
+    for config, size in ((full, layer), (nano, sizes_of(weights).layers[-1])):
+        least = next(T for T in range(1, 1000) if expands(config, T))
+        jump = size.cpu_attend_macs(least, 0) - size.cpu_attend_macs(least - 1, 0)
+        assert jump < 0 < size.cpu_attend_macs(least + 1, 0) - size.cpu_attend_macs(least, 0)
+    # By hand: of a token's 13.8 M products 2.1 M make keys and values, now for each of the 2,048 positions; then there are
+    # 320 a head for each of the 1,536.5 that a token sees on average.
+    by_hand = 1024 * (11_665_408 + 1536.5 * 16 * 320) + 2048 * 2_097_152
+    assert layer.cpu_attend_macs(1024, 1024) == by_hand
 
 
 # Streaming. An expert of the published sizes has 4,866,048 bytes and 8,650,752 products a token.

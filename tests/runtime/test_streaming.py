@@ -108,6 +108,7 @@ def test_prompts_in_any_cut_have_the_bits_of_the_cpu(
 ) -> None:
     carried_out(monkeypatch, by_hand(weights, resident, stream_from), lambda: SimulatedDevice(CARD))
     hybrid, cpu = Engine(nano_path(), context=CONTEXT, vram=CARD), Engine(nano_path(), context=CONTEXT)
+    cpu.model = CpuModel(weights, CONTEXT, expanded=False)
     # Within, at and beyond a group of 32 positions and the 256 that a device works on at once; then one by one.
     for seed, n in enumerate([1, 300, 31, 256, 513, 1, 1]):
         assert np.array_equal(hybrid.append(prompt(seed, n)), cpu.append(prompt(seed, n))), (seed, n)
@@ -196,7 +197,7 @@ def test_an_interrupted_stream_leaves_a_card_that_goes_on(weights: Weights) -> N
             if self.armed and index == 2:
                 raise KeyboardInterrupt
 
-    device, cpu = Interrupted(CARD), CpuModel(weights, CONTEXT)
+    device, cpu = Interrupted(CARD), CpuModel(weights, CONTEXT, expanded=False)
     model = HybridModel(weights, device, by_hand(weights, NONE, 2))
     device.armed = True
     with pytest.raises(KeyboardInterrupt):
