@@ -55,6 +55,7 @@ from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
 from kimi_lite.runtime.kernels import Float
+from kimi_lite.runtime.model import CpuModel
 from kimi_lite.runtime.placement import MARGIN, gb, parse_size, predict, predict_prompt
 from kimi_lite.runtime.speeds import ASSUMED, Speeds
 from kimi_lite.runtime.vision import VisionWeights, encode, open_vision
@@ -387,6 +388,7 @@ def cpu_decoding(a: argparse.Namespace) -> tuple[str, float]:
     """The bits that all placements must have, and what the CPU alone does at the first depth."""
     depth = a.depths[0]
     engine = Engine(a.file, context=max(a.prompt, depth) + SPARE, threads=a.threads)
+    engine.model = CpuModel(engine.weights, engine.context, expanded=False)  # as a card's attention is
     digest = bits(engine, a.prompt, a.tokens)
     engine.rewind(min(depth, len(engine.tokens)))
     start = time.perf_counter()

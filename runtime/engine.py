@@ -294,7 +294,7 @@ class Engine(BaseEngine):
         again = f" and reads {len(self.tokens)} tokens again" if self.tokens else ""
         other = f", with the file's own dense weights in place of {self.gpu_dense}" if self.gpu_dense else ""
         warnings.warn(f"{error}; the CPU goes on{again}{other}", KimiLiteWarning, stacklevel=4)
-        cpu = CpuModel(self.weights, self.context)
+        cpu = CpuModel(self.weights, self.context, expanded=False)  # the card's bits
         start = 0
         while start < len(self.tokens):
             end = start + cpu.step(len(self.tokens) - start)

@@ -102,7 +102,7 @@ def prompt(seed: int, n: int) -> list[int]:
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("n_experts", [0, 1, 9, 23, 24])
 def test_logits_have_the_same_bits_wherever_experts_lie(weights: Weights, n_experts: int) -> None:
-    cpu, hybrid = Engine(nano_path(), context=CONTEXT, vram=0), on_card(weights, n_experts)
+    cpu, hybrid = Engine(nano_path(), context=CONTEXT), on_card(weights, n_experts)
     cpu.model = CpuModel(weights, CONTEXT, expanded=False)
     # Steps that end inside, at and beyond groups of 32 positions and chunks of 256 tokens; then one by one.
     for step, n in enumerate([1, 30, 2, 300, 31, *[1] * 6]):
@@ -186,7 +186,7 @@ def test_a_card_that_cannot_even_be_closed_or_runs_out_of_memory_is_left_alike(
 ) -> None:
     class Failing(SimulatedDevice):
         def attend(self, index: int) -> None:
-            if index == 2 and self._start == 40:
+            if index == 2 and self._start == 240:
                 raise DeviceMemoryError("no memory for the scores")
             super().attend(index)
 
@@ -196,9 +196,10 @@ def test_a_card_that_cannot_even_be_closed_or_runs_out_of_memory_is_left_alike(
 
     simulated(monkeypatch, lambda: Failing(CARD))
     hybrid, cpu = Engine(nano_path(), context=CONTEXT, vram=CARD), Engine(nano_path(), context=CONTEXT)
-    hybrid.append(prompt(1, 40))
-    cpu.append(prompt(1, 40))
-    with pytest.warns(KimiLiteWarning, match="no memory for the scores; the CPU goes on and reads 40 tokens"):
+    cpu.model = CpuModel(weights, CONTEXT, expanded=False)
+    hybrid.append(prompt(1, 240))  # long enough to be expanded on a CPU that was alone from the start
+    cpu.append(prompt(1, 240))
+    with pytest.warns(KimiLiteWarning, match="no memory for the scores; the CPU goes on and reads 240 tokens"):
         logits_V = hybrid.append([5])
     assert np.array_equal(logits_V, cpu.append([5]))
     assert hybrid.tokens == cpu.tokens
