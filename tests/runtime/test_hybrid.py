@@ -199,7 +199,9 @@ def test_a_card_that_cannot_even_be_closed_or_runs_out_of_memory_is_left_alike(
     cpu.model = CpuModel(weights, CONTEXT, expanded=False)
     hybrid.append(prompt(1, 240))  # long enough to be expanded on a CPU that was alone from the start
     cpu.append(prompt(1, 240))
-    with pytest.warns(KimiLiteWarning, match="no memory for the scores; the CPU goes on and reads 240 tokens"):
+    with pytest.warns(
+        KimiLiteWarning, match="no memory for the scores; the CPU goes on and reads 240 tokens"
+    ):
         logits_V = hybrid.append([5])
     assert np.array_equal(logits_V, cpu.append([5]))
     assert hybrid.tokens == cpu.tokens
