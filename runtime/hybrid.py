@@ -110,7 +110,7 @@ class HybridModel:
     def forward(
         self, ids_T: NDArray[np.int32], pictures: Spliced | None = None, on_layer: OnLayer | None = None
     ) -> Float:
-        """What `CpuModel.forward` does, bit for bit, unless dense weights are in another layout.
+        """What `CpuModel.forward` does with absorbed attention, bit for bit, unless dense weights are in another layout.
 
         Raises DeviceLostError or DeviceMemoryError; a card may fail.
         """

@@ -1,5 +1,5 @@
-// Attention of a prompt's tokens in the expanded form: keys and values of every head, made from the cached latents for the
-// time of one pass. A position costs more products once, and every token that sees it fewer (docs/kernels.md).
+// Attention of many tokens in the expanded form: keys and values of every head, made from the cached latents for the time of
+// one layer. A position costs more products once, and every token that sees it fewer (docs/kernels.md).
 //
 // Two products for each head, as in the absorbed form: queries of up to eight tokens times keys, which stand as a packed
 // matrix with positions as rows; then the softmax's weights times values, with channels as rows. A value is rounded by a
@@ -13,7 +13,7 @@
 namespace kimi {
 namespace {
 
-constexpr int kAtOnce = 512;              // positions whose keys and values are made together
+constexpr int kAtOnce = 512;                 // positions whose keys and values are made together
 constexpr size_t kExpandedBytes = 48 << 20;  // what the keys and values of a few heads may take
 
 // Keys and values of a few heads in one layer: q8g32, positions as rows, and q8g32 with scales of 1, channels as rows.
