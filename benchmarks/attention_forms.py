@@ -47,7 +47,7 @@ def main() -> None:
     for target in ("bf16", "int4"):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
-            quantize(arguments.checkpoint, path, to=target)  # type: ignore[arg-type]
+            quantize(arguments.checkpoint, path, to=target)
             weights, longest = open_weights(path), max(len(ids) for ids, _ in asked)
             for form in ("absorbed", "expanded"):
                 divergences, agree = [], []

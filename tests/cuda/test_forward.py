@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_driver import FakeDriver
+from like_a_card import cpu_like_a_card
 
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cuda.cuda import CudaDevice
@@ -42,7 +43,7 @@ class OnCard:
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(NANO, context=CONTEXT, threads=1)
+    return cpu_like_a_card(CONTEXT, threads=1)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_driver import FakeDriver
+from like_a_card import cpu_like_a_card
 
 from kimi_lite.errors import DoesNotFitError, KimiLiteWarning
 from kimi_lite.runtime.cost import sizes_of
@@ -58,7 +59,7 @@ def card(fake: FakeDriver, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Itera
 def engines(*, prove: bool = False) -> tuple[Engine, Engine]:
     card = Engine(NANO, context=CONTEXT, vram=10**9, prove=prove)
     assert isinstance(card.model, HybridModel)
-    return card, Engine(NANO, context=CONTEXT)
+    return card, cpu_like_a_card(CONTEXT)
 
 
 def draw(seed: int, n: int) -> list[int]:

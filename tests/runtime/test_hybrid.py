@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from like_a_card import cpu_like_a_card
 from PIL import Image
 
 import kimi_lite
@@ -102,8 +103,7 @@ def prompt(seed: int, n: int) -> list[int]:
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("n_experts", [0, 1, 9, 23, 24])
 def test_logits_have_the_same_bits_wherever_experts_lie(weights: Weights, n_experts: int) -> None:
-    cpu, hybrid = Engine(nano_path(), context=CONTEXT), on_card(weights, n_experts)
-    cpu.model = CpuModel(weights, CONTEXT, expanded=False)
+    cpu, hybrid = cpu_like_a_card(CONTEXT), on_card(weights, n_experts)
     # Steps that end inside, at and beyond groups of 32 positions and chunks of 256 tokens; then one by one.
     for step, n in enumerate([1, 30, 2, 300, 31, *[1] * 6]):
         ids = prompt(step, n)
@@ -195,8 +195,7 @@ def test_a_card_that_cannot_even_be_closed_or_runs_out_of_memory_is_left_alike(
             raise DeviceLostError("gone")
 
     simulated(monkeypatch, lambda: Failing(CARD))
-    hybrid, cpu = Engine(nano_path(), context=CONTEXT, vram=CARD), Engine(nano_path(), context=CONTEXT)
-    cpu.model = CpuModel(weights, CONTEXT, expanded=False)
+    hybrid, cpu = Engine(nano_path(), context=CONTEXT, vram=CARD), cpu_like_a_card(CONTEXT)
     hybrid.append(prompt(1, 240))  # long enough to be expanded on a CPU that was alone from the start
     cpu.append(prompt(1, 240))
     with pytest.warns(

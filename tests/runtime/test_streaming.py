@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from like_a_card import cpu_like_a_card
 from numpy.typing import NDArray
 
 import kimi_lite
@@ -107,8 +108,7 @@ def test_prompts_in_any_cut_have_the_bits_of_the_cpu(
     stream_from: int | None,
 ) -> None:
     carried_out(monkeypatch, by_hand(weights, resident, stream_from), lambda: SimulatedDevice(CARD))
-    hybrid, cpu = Engine(nano_path(), context=CONTEXT, vram=CARD), Engine(nano_path(), context=CONTEXT)
-    cpu.model = CpuModel(weights, CONTEXT, expanded=False)
+    hybrid, cpu = Engine(nano_path(), context=CONTEXT, vram=CARD), cpu_like_a_card(CONTEXT)
     # Within, at and beyond a group of 32 positions and the 256 that a device works on at once; then one by one.
     for seed, n in enumerate([1, 300, 31, 256, 513, 1, 1]):
         assert np.array_equal(hybrid.append(prompt(seed, n)), cpu.append(prompt(seed, n))), (seed, n)
@@ -172,7 +172,7 @@ def test_a_card_that_fails_in_mid_stream_costs_a_warning_and_no_bit(
 ) -> None:
     plan = by_hand(weights, SOME, 200)
     carried_out(monkeypatch, plan, lambda: SimulatedDevice(CARD))
-    engine, cpu = Engine(nano_path(), context=CONTEXT, vram=CARD), Engine(nano_path(), context=CONTEXT)
+    engine, cpu = Engine(nano_path(), context=CONTEXT, vram=CARD), cpu_like_a_card(CONTEXT)
     assert isinstance(engine.model, HybridModel)
     device = engine.model.device
     assert isinstance(device, SimulatedDevice)
@@ -287,7 +287,7 @@ def test_memory_that_runs_out_in_mid_stream_is_a_bad_day_like_others(
             raise DeviceLostError("gone")
 
     carried_out(monkeypatch, by_hand(weights, NONE, 100), lambda: Failing(CARD))
-    engine, cpu = Engine(nano_path(), context=CONTEXT, vram=CARD), Engine(nano_path(), context=CONTEXT)
+    engine, cpu = Engine(nano_path(), context=CONTEXT, vram=CARD), cpu_like_a_card(CONTEXT)
     engine.append(prompt(1, 40))
     cpu.append(prompt(1, 40))
     with pytest.warns(KimiLiteWarning, match="no memory for the copy; the CPU goes on and reads 40 tokens"):
