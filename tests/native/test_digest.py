@@ -4,8 +4,10 @@ No processor is needed that has them: AVX-VNNI's one instruction is executed by 
 runs in an emulator, built by clang, the compiler of the machines that have it.
 """
 
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,14 +51,18 @@ def by_name(lines: str) -> Digests:
 
 def compile_all(compiler: list[str], flags: list[str], sources: dict[str, str], folder: Path) -> list[str]:
     """The driver and each source with its flags: the object files."""
-    objects = []
-    for source, own_flags in {str(Path(__file__).with_name("digest.cpp")): "", **sources}.items():
-        objects.append(str(folder / f"{Path(source).name}.o"))
+    all_sources = {str(Path(__file__).with_name("digest.cpp")): "", **sources}
+
+    def compiled(source: str) -> str:
+        out = str(folder / f"{Path(source).name}.o")
+        own_flags = all_sources[source].split()
         subprocess.run(
-            [*compiler, *FLAGS, *flags, *own_flags.split(), "-c", str(NATIVE / source), "-o", objects[-1]],
-            check=True,
+            [*compiler, *FLAGS, *flags, *own_flags, "-c", str(NATIVE / source), "-o", out], check=True
         )
-    return objects
+        return out
+
+    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+        return list(compilers.map(compiled, all_sources))
 
 
 @pytest.fixture(scope="module")
