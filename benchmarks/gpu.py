@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py FILE                                           a packed file; benchmarks/full_shape.py makes one
     python benchmarks/gpu.py FILE --llama-bench PATH --gguf FILE.gguf       beside llama.cpp's own CUDA build
+    python benchmarks/gpu.py FILE --mmproj FULL-SHAPE-MMPROJ.gguf           pictures too; benchmarks/vision.py makes one
 
 A card of any size stands for smaller ones: each cap (6, 8, 12 and 24 GB, as far as the card has them) is planned, loaded and
 measured as `--vram` would have it. For each: the bits of the logits after a prompt and after each of some tokens, against
@@ -81,7 +82,7 @@ class Picture:
         return self.canvas.size // (3 * self.tower.config.patch_size**2)
 
 
-def picture_of(side: GgufFile) -> Picture:
+def picture_of(side: GgufFile | Path) -> Picture:
     tower = open_vision(side)
     edge = math.isqrt(min(PATCHES, tower.image.token_limit)) // 2 * 2 * tower.config.patch_size
     canvas = np.random.default_rng(4).integers(0, 256, (edge, edge, 3)).astype(np.uint8)
@@ -98,14 +99,12 @@ class Bench:
         self.weights = open_weights(a.file)
         self.sizes = sizes_of(self.weights)
         device = find_device()
-        self.simulated, self.card, self.free = (
-            isinstance(device, SimulatedDevice),
-            device.name,
-            device.free_bytes(),
-        )
-        device.close()
+        self.simulated, self.card = isinstance(device, SimulatedDevice), device.name
         self.speeds, self.measured_card = self.find_speeds(device)
-        self.picture = picture_of(self.weights.image_side) if self.weights.image_side else None
+        self.free = device.free_bytes()
+        device.close()
+        side = a.mmproj or self.weights.image_side
+        self.picture = picture_of(side) if side else None
         self.measured_arithmetic = False
         self.prefill_tok_per_s = math.inf  # the last measured, to see whether a depth is within reach
 
@@ -330,6 +329,8 @@ def card_bandwidths() -> tuple[float, float]:
 
     copied = 2 * on_card.numel() / seconds(on_card.clone) / 1e9  # read and written
     moved = pinned.numel() / seconds(lambda: on_card[: pinned.numel()].copy_(pinned)) / 1e9
+    del on_card
+    torch.cuda.empty_cache()  # what PyTorch kept would count as taken by the models
     return round(copied, 1), round(moved, 1)
 
 
@@ -427,6 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "--card-read", type=float, help="GB/s of the card's memory, if PyTorch cannot measure it"
     )
     parser.add_argument("--pcie", type=float, help="GB/s between processor and card")
+    parser.add_argument("--mmproj", type=Path, help="an image tower for the pictures, if FILE has none")
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's own benchmark, built with CUDA")
     parser.add_argument("--gguf", type=Path, help="the file for it")
     a = parser.parse_args(arguments)

@@ -8,10 +8,12 @@
 //                 F expert width  K channels of a product  S cached positions
 #ifdef __CUDACC__
 #define KERNEL extern "C" __global__ void
+// A kernel that keeps some of one token's weights on the way: blocks of up to 256 threads.
+#define KERNEL_OF_ONE extern "C" __global__ void __launch_bounds__(256, 2)
 // A kernel that keeps sums of eight tokens: blocks of up to 128 threads, two of which share a multiprocessor's registers.
 #define KERNEL_OF_EIGHT extern "C" __global__ void __launch_bounds__(128, 2)
-// A kernel on the tensor cores: blocks of 128 threads, three of which share a multiprocessor's registers.
-#define KERNEL_OF_TILES extern "C" __global__ void __launch_bounds__(128, 3)
+// A kernel on the tensor cores: the same, for what a thread has on the way.
+#define KERNEL_OF_TILES extern "C" __global__ void __launch_bounds__(128, 2)
 #define DEVICE static __device__ __forceinline__
 extern __shared__ uint4 shared_memory[];
 #endif
@@ -149,7 +151,7 @@ DEVICE float quantize(float v, const Rows& to, size_t row, int group) {
 DEVICE float inverse_norm(const float* x, int n, float eps, float* at) {
   if (threadIdx.x < 32) {
     float sum = 0.0f;
-#pragma unroll 8
+#pragma unroll 16
     for (int k = lane() % 16; k < n; k += 16) sum = fmaf(x[k], x[k], sum);
     sum = lane_sum(sum);
     if (threadIdx.x == 0) *at = 1.0f / sqrtf(sum / static_cast<float>(n) + eps);
@@ -158,14 +160,16 @@ DEVICE float inverse_norm(const float* x, int n, float eps, float* at) {
   return *at;
 }
 
-// A row of D floats a block: normalised, as floats where `out` is given, and quantized. Shared: D + 1 floats.
+// A row of D floats: normalised, as floats where `out` is given, and quantized. The grid: rows, shares of their groups;
+// each block sums the whole row for itself. Shared: D + 1 floats.
 KERNEL rms_norm(const float* x, const float* weight, int D, float eps, float* out, Rows rows) {
   float* staged = shared_floats();
   const size_t row = blockIdx.x;
-  for (int k = threadIdx.x; k < D; k += blockDim.x) staged[k] = x[row * D + k];
+  const float4* from = reinterpret_cast<const float4*>(x + row * D);
+  for (int k = threadIdx.x; k < D / 4; k += blockDim.x) reinterpret_cast<float4*>(staged)[k] = from[k];
   __syncthreads();
   const float r = inverse_norm(staged, D, eps, staged + D);
-  for (int g = warp(); g < D / kGroup; g += warps()) {
+  for (int g = blockIdx.y * warps() + warp(); g < D / kGroup; g += gridDim.y * warps()) {
     const int k = g * kGroup + lane();
     const float v = staged[k] * r * weight[k];
     if (out) out[row * D + k] = v;

@@ -282,13 +282,12 @@ class CudaDevice:
         if not wanted:
             return None
         self._waited = True
+        self._queue.append(("fetch", index))
         self._flush()
+        self._synchronize()
         T, w, shape = self._T, self._workspace, self._layers[index].shape
         h, weights = w.floats("h", T * shape.D), w.floats("weights", T * shape.A)
         ids = w.integers("ids", T * shape.A)
-        for name, pinned in (("h", h), ("weights", weights), ("ids", ids)):
-            self._card.download(pinned, w.at[name])
-        self._synchronize()
         return Routed(
             h.reshape(T, shape.D).copy(), ids.reshape(T, shape.A).copy(), weights.reshape(T, shape.A).copy()
         )
@@ -416,6 +415,8 @@ class CudaDevice:
                 self._dense[None].logits(w, self._head.rows)
             elif name == "logits":
                 halves.logits(card, w, T, self._norm, self._eps, self._head)
+            elif name == "fetch":
+                halves.fetch(card, self._layers[index], w, T)
             else:
                 _HALVES[name](card, self._layers[index], w, T)
 

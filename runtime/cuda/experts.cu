@@ -14,25 +14,64 @@ struct Mlps {
 };
 
 // Sigmoid scores of h [T][D] against router [E][D]: sixteen threads an expert, in the CPU's sixteen lanes.
-KERNEL route(const float* h, const float* router, int D, int E, float* scores) {
+KERNEL_OF_ONE route(const float* h, const float* router, int D, int E, float* scores) {
   const int e = blockIdx.x * (blockDim.x / 16) + threadIdx.x / 16;
   const size_t t = blockIdx.y;
   const float *x = h + t * D, *w = router + static_cast<size_t>(least(e, E - 1)) * D;
   float sum = 0.0f;
-#pragma unroll 8
+#pragma unroll 32
   for (int k = threadIdx.x % 16; k < D; k += 16) sum = fmaf(x[k], w[k], sum);
   sum = lane_sum(sum);
   if (threadIdx.x % 16 == 0 && e < E) scores[t * E + e] = sigmoid(sum);
 }
 
-// One block: the A largest of score + bias of every token, ties to the lower index, listed by index; then the jobs [E],
-// those without slots last. Shared: 3 · blockDim words.
+// Jobs [E] from the chosen ids, those without slots last; an expert's slots are listed in ascending order. One block, in
+// which a thread has a share of the slots for one expert. Shared: blockDim + E + n words.
+DEVICE void deal_slots(const int* ids, int n, int E, const u64* experts, Job* jobs, int* slots, int* shared) {
+  const int parts = blockDim.x / E, part = threadIdx.x / E, e = threadIdx.x % E;
+  int *count = shared, *total = count + blockDim.x, *held = total + E;
+  for (int i = threadIdx.x; i < n; i += blockDim.x) held[i] = ids[i];
+  __syncthreads();
+  const int share = ceil_div(n, parts), first = part * share, last = least(first + share, n);
+  if (part < parts) {
+    int own = 0;
+    if (experts[e])
+      for (int slot = first; slot < last; ++slot) own += held[slot] == e;
+    count[threadIdx.x] = own;
+  }
+  __syncthreads();
+  if (part == 0) {
+    int all = 0;
+    for (int p = 0; p < parts; ++p) all += count[p * E + e];
+    total[e] = all;
+  }
+  __syncthreads();
+  if (part >= parts) return;
+  int busy = 0, before = 0, at = 0;
+  for (int i = 0; i < E; ++i) {
+    busy += total[i] > 0;
+    before += i < e && total[i] > 0;
+    at += i < e ? total[i] : 0;
+  }
+  if (part == 0) {
+    if (total[e]) jobs[before] = {e, at, total[e]};
+    else jobs[busy + e - before] = {0, 0, 0};
+  }
+  if (count[threadIdx.x] == 0) return;
+  for (int p = 0; p < part; ++p) at += count[p * E + e];
+  for (int slot = first; slot < last; ++slot)
+    if (held[slot] == e) slots[at++] = slot;
+}
+
+// The A largest of score + bias of every token, ties to the lower index, listed by index. A block takes as many tokens at
+// once as it has threads for; one block alone deals the slots out too, for more `deal` does. Shared: 3 · blockDim words,
+// or what dealing takes.
 KERNEL choose(const float* scores, const float* bias, int T, int E, int A, float scale, const u64* experts, int* ids,
               float* weights, Job* jobs, int* slots) {
   float *biased = shared_floats(), *score = biased + blockDim.x;
   int* chosen = reinterpret_cast<int*>(score + blockDim.x);
   const int at_once = blockDim.x / E, place = threadIdx.x / E, e = threadIdx.x % E, row = place * E;
-  for (int first = 0; first < T; first += at_once) {
+  for (int first = blockIdx.x * at_once; first < T; first += gridDim.x * at_once) {
     const int t = first + place;
     const bool mine = place < at_once && t < T;
     if (mine) {
@@ -62,24 +101,10 @@ KERNEL choose(const float* scores, const float* bias, int T, int E, int A, float
     }
     __syncthreads();
   }
-  const int own = threadIdx.x;
-  int* count = chosen;
-  if (own < E) {
-    count[own] = 0;
-    if (experts[own])
-      for (int slot = 0; slot < T * A; ++slot) count[own] += ids[slot] == own;
-    jobs[own] = {0, 0, 0};
-  }
-  __syncthreads();
-  if (own >= E || count[own] == 0) return;
-  int job = 0, at = 0;
-  for (int i = 0; i < own; ++i) {
-    job += count[i] > 0;
-    at += count[i];
-  }
-  jobs[job] = {own, at, count[own]};
-  for (int slot = 0; slot < T * A; ++slot)
-    if (ids[slot] == own) slots[at++] = slot;
+  if (gridDim.x == 1) deal_slots(ids, T * A, E, experts, jobs, slots, reinterpret_cast<int*>(shared_memory));
+}
+KERNEL deal(const int* ids, int n, int E, const u64* experts, Job* jobs, int* slots) {
+  deal_slots(ids, n, E, experts, jobs, slots, reinterpret_cast<int*>(shared_memory));
 }
 
 DEVICE int run_bytes(int form) { return form == kQ4 ? Q4::bytes : Q8::bytes; }
@@ -119,7 +144,7 @@ DEVICE void gate_up(const Mlps& m, const Job* jobs, const int* slots, int n_jobs
     }
   }
 }
-KERNEL gate_up_1(Mlps m, const Job* jobs, const int* slots, int n_jobs, Rows x, int T, Rows hidden,
+KERNEL_OF_ONE gate_up_1(Mlps m, const Job* jobs, const int* slots, int n_jobs, Rows x, int T, Rows hidden,
                  Rows shared_hidden) {
   gate_up<1>(m, jobs, slots, n_jobs, x, T, hidden, shared_hidden);
 }
@@ -135,13 +160,14 @@ KERNEL_OF_TILES gate_up_32(Mlps m, const Job* jobs, const int* slots, int n_jobs
 // For a few tokens: x += the whole sum. A block has 16 rows of token blockIdx.y and all its experts; their chunks are
 // dealt out like the chunks of one long product. missing [n][D] and place [T · A]: outputs of experts that lie
 // elsewhere. shared [T][D]: the shared MLP's outputs, if it ran elsewhere; then its width here is 0. Shared memory: 16
-// floats a chunk.
-KERNEL down(Mlps m, const int* ids, const float* weights, Rows hidden, Rows shared_hidden, const float* missing,
+// floats a chunk, and A weights and marks of who is here.
+KERNEL_OF_ONE down(Mlps m, const int* ids, const float* weights, Rows hidden, Rows shared_hidden, const float* missing,
             const int* place, const float* shared, float* x) {
   const int b = blockIdx.x, t = blockIdx.y;
   const int chunks = ceil_div(m.F / kGroup, kChunk), shared_chunks = ceil_div(m.shared_F / kGroup, kChunk);
   const int routed = m.A * chunks;
-  float* parts = shared_floats();
+  float *parts = shared_floats(), *weight = parts + (routed + shared_chunks) * kRows;
+  int* here = reinterpret_cast<int*>(weight + m.A);
   for (int i = threadIdx.x; i < (routed + shared_chunks) * 4; i += blockDim.x) {
     const int quad = i % 4, item = i / 4;
     const bool is_shared = item >= routed;
@@ -157,18 +183,21 @@ KERNEL down(Mlps m, const int* ids, const float* weights, Rows hidden, Rows shar
 #pragma unroll
     for (int r = 0; r < 4; ++r) parts[item * kRows + 4 * quad + r] = total[0][r];
   }
+  for (int a = threadIdx.x; a < m.A; a += blockDim.x) {
+    weight[a] = weights[t * m.A + a];
+    here[a] = expert_run(m, ids[t * m.A + a]) != nullptr;
+  }
   __syncthreads();
   if (threadIdx.x >= kRows) return;
   const int row = b * kRows + threadIdx.x;
   float sum = 0.0f;
   for (int a = 0; a < m.A; ++a) {
-    const int slot = t * m.A + a;
     float part = 0.0f;
-    if (expert_run(m, ids[slot]))
+    if (here[a])
       for (int c = 0; c < chunks; ++c) part = part + parts[(a * chunks + c) * kRows + threadIdx.x];
     else
-      part = missing[static_cast<size_t>(place[slot]) * m.D + row];
-    sum = fmaf(weights[slot], part, sum);
+      part = missing[static_cast<size_t>(place[t * m.A + a]) * m.D + row];
+    sum = fmaf(weight[a], part, sum);
   }
   float* at = x + static_cast<size_t>(t) * m.D + row;
   float part = shared ? shared[static_cast<size_t>(t) * m.D + row] : 0.0f;

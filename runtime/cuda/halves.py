@@ -279,12 +279,41 @@ def route(card: Card, p: Place, w: Workspace, T: int) -> None:
     if not s.E:
         return
     card.launch("route", (-(-s.E // 8), T), 128, 0, at["h"], p.router, s.D, s.E, at["scores"])
-    threads = max(256, _whole(s.E, 32))
-    card.launch(
-        "choose", (1,), threads, 12 * threads,
-        at["scores"], p.bias, T, s.E, s.A, p.routed_scale, p.mlps.experts, at["ids"], at["weights"],
-        at["jobs"], at["slots"],
+    choose(
+        card, at["scores"], p.bias, T, s.E, s.A, p.routed_scale, p.mlps.experts,
+        at["ids"], at["weights"], at["jobs"], at["slots"],
     )  # fmt: skip
+
+
+def choose(
+    card: Card,
+    scores: int,
+    bias: int,
+    T: int,
+    E: int,
+    A: int,
+    scale: float,
+    experts: int,
+    ids: int,
+    weights: int,
+    jobs: int,
+    slots: int,
+) -> None:
+    """Who acts, and the jobs of those that are here; see experts.cu for the arrays."""
+    few, n, threads = T < FEW, T * A, max(256, _whole(E, 32))
+    dealing = lambda threads: 4 * (threads + E + n)  # noqa: E731
+    card.launch(
+        "choose", (1 if few else -(-T // (threads // E)),), threads, max(12 * threads, few * dealing(threads)),
+        scores, bias, T, E, A, scale, experts, ids, weights, jobs, slots,
+    )  # fmt: skip
+    if not few:
+        card.launch("deal", (1,), 1024, dealing(1024), ids, n, E, experts, jobs, slots)
+
+
+def fetch(card: Card, p: Place, w: Workspace, T: int) -> None:
+    """What the CPU needs for the experts that are not here, into pinned memory."""
+    for name, n in (("h", T * p.shape.D), ("ids", T * p.shape.A), ("weights", T * p.shape.A)):
+        card.download(w.integers(name, n), w.at[name])
 
 
 def run_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
@@ -311,7 +340,7 @@ def add_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
     if T < FEW:
         items = s.A * -(-s.F // CHUNK) + -(-m.shared_F // CHUNK)
         card.launch(
-            "down", (s.D // ROWS, T), min(256, _whole(max(4 * items, 1), 32)), 4 * ROWS * items,
+            "down", (s.D // ROWS, T), min(256, _whole(max(4 * items, 1), 32)), 4 * ROWS * items + 8 * s.A,
             m, at["ids"], at["weights"], hidden, shared_hidden, at["missing"], at["place"],
             _shared_outputs(s, w, T) if p.dense else 0, at["x"],
         )  # fmt: skip
@@ -341,7 +370,8 @@ def last_norm(card: Card, w: Workspace, T: int, weight: int, eps: float) -> None
 
 def norm(card: Card, w: Workspace, x: int, weight: int, eps: float, out: int, T: int) -> None:
     """Rows of x into `normed`, and as floats to `out` if that is not 0."""
-    card.launch("rms_norm", (T,), 256, 4 * (w.D + 1), x, weight, w.D, eps, out, w.rows["normed"])
+    shares = -(-w.D // (8 * GROUP)) if T < FEW else 1  # for a few tokens, a warp a group
+    card.launch("rms_norm", (T, shares), 256, 4 * (w.D + 1), x, weight, w.D, eps, out, w.rows["normed"])
 
 
 def product(

@@ -21,7 +21,7 @@ enum { kQ4 = 0, kQ8 = 1 };
 
 struct Q4 {         // w = scale · (q - 8): the sums start at -8 · (sum of the activations)
   static constexpr int lines = 4, bytes = 288;
-  static constexpr bool biased = true;
+  static constexpr bool biased = true, early = true;
   DEVICE int dot(u32 w, int line, const u32* x, int sum) {
     sum = __dp4a(static_cast<int>(w & 0x0f0f0f0fu), static_cast<int>(x[2 * line]), sum);
     return __dp4a(static_cast<int>(w >> 4 & 0x0f0f0f0fu), static_cast<int>(x[2 * line + 1]), sum);
@@ -34,48 +34,66 @@ struct Q4 {         // w = scale · (q - 8): the sums start at -8 · (sum of the
 
 struct Q8 {         // w = scale · q
   static constexpr int lines = 8, bytes = 544;
-  static constexpr bool biased = false;
+  static constexpr bool biased = false, early = false;
   DEVICE int dot(u32 w, int line, const u32* x, int sum) {
     return __dp4a(static_cast<int>(w), static_cast<int>(x[line]), sum);
   }
   DEVICE void unpack(const uint2 (&w)[2], u32 (&a)[4]) { a[0] = w[0].x, a[1] = w[0].y, a[2] = w[1].x, a[3] = w[1].y; }
 };
 
+// Groups whose weights a thread asks for before it uses the first of them: a card answers after hundreds of clocks.
+template <class Form, int NT>
+DEVICE constexpr int ahead() { return NT > 1 ? 1 : Form::lines == 4 ? 4 : 2; }
+
 // Rows 4 quad..4 quad + 3 of a row block, groups first..last - 1 (within one chunk), times the listed rows of x.
 template <class Form, int NT>
 DEVICE void chunk_total(const u8* block, const Rows& x, const int (&token)[NT], int first, int last, int quad,
                         float (&total)[NT][4]) {
+  constexpr int many = ahead<Form, NT>();
 #pragma unroll
   for (int t = 0; t < NT; ++t)
 #pragma unroll
     for (int r = 0; r < 4; ++r) total[t][r] = 0.0f;
-#pragma unroll(NT == 1 ? 2 : 1)
-  for (int g = first; g < last; ++g) {
-    const u8* run = block + static_cast<size_t>(g) * Form::bytes;
-    uint4 line[Form::lines];
+#pragma unroll 1
+  for (int begin = first; begin < last; begin += many) {
+    uint4 line[many][Form::lines];
+    uint2 halves[many];
 #pragma unroll
-    for (int j = 0; j < Form::lines; ++j) line[j] = *reinterpret_cast<const uint4*>(run + 64 * j + 16 * quad);
-    const uint2 halves = *reinterpret_cast<const uint2*>(run + 64 * Form::lines + 8 * quad);
-    const float scale[4] = {half_to_float(static_cast<u16>(halves.x)), half_to_float(static_cast<u16>(halves.x >> 16)),
-                            half_to_float(static_cast<u16>(halves.y)), half_to_float(static_cast<u16>(halves.y >> 16))};
+    for (int i = 0; i < many; ++i) {  // past the end, the last one again
+      const u8* run = block + static_cast<size_t>(least(begin + i, last - 1)) * Form::bytes;
 #pragma unroll
-    for (int t = 0; t < NT; ++t) {
-      const int at = token[t] * x.groups + g;
-      const uint4* values = reinterpret_cast<const uint4*>(x.q) + 2 * at;
-      const uint4 a = values[0], b = values[1];
-      const u32 word[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-      const int start = Form::biased ? x.sum[at] : 0;
-      int sum[4] = {start, start, start, start};
+      for (int j = 0; j < Form::lines; ++j) line[i][j] = *reinterpret_cast<const uint4*>(run + 64 * j + 16 * quad);
+      halves[i] = *reinterpret_cast<const uint2*>(run + 64 * Form::lines + 8 * quad);
+    }
 #pragma unroll
-      for (int j = 0; j < Form::lines; ++j) {
-        sum[0] = Form::dot(line[j].x, j, word, sum[0]);
-        sum[1] = Form::dot(line[j].y, j, word, sum[1]);
-        sum[2] = Form::dot(line[j].z, j, word, sum[2]);
-        sum[3] = Form::dot(line[j].w, j, word, sum[3]);
+    for (int i = 0; i < many; ++i) {
+      const bool there = begin + i < last;
+      const int g = least(begin + i, last - 1);
+      const float scale[4] = {
+          half_to_float(static_cast<u16>(halves[i].x)), half_to_float(static_cast<u16>(halves[i].x >> 16)),
+          half_to_float(static_cast<u16>(halves[i].y)), half_to_float(static_cast<u16>(halves[i].y >> 16))};
+#pragma unroll
+      for (int t = 0; t < NT; ++t) {
+        const int at = token[t] * x.groups + g;
+        const uint4* values = reinterpret_cast<const uint4*>(x.q) + 2 * at;
+        const uint4 a = values[0], b = values[1];
+        const u32 word[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+        const int start = Form::biased ? x.sum[at] : 0;
+        int sum[4] = {start, start, start, start};
+#pragma unroll
+        for (int j = 0; j < Form::lines; ++j) {
+          sum[0] = Form::dot(line[i][j].x, j, word, sum[0]);
+          sum[1] = Form::dot(line[i][j].y, j, word, sum[1]);
+          sum[2] = Form::dot(line[i][j].z, j, word, sum[2]);
+          sum[3] = Form::dot(line[i][j].w, j, word, sum[3]);
+        }
+        const float x_scale = x.scale[at];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const float sum_to_here = fmaf(static_cast<float>(sum[r]), scale[r] * x_scale, total[t][r]);
+          total[t][r] = there ? sum_to_here : total[t][r];
+        }
       }
-      const float x_scale = x.scale[at];
-#pragma unroll
-      for (int r = 0; r < 4; ++r) total[t][r] = fmaf(static_cast<float>(sum[r]), scale[r] * x_scale, total[t][r]);
     }
   }
 }
@@ -116,38 +134,62 @@ DEVICE int place_of(int i) { return i ^ i / 8 % 4 * 2; }
 // so is the difference. A group's sum is at most 32 · 127 · 128 < 2^19. (An addition, because conversions are slow.)
 DEVICE float exact(int bits) { return __int_as_float(bits) - 12582912.0f; }
 
-// Groups first..first + groups - 1 of the tile's rows, each thread half of a group. Row `row` is the thread's; from group
-// `reach` on it has none: zeros, which change no sum but the sign of a zero, and that is lost in the sum over chunks.
+// What a thread brings of a chunk, on its way from the card's memory to the shared one: all of it is asked for before any
+// of it is stored, and the next chunk while this one is multiplied. Of activations that is half a group of a row for every
+// second group. Of a warp's two row blocks: a run is 16 or 32 pieces of 16 bytes of lines, of which a warp takes 32 at
+// once, and two of scales, and those of two row blocks' eight groups are one for each lane.
 template <class Form>
-DEVICE void bring_activations(Chunk& chunk, const Rows& x, size_t row, int reach, int first, int groups) {
-  const int token = threadIdx.x / 2 % kTile, half = threadIdx.x % 2, whole = half ? 0 : kWhole;
-  const int* word = half ? reinterpret_cast<const int*>(x.scale) : x.sum;
-#pragma unroll
-  for (int i = 0; i < kChunk; i += 2) {
-    const int k = i + threadIdx.x / (2 * kTile);
-    if (k >= groups) break;
-    const size_t at = row * x.groups + first + k;
-    const bool there = first + k < reach;
-    chunk.half[k][token][half] = there ? reinterpret_cast<const uint4*>(x.q)[2 * at + half] : uint4{0, 0, 0, 0};
-    int* twice = reinterpret_cast<int*>(&chunk.twice[half][k][token / 2]) + token % 2;
-    twice[0] = twice[2] = whole + (there && (half || Form::biased) ? word[at] : 0);
-  }
-}
+struct Coming {
+  static constexpr int pieces = Form::bytes / 16, lines = 4 * Form::lines, at_once = 32 / lines;
+  uint4 values[kChunk / 2], weights[2 * kChunk / at_once], scales;
+  int twice[kChunk / 2];
+};
 
-// The same groups of a warp's two row blocks. A run is 16 or 32 pieces of 16 bytes of lines, of which a warp takes 32 at
-// once, and two of scales: those of two row blocks' eight groups are one for each lane.
+// Groups first..first + groups - 1. Row `row` is the thread's; from group `reach` on it has none: zeros, which change no
+// sum but the sign of a zero, and that is lost in the sum over chunks.
 template <class Form>
-DEVICE void bring_weights(uint4* weights, const u8* const (&block)[2], int first, int groups) {
-  constexpr int pieces = Form::bytes / 16, lines = 4 * Form::lines;
+DEVICE void ask(Coming<Form>& c, const Rows& x, size_t row, int reach, const u8* const (&block)[2], int first,
+                int groups) {
+  constexpr int pieces = Coming<Form>::pieces, lines = Coming<Form>::lines, at_once = Coming<Form>::at_once;
   const uint4* from[2] = {reinterpret_cast<const uint4*>(block[0]) + first * pieces,
                           reinterpret_cast<const uint4*>(block[1]) + first * pieces};
 #pragma unroll
-  for (int i = 0; i < 2 * kChunk; i += 32 / lines) {
-    const int b = i / kChunk, k = i % kChunk + lane() / lines, piece = lane() % lines;
-    if (k < groups) weights[(b * kChunk + k) * pieces + place_of(piece)] = from[b][k * pieces + piece];
+  for (int i = 0; i < 2 * kChunk; i += at_once) {
+    const int k = least(i % kChunk + lane() / lines, groups - 1);  // past the end, the last one again
+    c.weights[i / at_once] = from[i / kChunk][k * pieces + lane() % lines];
   }
-  const int b = lane() / 2 / kChunk, k = lane() / 2 % kChunk, piece = lines + lane() % 2;
-  if (k < groups) weights[(b * kChunk + k) * pieces + piece] = (b ? from[1] : from[0])[k * pieces + piece];
+  c.scales = (lane() / 2 / kChunk ? from[1] : from[0])[least(lane() / 2 % kChunk, groups - 1) * pieces + lines + lane() % 2];
+  const int half = threadIdx.x % 2, whole = half ? 0 : kWhole;
+  const int* word = half ? reinterpret_cast<const int*>(x.scale) : x.sum;
+#pragma unroll
+  for (int i = 0; i < kChunk / 2; ++i) {
+    const int k = 2 * i + threadIdx.x / (2 * kTile);
+    const size_t at = row * x.groups + first + k;
+    const bool there = k < groups && first + k < reach;
+    c.values[i] = there ? reinterpret_cast<const uint4*>(x.q)[2 * at + half] : uint4{0, 0, 0, 0};
+    c.twice[i] = whole + (there && (half || Form::biased) ? word[at] : 0);
+  }
+}
+
+template <class Form>
+DEVICE void store(const Coming<Form>& c, Chunk& chunk, uint4* weights, int groups) {
+  constexpr int pieces = Coming<Form>::pieces, lines = Coming<Form>::lines, at_once = Coming<Form>::at_once;
+#pragma unroll
+  for (int i = 0; i < 2 * kChunk; i += at_once) {
+    const int k = i % kChunk + lane() / lines;
+    if (k < groups) weights[(i / kChunk * kChunk + k) * pieces + place_of(lane() % lines)] = c.weights[i / at_once];
+  }
+  const int own = lane() / 2;
+  if (own % kChunk < groups) weights[own * pieces + lines + lane() % 2] = c.scales;
+  const int token = threadIdx.x / 2 % kTile, half = threadIdx.x % 2;
+#pragma unroll
+  for (int i = 0; i < kChunk / 2; ++i) {
+    const int k = 2 * i + threadIdx.x / (2 * kTile);
+    if (k >= groups) break;
+    chunk.half[k][token][half] = c.values[i];
+    int* twice = reinterpret_cast<int*>(&chunk.twice[half][k][token / 2]) + token % 2;
+    twice[0] = twice[2] = c.twice[i];
+  }
 }
 
 // total += one group, in the order of sums: `run` is its weights of row block 0, those of 1 are a chunk further.
@@ -203,14 +245,18 @@ DEVICE void tile_sums(const u8* blocks, int stride, int count, const Rows& x, in
                         blocks + static_cast<size_t>(least(2 * warp() + 1, count - 1)) * stride};
   const int own = least(threadIdx.x / 2 % kTile, n - 1), row = row_of(own), reach = reach_of(own);
   float total[kHeld];
+  Coming<Form> coming;
+  if (Form::early && begin < end) ask(coming, x, row, reach, block, begin, least(kChunk, end - begin));
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) sum[i] = 0.0f;
+#pragma unroll 1
   for (int first = begin; first < end; first += kChunk) {
-    const int groups = least(kChunk, end - first);
+    const int groups = least(kChunk, end - first), next = first + kChunk;
+    if (!Form::early) ask(coming, x, row, reach, block, first, groups);
     __syncthreads();
-    bring_activations<Form>(chunk, x, row, reach, first, groups);
-    bring_weights<Form>(weights, block, first, groups);
+    store(coming, chunk, weights, groups);
     __syncthreads();
+    if (Form::early && next < end) ask(coming, x, row, reach, block, next, least(kChunk, end - next));
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) total[i] = 0.0f;
 #pragma unroll 1
@@ -303,7 +349,7 @@ DEVICE void product(const Matrix& a, const Matrix& b, const Rows& x, int T, floa
     }
   }
 }
-KERNEL product_1(Matrix a, Matrix b, Rows x, int T, float* ya, float* yb, int add) {
+KERNEL_OF_ONE product_1(Matrix a, Matrix b, Rows x, int T, float* ya, float* yb, int add) {
   product<1>(a, b, x, T, ya, yb, add);
 }
 KERNEL_OF_EIGHT product_8(Matrix a, Matrix b, Rows x, int T, float* ya, float* yb, int add) {
@@ -330,6 +376,6 @@ DEVICE void heads(const Matrix& w, u64 head_bytes, const Rows& x, int T, const R
     }
   }
 }
-KERNEL heads_1(Matrix w, u64 head_bytes, Rows x, int T, Rows y) { heads<1>(w, head_bytes, x, T, y); }
+KERNEL_OF_ONE heads_1(Matrix w, u64 head_bytes, Rows x, int T, Rows y) { heads<1>(w, head_bytes, x, T, y); }
 KERNEL_OF_EIGHT heads_8(Matrix w, u64 head_bytes, Rows x, int T, Rows y) { heads<8>(w, head_bytes, x, T, y); }
 KERNEL_OF_TILES heads_32(Matrix w, u64 head_bytes, Rows x, int T, Rows y) { heads<32>(w, head_bytes, x, T, y); }

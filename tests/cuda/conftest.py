@@ -1,6 +1,7 @@
-"""The driver without a card, built once for all tests here, and a machine of one's choice around it."""
+"""The driver without a card, built once for all tests here, and a machine of one's choice around it; or a real card."""
 
 import gc
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake_driver import FakeDriver
+from real_driver import RealDriver
 
 from kimi_lite.runtime.cuda.driver import Card
 
@@ -17,6 +19,8 @@ FLAGS = "-std=c++20 -O2 -ffp-contract=off -U_FORTIFY_SOURCE"
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> FakeDriver:
+    if os.environ.get("KIMI_LITE_TEST_CARD"):
+        return RealDriver()
     if sys.platform != "linux":
         pytest.skip("the driver without a card is built on Linux: it needs ucontext and mmap")
     here, out = ROOT / "tests" / "cuda", tmp_path_factory.mktemp("cuda") / "libfake_cuda.so"

@@ -18,6 +18,7 @@
 #include <vector>
 
 #define KERNEL extern "C" void
+#define KERNEL_OF_ONE extern "C" void
 #define KERNEL_OF_EIGHT extern "C" void
 #define KERNEL_OF_TILES extern "C" void
 #define DEVICE static inline

@@ -142,7 +142,7 @@ def test_products_of_heads_are_the_cpus_and_come_quantized(
 
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize(
-    ("T", "E", "A", "D"), [(1, 8, 3, 256), (33, 8, 3, 64), (5, 67, 6, 96), (2, 300, 8, 32)]
+    ("T", "E", "A", "D"), [(1, 8, 3, 256), (33, 8, 3, 64), (256, 64, 6, 32), (5, 67, 6, 96), (9, 300, 8, 32)]
 )
 def test_routing_is_the_cpus_and_deals_the_slots_of_resident_experts_out(
     card: Card, fake: FakeDriver, T: int, E: int, A: int, D: int, backwards: bool
@@ -161,11 +161,8 @@ def test_routing_is_the_cpus_and_deals_the_slots_of_resident_experts_out(
     ids, weights, slots = (card.allocate(4 * n_slots, "a test") for _ in range(3))
     jobs = card.allocate(12 * E, "a test")
     card.launch("route", (-(-E // 8), T), 128, 0, put(card, h_TD), put(card, router_ED), D, E, scores)
-    threads = max(256, -(-E // 32) * 32)
     table = put(card, resident_E.astype(np.uint64))
-    card.launch(
-        "choose", (1,), threads, 12 * threads, scores, put(card, bias_E), T, E, A, 2.446, table, ids, weights, jobs, slots
-    )  # fmt: skip
+    halves.choose(card, scores, put(card, bias_E), T, E, A, 2.446, table, ids, weights, jobs, slots)
     expected_TA, expected_weights_TA = kernels.route(h_TD, router_ED, bias_E, A, 2.446)
     np.testing.assert_array_equal(get(card, ids, (T, A), np.int32), expected_TA)
     np.testing.assert_array_equal(get(card, weights, (T, A)), expected_weights_TA)
