@@ -151,7 +151,7 @@ constexpr int kStaged = 2048;  // weights of one round of the softmax
 // Weights of head blockIdx.x of the slice's token blockIdx.y, not yet divided by their sum: quantized, and what was lost
 // of the first whole group and of the token's own group quantized again. inverse [slice][H]. The order of sums makes
 // their sum serial, sixteen lanes wide: the first warp adds one round's weights while the others make the next.
-// Shared: 2 · kStaged + 32 floats; at least two warps.
+// Shared: 2 · kStaged + 32 floats; two warps at least.
 KERNEL softmax(const int* start, int first, float scale, const float* s, int stride, Rows weights, Rows rest,
                float* inverse) {
   const int n = *start + first + static_cast<int>(blockIdx.y) + 1, padded = ceil_div(n, kGroup) * kGroup;
@@ -159,7 +159,11 @@ KERNEL softmax(const int* start, int first, float scale, const float* s, int str
   float *staged = shared_floats(), *tops = staged + 2 * kStaged;
   s += row * stride;
   float top = s[0];
-  for (int k = threadIdx.x; k < n; k += blockDim.x) top = s[k] > top ? s[k] : top;
+#pragma unroll 8
+  for (int k = threadIdx.x; k < n; k += blockDim.x) {
+    const float other = s[k];
+    top = other > top ? other : top;
+  }
   top = largest(top);
   if (lane() == 0) tops[warp()] = top;
   __syncthreads();

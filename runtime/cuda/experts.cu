@@ -48,10 +48,12 @@ DEVICE void deal_slots(const int* ids, int n, int E, const u64* experts, Job* jo
   __syncthreads();
   if (part >= parts) return;
   int busy = 0, before = 0, at = 0;
+#pragma unroll 16
   for (int i = 0; i < E; ++i) {
-    busy += total[i] > 0;
-    before += i < e && total[i] > 0;
-    at += i < e ? total[i] : 0;
+    const int n_own = total[i];
+    busy += n_own > 0;
+    before += i < e && n_own > 0;
+    at += i < e ? n_own : 0;
   }
   if (part == 0) {
     if (total[e]) jobs[before] = {e, at, total[e]};
@@ -81,22 +83,27 @@ KERNEL choose(const float* scores, const float* bias, int T, int E, int A, float
     __syncthreads();
     if (mine) {
       int better = 0;
+      const float own = biased[threadIdx.x];
+#pragma unroll 16
       for (int i = 0; i < E; ++i) {
-        const float other = biased[row + i], own = biased[threadIdx.x];
+        const float other = biased[row + i];
         better += other > own || (other == own && i < e);
       }
       chosen[threadIdx.x] = better < A;
     }
     __syncthreads();
-    if (mine && chosen[threadIdx.x]) {
-      float sum = 0.0f;
-      int before = 0;
-      for (int i = 0; i < E; ++i)
-        if (chosen[row + i]) {
-          sum = sum + score[row + i];
-          before += i < e;
-        }
+    const bool acts = mine && chosen[threadIdx.x];
+    int before = 0;
+    if (acts) {
+#pragma unroll 16
+      for (int i = 0; i < e; ++i) before += chosen[row + i];
+      biased[row + before] = score[threadIdx.x];  // those of the chosen, in order
       ids[t * A + before] = e;
+    }
+    __syncthreads();
+    if (acts) {
+      float sum = 0.0f;
+      for (int a = 0; a < A; ++a) sum = sum + biased[row + a];
       weights[t * A + before] = score[threadIdx.x] / (sum + 1e-20f) * scale;
     }
     __syncthreads();
@@ -135,6 +142,7 @@ DEVICE void gate_up(const Mlps& m, const Job* jobs, const int* slots, int n_jobs
     const int n = least(NT, job.count - first);
     const auto token = [=](int t) { return is_shared ? first + t : slots[job.first + first + t] / m.A; };
     const float* out = multiply<NT>(form, blocks, stride, 4 * groups, x, n, token);  // gate, up, gate, up: 16 rows each
+#pragma unroll(NT == kTile ? 4 : 1)
     for (int i = warp(); i < groups * n; i += warps()) {
       const int t = i / groups, b = i % groups * 4 + lane() / kRows * 2, row = lane() % kRows;
       const float gate = out[(b * NT + t) * kRows + row], up = out[((b + 1) * NT + t) * kRows + row];
@@ -194,6 +202,7 @@ KERNEL_OF_ONE down(Mlps m, const int* ids, const float* weights, Rows hidden, Ro
   for (int a = 0; a < m.A; ++a) {
     float part = 0.0f;
     if (here[a])
+#pragma unroll 8
       for (int c = 0; c < chunks; ++c) part = part + parts[(a * chunks + c) * kRows + threadIdx.x];
     else
       part = missing[static_cast<size_t>(place[t * m.A + a]) * m.D + row];

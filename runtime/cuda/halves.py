@@ -236,20 +236,21 @@ def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
         rows["nope"], rows["query"],
     )  # fmt: skip
     heads(card, p.k_b, p.k_b_bytes, rows["nope"], s.H, T, rows["query"])
-    NT, wide = max(8, _at_once(T)), _whole(s.C + s.R, GROUP)
+    wide = _whole(s.C + s.R, GROUP)
     position_blocks = min(MOST_BLOCKS, -(-w.context // (8 * ROWS)))
     for first in range(0, T, w.slice):
         n = min(w.slice, T - first)
+        NT = TILE if 2 * n * s.H >= TILE else 8  # heads are rows here
         card.launch(
             f"scores_{NT}", (position_blocks, -(-n * s.H // NT) + 1),
             _threads(8, NT, wide), _product_bytes(8, NT, wide, Q8),
             p.cache, at["start"], first, n, T, s.H, rows["query"], at["s"], w.stride,
         )  # fmt: skip
         card.launch(
-            "softmax", (s.H, n), 256, 4 * (2 * STAGED + 32),
+            "softmax", (s.H, n), 1024 if T < FEW else 256, 4 * (2 * STAGED + 32),
             at["start"], first, p.scale, at["s"], w.stride, rows["position_weights"], rows["rest"], at["inverse"],
         )  # fmt: skip
-        if NT == TILE:
+        if T >= MANY:
             card.launch(
                 "weigh_32", (-(-s.C // (TALL * ROWS)), min(32, w.chunks), -(-n * s.H // TILE)),
                 _threads(TALL, TILE, CHUNK), _product_bytes(TALL, TILE, CHUNK, Q8),
