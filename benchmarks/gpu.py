@@ -344,36 +344,49 @@ def llama_rows(bench: Bench, depth: int) -> Iterator[Row]:
         over = a.gguf.stat().st_size + sizes.cache_bytes(depth) + LLAMA_SPARE - cap
         first = min(n_moe, max(0, math.ceil(over / experts)))
         for n_cpu in range(first, min(n_moe, first + LLAMA_TRIES - 1) + 1):
-            command = [a.llama_bench, "-m", a.gguf, "-ngl", 99, "-ncmoe", n_cpu, "-fa", 1, "-r", 2]
-            command += [
-                "-p",
-                a.prompt if depth == a.depths[0] else 0,
-                "-n",
-                a.tokens,
-                "-d",
-                depth,
-                "-o",
-                "json",
-            ]
-            try:
-                done = subprocess.run(
-                    [str(word) for word in command],
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                    timeout=max(60, bench.left()),
-                )
-            except subprocess.TimeoutExpired:
-                row.why_not = "no time was left"
+            row.why_not = ""
+            if depth == a.depths[0]:
+                row.prefill = llama_speed(bench, row, n_cpu, "-p", a.prompt, "-n", 0, "-d", 0)
+            row.decode = llama_speed(bench, row, n_cpu, "-p", 0, "-n", a.tokens, "-d", depth)
+            if not row.why_not:
                 break
-            if not done.returncode:
-                row.why_not = ""
-                for test in json.loads(done.stdout):
-                    name = "prefill" if test["n_prompt"] else "decode"
-                    setattr(row, name, round(test["avg_ts"], 2))
-                break
-            row.why_not = (done.stderr.strip().splitlines() or ["llama-bench failed"])[-1]
         yield row
+
+
+def llama_speed(bench: Bench, row: Row, n_cpu: int, *test: object) -> float | None:
+    """Tokens a second of one test, with the experts of `n_cpu` layers on the CPU; or in `why_not`, why there are none."""
+    a = bench.a
+    command = [
+        a.llama_bench,
+        "-m",
+        a.gguf,
+        "-ngl",
+        99,
+        "-ncmoe",
+        n_cpu,
+        "-fa",
+        1,
+        "-r",
+        2,
+        *test,
+        "-o",
+        "json",
+    ]
+    try:
+        done = subprocess.run(
+            [str(word) for word in command],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=max(60, bench.left()),
+        )
+    except subprocess.TimeoutExpired:
+        row.why_not = "no time was left"
+        return None
+    if done.returncode:
+        row.why_not = (done.stderr.strip().splitlines() or ["llama-bench failed"])[-1]
+        return None
+    return round(float(json.loads(done.stdout)[0]["avg_ts"]), 2)
 
 
 def card_facts() -> str:

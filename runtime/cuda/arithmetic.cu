@@ -12,8 +12,8 @@
 #define KERNEL_OF_ONE extern "C" __global__ void __launch_bounds__(256, 2)
 // A kernel that keeps sums of eight tokens: blocks of up to 128 threads, two of which share a multiprocessor's registers.
 #define KERNEL_OF_EIGHT extern "C" __global__ void __launch_bounds__(128, 2)
-// A kernel on the tensor cores: the same, for what a thread has on the way.
-#define KERNEL_OF_TILES extern "C" __global__ void __launch_bounds__(128, 2)
+// A kernel on the tensor cores: blocks of 128 threads, three of which share a multiprocessor's registers.
+#define KERNEL_OF_TILES extern "C" __global__ void __launch_bounds__(128, 3)
 #define DEVICE static __device__ __forceinline__
 extern __shared__ uint4 shared_memory[];
 #endif

@@ -21,7 +21,7 @@ enum { kQ4 = 0, kQ8 = 1 };
 
 struct Q4 {         // w = scale · (q - 8): the sums start at -8 · (sum of the activations)
   static constexpr int lines = 4, bytes = 288;
-  static constexpr bool biased = true, early = true;
+  static constexpr bool biased = true;
   DEVICE int dot(u32 w, int line, const u32* x, int sum) {
     sum = __dp4a(static_cast<int>(w & 0x0f0f0f0fu), static_cast<int>(x[2 * line]), sum);
     return __dp4a(static_cast<int>(w >> 4 & 0x0f0f0f0fu), static_cast<int>(x[2 * line + 1]), sum);
@@ -34,7 +34,7 @@ struct Q4 {         // w = scale · (q - 8): the sums start at -8 · (sum of the
 
 struct Q8 {         // w = scale · q
   static constexpr int lines = 8, bytes = 544;
-  static constexpr bool biased = false, early = false;
+  static constexpr bool biased = false;
   DEVICE int dot(u32 w, int line, const u32* x, int sum) {
     return __dp4a(static_cast<int>(w), static_cast<int>(x[line]), sum);
   }
@@ -135,7 +135,7 @@ DEVICE int place_of(int i) { return i ^ i / 8 % 4 * 2; }
 DEVICE float exact(int bits) { return __int_as_float(bits) - 12582912.0f; }
 
 // What a thread brings of a chunk, on its way from the card's memory to the shared one: all of it is asked for before any
-// of it is stored, and the next chunk while this one is multiplied. Of activations that is half a group of a row for every
+// of it is stored. Of activations that is half a group of a row for every
 // second group. Of a warp's two row blocks: a run is 16 or 32 pieces of 16 bytes of lines, of which a warp takes 32 at
 // once, and two of scales, and those of two row blocks' eight groups are one for each lane.
 template <class Form>
@@ -245,21 +245,18 @@ DEVICE void tile_sums(const u8* blocks, int stride, int count, const Rows& x, in
                         blocks + static_cast<size_t>(least(2 * warp() + 1, count - 1)) * stride};
   const int own = least(threadIdx.x / 2 % kTile, n - 1), row = row_of(own), reach = reach_of(own);
   float total[kHeld];
-  Coming<Form> coming;
-  if (Form::early && begin < end) ask(coming, x, row, reach, block, begin, least(kChunk, end - begin));
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) sum[i] = 0.0f;
-#pragma unroll 1
   for (int first = begin; first < end; first += kChunk) {
-    const int groups = least(kChunk, end - first), next = first + kChunk;
-    if (!Form::early) ask(coming, x, row, reach, block, first, groups);
+    const int groups = least(kChunk, end - first);
+    Coming<Form> coming;
+    ask(coming, x, row, reach, block, first, groups);
     __syncthreads();
     store(coming, chunk, weights, groups);
     __syncthreads();
-    if (Form::early && next < end) ask(coming, x, row, reach, block, next, least(kChunk, end - next));
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) total[i] = 0.0f;
-#pragma unroll 1
+#pragma unroll 2
     for (int k = 0; k < groups; ++k) add_group<Form>(weights + k * pieces, chunk, k, ceil_div(n, 8), total);
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) sum[i] = sum[i] + total[i];
