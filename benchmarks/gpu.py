@@ -329,7 +329,7 @@ def card_bandwidths() -> tuple[float, float]:
 
     copied = 2 * on_card.numel() / seconds(on_card.clone) / 1e9  # read and written
     moved = pinned.numel() / seconds(lambda: on_card[: pinned.numel()].copy_(pinned)) / 1e9
-    del on_card
+    on_card = on_card.new_empty(0)
     torch.cuda.empty_cache()  # what PyTorch kept would count as taken by the models
     return round(copied, 1), round(moved, 1)
 

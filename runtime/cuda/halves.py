@@ -302,13 +302,12 @@ def choose(
 ) -> None:
     """Who acts, and the jobs of those that are here; see experts.cu for the arrays."""
     few, n, threads = T < FEW, T * A, max(256, _whole(E, 32))
-    dealing = lambda threads: 4 * (threads + E + n)  # noqa: E731
     card.launch(
-        "choose", (1 if few else -(-T // (threads // E)),), threads, max(12 * threads, few * dealing(threads)),
+        "choose", (1 if few else -(-T // (threads // E)),), threads, max(12 * threads, few * _dealing_bytes(threads, E, n)),
         scores, bias, T, E, A, scale, experts, ids, weights, jobs, slots,
     )  # fmt: skip
     if not few:
-        card.launch("deal", (1,), 1024, dealing(1024), ids, n, E, experts, jobs, slots)
+        card.launch("deal", (1,), 1024, _dealing_bytes(1024, E, n), ids, n, E, experts, jobs, slots)
 
 
 def fetch(card: Card, p: Place, w: Workspace, T: int) -> None:
@@ -448,6 +447,11 @@ def _product_bytes(row_blocks: int, NT: int, K: int, *forms: int) -> int:
         return 4 * ROWS * row_blocks * NT * (-(-K // CHUNK) + 1)
     groups = CHUNK // GROUP
     return groups * (TILE * (GROUP + 16) + TALL * max(RUN_BYTES[form] for form in forms))
+
+
+def _dealing_bytes(threads: int, E: int, n_slots: int) -> int:
+    """Shared memory of what deals slots out to jobs."""
+    return 4 * (threads + E + n_slots)
 
 
 def _whole(n: int, unit: int) -> int:
