@@ -247,7 +247,7 @@ def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
             p.cache, at["start"], first, n, T, s.H, rows["query"], at["s"], w.stride,
         )  # fmt: skip
         card.launch(
-            "softmax", (s.H, n), 1024 if T < FEW else 256, 4 * (2 * STAGED + 32),
+            "softmax", (s.H, n), 1024 if T < FEW and w.context > STAGED else 256, 4 * (2 * STAGED + 32),
             at["start"], first, p.scale, at["s"], w.stride, rows["position_weights"], rows["rest"], at["inverse"],
         )  # fmt: skip
         if T >= MANY:
@@ -307,7 +307,8 @@ def choose(
         scores, bias, T, E, A, scale, experts, ids, weights, jobs, slots,
     )  # fmt: skip
     if not few:
-        card.launch("deal", (1,), 1024, _dealing_bytes(1024, E, n), ids, n, E, experts, jobs, slots)
+        threads = max(threads, min(1024, _whole(16 * E, 32)))
+        card.launch("deal", (1,), threads, _dealing_bytes(threads, E, n), ids, n, E, experts, jobs, slots)
 
 
 def fetch(card: Card, p: Place, w: Workspace, T: int) -> None:
