@@ -8,7 +8,7 @@ A card of any size stands for smaller ones: each cap (6, 8, 12 and 24 GB, as far
 measured as `--vram` would have it. For each: the bits of the logits after a prompt and after each of some tokens, against
 the CPU's; the memory taken; prefill; a picture; decoding at several depths, each with a context just long enough, as a person who
 needs that depth would ask for. Depths are really prefilled. What the time does not reach, or memory does not hold, is said
-to be not measured, which proves nothing.
+to be not measured, which proves nothing. Ctrl-C, or a limit that ends it, leaves what was measured until then.
 
 Bandwidths of this very card are measured through PyTorch if it is there with CUDA, else given with --card-read and
 --pcie, else assumed; claims that need them are not judged by an assumption. How many products a second our kernels do there is
@@ -26,6 +26,7 @@ import argparse
 import json
 import math
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -453,18 +454,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"{bench.card}, {gb(bench.free)} free; {card_facts() or 'no nvidia-smi'}", file=sys.stderr)
     cpu_bits, cpu_decode = cpu_decoding(a)
     rows, llama = list[Row](), list[Row]()
-    if not bench.simulated:
-        bench.find_arithmetic()
-    for depth in a.depths:
-        for cap in bench.caps(depth):
-            rows.append(row := bench.measure(cap, depth))
-            print(f"{gb(cap)} after {depth}: {row.why_not or row.decode}", file=sys.stderr)
-        if a.llama_bench and a.gguf:
-            llama += llama_rows(bench, depth)
-    depth, others = a.depths[0], list[Row]()
-    for layout in dense.LAYOUTS if not dense.why_not() else ():
-        others.append(row := bench.measure(bench.caps(depth)[-1], depth, layout))
-        print(f"dense weights in {layout}: {row.why_not or row.decode}", file=sys.stderr)
+    depth, others, cut_off = a.depths[0], list[Row](), False
+    try:
+        if not bench.simulated:
+            bench.find_arithmetic()
+        for each in a.depths:
+            for cap in bench.caps(each):
+                rows.append(row := bench.measure(cap, each))
+                print(f"{gb(cap)} after {each}: {row.why_not or row.decode}", file=sys.stderr)
+            if a.llama_bench and a.gguf:
+                llama += llama_rows(bench, each)
+        for layout in dense.LAYOUTS if not dense.why_not() else ():
+            others.append(row := bench.measure(bench.caps(depth)[-1], depth, layout))
+            print(f"dense weights in {layout}: {row.why_not or row.decode}", file=sys.stderr)
+    except KeyboardInterrupt:
+        cut_off = True
+        print("cut off; what follows is what was measured until then", file=sys.stderr)
     picture = bench.picture
     setting = Setting(
         card=bench.card,
@@ -494,6 +499,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         print(f"{claim.verdict:12}  {claim.says}  {'; '.join(claim.evidence)}")
     result = {
         "schema": "kimi-lite-gpu/1",
+        "cut_off": cut_off,
         "simulated": bench.simulated,
         "card": bench.card,
         "card_facts": card_facts(),
@@ -518,4 +524,5 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main()

@@ -12,7 +12,7 @@ A peer is given its best: the first round tries its settings (weights repacked a
 and each row keeps the one that was fastest for it. A peer that is not installed is named, with the way to install it,
 and the others are still measured. Linux only: memory and the start of a process are read from /proc.
 
-Prints a table, and ends with one JSON line.
+Prints a table, and ends with one JSON line; Ctrl-C, or a limit that ends it, leaves what was measured until then.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -297,7 +298,12 @@ def main() -> None:
         if not path.exists():
             make(kind, path)
     bench = Bench(arguments)
-    bench.run()
+    cut_off = False
+    try:
+        bench.run()
+    except KeyboardInterrupt:
+        cut_off = True
+        print("cut off; what follows is what was measured until then", file=sys.stderr)
     medians = bench.medians()
     if "ours" not in medians:
         raise SystemExit("kimi-lite gave no result, so there is nothing to compare")
@@ -306,6 +312,7 @@ def main() -> None:
         json.dumps(
             {
                 "bench": "peers",
+                "cut_off": cut_off,
                 **ratios(medians, bench.memory.get("ours", {}).get("excess_mb")),
                 "medians": medians,
                 "memory": bench.memory,
@@ -330,4 +337,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main()

@@ -81,6 +81,22 @@ def test_streaming_is_measured_beside_the_cpu(monkeypatch: pytest.MonkeyPatch) -
     assert verdicts(result)[says] == ("holds" if all(faster) else "refuted")
 
 
+def test_what_was_measured_before_an_interruption_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, done = gpu.Bench.measure, list[Row]()
+
+    def until_interrupted(self: gpu.Bench, *arguments: Any) -> Row:
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(measure(self, *arguments))
+        return done[-1]
+
+    monkeypatch.setattr(gpu.Bench, "measure", until_interrupted)
+    result = gpu.main([str(nano_path()), *TINY])
+    assert result["cut_off"]
+    assert [row["decode"] for row in result["rows"]] == [done[0].decode] != [None]
+    assert verdicts(result)["Wherever experts lie, logits have the CPU's bits."] == "holds"
+
+
 def test_every_claim_is_judged_on_a_simulated_card(card: Path, capsys: pytest.CaptureFixture[str]) -> None:
     llama = ("--llama-bench", str(fake_llama_bench(card, 1.0)), "--gguf", str(nano_path()))
     result = gpu.main([str(nano_path()), *TINY, *llama])

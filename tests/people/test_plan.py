@@ -174,7 +174,7 @@ def test_a_card_that_is_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(f"kimi_lite.{module}.find_device", Card)
     speeds = Speeds(pcie_gb_s=3.21)  # which the card, asked, has not
     report = "\n".join(plan_report(nano_path(), vram=None, context=500, speeds=speeds, measure=True))
-    assert "PCIe 12 GB/s, 4 µs a kernel, 20 µs a hand-off; all assumed but PCIe, which was measured" in report
+    assert "PCIe 12 GB/s, 5 µs a kernel, 20 µs a hand-off; all assumed but PCIe, which was measured" in report
     assert "predicted with the card's speeds assumed, not measured:" in report
     assert "an assumed card" not in report
     found = re.search(
