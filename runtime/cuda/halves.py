@@ -5,7 +5,7 @@ token can be captured once and repeated. What takes a longer step than one of 25
 `Workspace.of`, 256 tokens at a time: only the residual stream and the rotations are as long as the step. For fewer
 than FEW tokens the products take one token at a time, which is what decode wants; from there on a block of threads
 takes eight, so that each weight is read once for eight; from MANY on, tiles of 32 on the tensor cores
-(docs/gpu-kernels.md counts what MANY is).
+(docs/gpu-kernels.md counts what MANY is), and for scores, whose rows are heads, from half a tile on.
 
 Dimension key:  T tokens   D hidden   H heads   N, R, C, V no-rope, rope, latent and value width   E experts
                 A active   F expert width   S cached positions   X C + R, padded to whole groups
@@ -240,7 +240,7 @@ def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
     position_blocks = min(MOST_BLOCKS, -(-w.context // (8 * ROWS)))
     for first in range(0, T, w.slice):
         n = min(w.slice, T - first)
-        NT = TILE if 2 * n * s.H >= TILE else 8  # heads are rows here
+        NT = TILE if 2 * n * s.H >= TILE else 8  # rows are heads: half a tile of them is worth one
         card.launch(
             f"scores_{NT}", (position_blocks, -(-n * s.H // NT) + 1),
             _threads(8, NT, wide), _product_bytes(8, NT, wide, Q8),

@@ -6,10 +6,9 @@
 // and no thread waits for another before its chunk's total. The totals meet in shared memory and are added in order. Many
 // tokens: see kTile below.
 //
-// At full size (K = 2048, eight chunks) a row block is one warp. Gate and up of six experts and of the shared MLP are
-// 1408 warps; a thread has one or two groups on the way, 72 to 144 bytes, so sixteen warps on a multiprocessor have 37 kB
-// or more. A 3090 needs about 936 GB/s × 0.6 µs = 560 kB in flight, 7 kB for each of its 82. Smaller matrices (q and kv_a:
-// 228 warps; o: 128) have less, 2.8 and 1.6 warps, but still 6 kB and 4 kB: those are where more bytes in flight may pay.
+// At full size (K = 2048, eight chunks) a row block is one warp. A card has to have bandwidth times latency on the way, about 560
+// kB on a 3090, 2 MB on an H100. A thread asks for four groups of int4 at once, 288 bytes, so a warp for 9 kB: the 1408 warps of
+// gate and up of six experts and the shared MLP have 13 MB on the way, the 228 of q and kv_a 2 MB.
 // Weights are read once for NT tokens; activations come from the first cache.
 
 struct Matrix {     // packed; `stride` bytes from row block to row block
@@ -135,9 +134,9 @@ DEVICE int place_of(int i) { return i ^ i / 8 % 4 * 2; }
 DEVICE float exact(int bits) { return __int_as_float(bits) - 12582912.0f; }
 
 // What a thread brings of a chunk, on its way from the card's memory to the shared one: all of it is asked for before any
-// of it is stored. Of activations that is half a group of a row for every
-// second group. Of a warp's two row blocks: a run is 16 or 32 pieces of 16 bytes of lines, of which a warp takes 32 at
-// once, and two of scales, and those of two row blocks' eight groups are one for each lane.
+// of it is stored. Of activations that is half a group of a row for every second group. Of a warp's two row blocks: a run is
+// 16 or 32 pieces of 16 bytes of lines, of which a warp takes 32 at once, and two of scales, and those of two row blocks'
+// eight groups are one for each lane.
 template <class Form>
 struct Coming {
   static constexpr int pieces = Form::bytes / 16, lines = 4 * Form::lines, at_once = 32 / lines;
