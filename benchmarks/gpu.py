@@ -45,7 +45,7 @@ from numpy.typing import NDArray
 
 import kimi_lite
 from kimi_lite.bench import machine, random_tokens
-from kimi_lite.errors import DoesNotFitError, UsageError
+from kimi_lite.errors import DoesNotFitError, KimiLiteError, UsageError
 from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.plan import measure_cpu
 from kimi_lite.runtime import dense, kernels
@@ -449,6 +449,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's own benchmark, built with CUDA")
     parser.add_argument("--gguf", type=Path, help="the file for it")
     a = parser.parse_args(arguments)
+    if a.llama_bench and shutil.which(a.llama_bench) is None:
+        parser.error(f"--llama-bench is {a.llama_bench}, which does not run; name llama.cpp's own benchmark")
+    if a.gguf and not a.gguf.is_file():
+        parser.error(f"--gguf is {a.gguf}, which is no file; benchmarks/full_shape.py makes one")
     kernels.set_threads(a.threads)
     bench = Bench(a)
     print(f"{bench.card}, {gb(bench.free)} free; {card_facts() or 'no nvidia-smi'}", file=sys.stderr)
@@ -525,4 +529,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    main()
+    try:
+        main()
+    except KimiLiteError as error:
+        print(f"gpu.py: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -9,6 +9,7 @@ whole is measured without the profiler. A full-shape FILE is made by benchmarks/
 
 import argparse
 import json
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from gpu import card_facts
 from torch.profiler import ProfilerActivity, profile
 
 from kimi_lite.bench import random_tokens
+from kimi_lite.errors import KimiLiteError
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
 from kimi_lite.runtime.placement import parse_size
@@ -64,6 +66,8 @@ def main() -> None:
     parser.add_argument("--vram", default="80G", help="of the card's memory, at most so much")
     parser.add_argument("--json", type=Path, help="append one JSON line to this file")
     a = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error(f"PyTorch {torch.__version__} finds no card to watch; it takes one built for CUDA")
     engine = Engine(a.file, context=max(DEPTHS) + DECODED, vram=parse_size(a.vram, "--vram"))
     model = engine.model
     assert isinstance(model, HybridModel)
@@ -97,4 +101,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KimiLiteError as error:
+        print(f"gpu_kernels.py: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
