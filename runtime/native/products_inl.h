@@ -1,21 +1,6 @@
 // Products of weights with quantized activations, over a vector V of some rows of a block's 16, as many integers I, and the
 // line L of 4 channels of each. Included by kernels_inl.h in a namespace of its own.
 
-// The running sums of NT tokens: total over finished chunks, acc inside the present one.
-template <int NT>
-struct Sums {
-  V total[NT], acc[NT];
-  Sums() { for (int t = 0; t < NT; ++t) total[t] = acc[t] = vset(0.0f); }
-  void end_of_group(int g, int groups) {
-    if (g % kChunk == kChunk - 1 || g == groups - 1)
-#pragma GCC unroll 8
-      for (int t = 0; t < NT; ++t) {
-        total[t] = vadd(total[t], acc[t]);
-        acc[t] = vset(0.0f);
-      }
-  }
-};
-
 // A form says how 16 rows are stored: where group g's run lies, its four pairs of lines (channels 8p..8p+3 and
 // 8p+4..8p+7), and its scales, each from row r on. Stored values are unsigned, at most `most`, with a bias of 8 << shift
 // (none if shift is negative), or signed bytes. Halves have a scale each; offsets are minima besides the scale.
@@ -28,11 +13,10 @@ struct Symmetric {
 struct Q4 : Symmetric {
   static constexpr int shift = 0, bytes = kQ4Run, most = 15;
   static inline const uint8_t* run(const uint8_t* w, int g) { return w + static_cast<size_t>(g) * bytes; }
-  template <int p>
-  static inline void pair(const uint8_t* run, int r, L* a, L* b) {
-    const L line = lload(run + 64 * p + 4 * r);
-    *a = llow(line);
-    *b = lhigh(line);
+  template <int j>
+  static inline L line(const uint8_t* run, int r) {
+    const L two = lload(run + 64 * (j / 2) + 4 * r);
+    return j % 2 ? lhigh(two) : llow(two);
   }
   static inline V scale(const uint8_t* w, int g, int, int r) { return vhalf(reinterpret_cast<const uint16_t*>(run(w, g) + 256) + r); }
 };
@@ -41,11 +25,8 @@ struct Q8 : Symmetric {
   static constexpr bool is_signed = true;
   static constexpr int shift = 4, bytes = kQ8Run, most = 127;
   static inline const uint8_t* run(const uint8_t* w, int g) { return w + static_cast<size_t>(g) * bytes; }
-  template <int p>
-  static inline void pair(const uint8_t* run, int r, L* a, L* b) {
-    *a = lload(run + 128 * p + 4 * r);
-    *b = lload(run + 128 * p + 64 + 4 * r);
-  }
+  template <int j>
+  static inline L line(const uint8_t* run, int r) { return lload(run + 64 * j + 4 * r); }
   static inline V scale(const uint8_t* w, int g, int, int r) { return vhalf(reinterpret_cast<const uint16_t*>(run(w, g) + 512) + r); }
 };
 
@@ -56,12 +37,9 @@ struct Q8Positive : Q8 {
 struct Q5 : Symmetric {
   static constexpr int shift = 1, bytes = kQ5Run, most = 31;
   static inline const uint8_t* run(const uint8_t* w, int g) { return w + static_cast<size_t>(g) * bytes; }
-  template <int p>
-  static inline void pair(const uint8_t* run, int r, L* a, L* b) {  // line j's fifth bits are the bits j of one line
-    const L bits = lload(run + 256 + 4 * r);
-    Q4::pair<p>(run, r, a, b);
-    *a = lor(*a, lbit<2 * p>(bits));
-    *b = lor(*b, lbit<2 * p + 1>(bits));
+  template <int j>
+  static inline L line(const uint8_t* run, int r) {  // line j's fifth bits are the bits j of one line
+    return lor(Q4::line<j>(run, r), lbit<j>(lload(run + 256 + 4 * r)));
   }
   static inline V scale(const uint8_t* w, int g, int, int r) { return vhalf(reinterpret_cast<const uint16_t*>(run(w, g) + 320) + r); }
 };
@@ -69,12 +47,8 @@ struct Q5 : Symmetric {
 struct I4 : Q4 {
   static constexpr bool is_signed = true;
   static constexpr int shift = 4;
-  template <int p>
-  static inline void pair(const uint8_t* run, int r, L* a, L* b) {
-    Q4::pair<p>(run, r, a, b);
-    *a = lcode(*a);
-    *b = lcode(*b);
-  }
+  template <int j>
+  static inline L line(const uint8_t* run, int r) { return lcode(Q4::line<j>(run, r)); }
 };
 
 struct Q4K : Q4 {
@@ -95,12 +69,9 @@ struct Q6K : Q4 {
   static constexpr int shift = 2, bytes = kQ6KRun, most = 63;
   static inline const uint8_t* head(const uint8_t* w, int g) { return w + static_cast<size_t>(g / 8) * (kQ6KHead + 8 * kQ6KRun); }
   static inline const uint8_t* run(const uint8_t* w, int g) { return head(w, g) + kQ6KHead + g % 8 * kQ6KRun; }
-  template <int p>
-  static inline void pair(const uint8_t* run, int r, L* a, L* b) {  // line j's upper bits are the bit pairs j % 4 of line j / 4
-    const L bits = lload(run + 256 + 64 * (p / 2) + 4 * r);
-    Q4::pair<p>(run, r, a, b);
-    *a = lor(*a, ltwo<2 * p % 4>(bits));
-    *b = lor(*b, ltwo<2 * p % 4 + 1>(bits));
+  template <int j>
+  static inline L line(const uint8_t* run, int r) {  // line j's upper bits are the bit pairs j % 4 of line j / 4
+    return lor(Q4::line<j>(run, r), ltwo<j % 4>(lload(run + 256 + 64 * (j / 4) + 4 * r)));
   }
   static inline V scale(const uint8_t* w, int g, int half, int r) {
     return vmul(vhalf(reinterpret_cast<const uint16_t*>(head(w, g)) + r), load_int8(run(w, g) + 384 + 16 * half + r));
@@ -117,7 +88,8 @@ struct Panel : Q8 {
   static inline V offset(const uint8_t* w, int g, int r) { return vload(panel(w, g)->offset + r); }
 };
 
-constexpr int kLanes = sizeof(V) / sizeof(float);  // rows that a vector holds, of the 16 of a block
+constexpr int kLanes = sizeof(V) / sizeof(float);  // rows that a vector holds
+constexpr int kVectors = kRows / kLanes;           // vectors that hold a block's rows
 
 // Weights are asked for this many bytes ahead, across the ends of pages, where the processor's own prefetching stops: a
 // single token's into the first cache, those of several into the second. Measured on Zen 3, Zen 4 and Emerald Rapids. (Past
@@ -131,143 +103,136 @@ static inline I dot_line(I acc, L w, const int8_t* x) {
   else return dot_u7(acc, w, x);
 }
 
-// One group's lines times NT tokens, from row r on. Sums: channels 0-15 in low and 16-31 in high where halves have
-// scales of their own; one token's even and odd lines, so that its products do not wait for each other; else all in low.
-template <class F, int NT, int p>
-static inline void pair_product(const uint8_t* run, int r, const int8_t* x, I* low, I* high) {
-  L a, b;
-  F::template pair<p>(run, r, &a, &b);
-  I* first = F::halves && p >= 2 ? high : low;
-  I* second = F::halves ? first : NT == 1 ? high : low;
-#pragma GCC unroll 8
-  for (int t = 0; t < NT; ++t) {
-    const int8_t* at = x + t * kGroup + 8 * p;
-    first[t] = dot_line<F>(first[t], a, at);
-    second[t] = dot_line<F>(second[t], b, at + 4);
-  }
-}
-
-#ifdef KIMI_SHORT_SUMS
-// The same through 16-bit sums of as many pairs of lines as cannot overflow: each line adds two products of at most
-// most * 127. Four pairs of Q4 reach 8 * 2 * 15 * 127 = 30480 of 32767, two of Q5 31496, one of Q6_K 32004.
-template <class F>
-constexpr int kShortPairs = F::is_signed ? 0 : F::most == 15 ? 4 : 32767 / (4 * 127 * F::most);
-
-template <class F, int NT, int p>
-static inline void short_pair_product(const uint8_t* run, int r, const int8_t* x, I* part, I* low, I* high) {
-  static_assert(kShortPairs<F> * 4 * 127 * F::most <= 32767);
-  L a, b;
-  F::template pair<p>(run, r, &a, &b);
-  I* sum = F::halves && p >= 2 ? high : low;
-#pragma GCC unroll 8
-  for (int t = 0; t < NT; ++t) {
-    const int8_t* at = x + t * kGroup + 8 * p;
-    const I dot = short_dot(a, at);
-    part[t] = short_add(p % kShortPairs<F> ? short_add(part[t], dot) : dot, short_dot(b, at + 4));
-    if (p % kShortPairs<F> == kShortPairs<F> - 1) sum[t] = widen_add(sum[t], part[t]);
-  }
-}
-#endif
-
-// Where sums begin in 16 bits, the bias would only hold registers until they are widened.
+// Lines whose products fit in 16 bits together, where there are short sums: each adds two products of at most most * 127 to a
+// sum. Eight lines of Q4 reach 8 * 2 * 15 * 127 = 30480 of 32767, four of Q5 31496, two of Q6_K 32004.
 #ifdef KIMI_SHORT_SUMS
 template <class F>
-constexpr bool kBiasLast = kShortPairs<F> > 0;
+constexpr int kShortLines = F::is_signed ? 0 : F::most == 15 ? 8 : 32767 / (2 * 127 * F::most);
 #else
 template <class F>
-constexpr bool kBiasLast = false;
+constexpr int kShortLines = 0;
 #endif
 
-template <class F, int NT>
-static inline void group_product(const uint8_t* run, int r, const int8_t* x, I* low, I* high) {
+// A group's integer sums for NT tokens, token t's k-th vector of rows being number t * kVectors + k: of channels 0-15 in low
+// and 16-31 in high where halves have scales of their own; one token's even and odd lines, so that its products do not wait
+// for each other; else all in low.
+template <int NT>
+struct Integers {
+  static constexpr int n = NT * kVectors;
+  I low[n], high[n], part[n];
+};
+
+// Line j times NT tokens. All rows of the block meet a token's four channels at once, which are broadcast once for them.
+template <class F, int NT, int j>
+[[gnu::always_inline]] static inline void line_product(const uint8_t* run, const int8_t* x, Integers<NT>& sums) {
+  constexpr bool in_high = F::halves ? j >= 4 : kShortLines<F> == 0 && NT == 1 && j % 2;
+  L w[kVectors];
+#pragma GCC unroll 2
+  for (int k = 0; k < kVectors; ++k) w[k] = F::template line<j>(run, k * kLanes);
+#pragma GCC unroll 8
+  for (int i = 0; i < sums.n; ++i) {
+    const int8_t* at = x + i / kVectors * kGroup + 4 * j;
+    I& sum = in_high ? sums.high[i] : sums.low[i];
 #ifdef KIMI_SHORT_SUMS
-  if constexpr (kShortPairs<F> > 0) {
-    I part[NT];
-    short_pair_product<F, NT, 0>(run, r, x, part, low, high);
-    short_pair_product<F, NT, 1>(run, r, x, part, low, high);
-    short_pair_product<F, NT, 2>(run, r, x, part, low, high);
-    short_pair_product<F, NT, 3>(run, r, x, part, low, high);
-    return;
-  }
+    if constexpr (kShortLines<F> > 0) {
+      const I dot = short_dot(w[i % kVectors], at);
+      sums.part[i] = j % kShortLines<F> ? short_add(sums.part[i], dot) : dot;
+      if (j % kShortLines<F> == kShortLines<F> - 1) sum = widen_add(sum, sums.part[i]);
+    } else
 #endif
-  pair_product<F, NT, 0>(run, r, x, low, high);
-  pair_product<F, NT, 1>(run, r, x, low, high);
-  pair_product<F, NT, 2>(run, r, x, low, high);
-  pair_product<F, NT, 3>(run, r, x, low, high);
+      sum = dot_line<F>(sum, w[i % kVectors], at);
+  }
 }
 
-// NT tokens of a tile of W, from lane `first`, times R vectors of rows from row `row` on, of S row blocks side by side. Of
-// several blocks, each goes on `step` bytes behind its beginning.
-template <class F, int NT, int W, int R, int S = 1>
-static inline void tile_product(const uint8_t* const (&w)[S], size_t step, const uint8_t* tile, int first, int row, int groups,
+template <class F, int NT>
+[[gnu::always_inline]] static inline void group_product(const uint8_t* run, const int8_t* x, Integers<NT>& sums) {
+  line_product<F, NT, 0>(run, x, sums);
+  line_product<F, NT, 1>(run, x, sums);
+  line_product<F, NT, 2>(run, x, sums);
+  line_product<F, NT, 3>(run, x, sums);
+  line_product<F, NT, 4>(run, x, sums);
+  line_product<F, NT, 5>(run, x, sums);
+  line_product<F, NT, 6>(run, x, sums);
+  line_product<F, NT, 7>(run, x, sums);
+}
+
+// NT tokens of a tile of W, from lane `first` on, times S row blocks side by side. Of several blocks, each goes on `step` bytes
+// behind its beginning.
+template <class F, int NT, int W, int S = 1>
+static inline void tile_product(const uint8_t* const (&w)[S], size_t step, const uint8_t* tile, int first, int groups,
                                 float* const (&out)[S], size_t stride) {
+  constexpr int n = Integers<NT>::n;
   constexpr bool biased = F::is_signed ? bias_s8 != 0 && !F::positive : F::shift >= 0;
   constexpr int shift = F::shift >= 0 ? F::shift : 0;
   constexpr int groups_ahead = (NT == 1 ? kAheadOfOne : kAhead) / F::bytes + 1;
-  Sums<NT> sums[S * R];
-  for (int g = 0; g < groups; ++g, tile += W * kTokenGroup) {
-    const int8_t* x = reinterpret_cast<const int8_t*>(tile) + first * kGroup;
-    const float* scale = reinterpret_cast<const float*>(tile + W * kGroup) + first;
-    const int32_t* sum = reinterpret_cast<const int32_t*>(tile + W * (kGroup + 4)) + first;
-    const size_t behind_end = S > 1 && g + groups_ahead >= groups ? step - static_cast<size_t>(groups) * F::bytes : 0;
-    for (int part = 0; part < S * R; ++part) {
-      const uint8_t* block = w[part / R];
-      const uint8_t* run = F::run(block, g);
-      if (row == 0 && part % R == 0)
-        for (int line = 0; line < F::bytes; line += 64) __builtin_prefetch(run + groups_ahead * F::bytes + behind_end + line, 0, NT == 1 ? 3 : 2);
-      const int r = part % R * kLanes;
-      I low[NT], high[NT];
-      auto bias = [&](int t) {  // sums hold -8 times the activations'
-        const int32_t whole = sum[t], half = sum[W + t];
-        low[t] = iadd(low[t], ishl<shift>(iset(F::halves ? half : whole)));
-        if (F::halves) high[t] = iadd(high[t], ishl<shift>(iset(whole - half)));
-      };
+  V total[S * n], acc[S * n];  // over finished chunks, and inside the present one
+  for (int i = 0; i < S * n; ++i) total[i] = vset(0.0f);
+  for (int g = 0; g < groups;) {
+    const int end = g + kChunk < groups ? g + kChunk : groups;
 #pragma GCC unroll 8
-      for (int t = 0; t < NT; ++t) {
-        low[t] = high[t] = izero();
-        if (biased && !kBiasLast<F>) bias(t);
+    for (int i = 0; i < S * n; ++i) acc[i] = vset(0.0f);
+    for (; g < end; ++g, tile += W * kTokenGroup) {
+      const int8_t* x = reinterpret_cast<const int8_t*>(tile) + first * kGroup;
+      const float* scale = reinterpret_cast<const float*>(tile + W * kGroup) + first;
+      const int32_t* sum = reinterpret_cast<const int32_t*>(tile + W * (kGroup + 4)) + first;
+      const size_t behind_end = S > 1 && g + groups_ahead >= groups ? step - static_cast<size_t>(groups) * F::bytes : 0;
+#pragma GCC unroll 2
+      for (int s = 0; s < S; ++s) {
+        const uint8_t* block = w[s];
+        const uint8_t* run = F::run(block, g);
+        if (first == 0)
+          for (int line = 0; line < F::bytes; line += 64) __builtin_prefetch(run + groups_ahead * F::bytes + behind_end + line, 0, NT == 1 ? 3 : 2);
+        Integers<NT> sums;
+        auto bias = [&](int i) {  // sums hold -8 times the activations'
+          const int32_t whole = sum[i / kVectors], half = sum[W + i / kVectors];
+          sums.low[i] = iadd(sums.low[i], ishl<shift>(iset(F::halves ? half : whole)));
+          if (F::halves) sums.high[i] = iadd(sums.high[i], ishl<shift>(iset(whole - half)));
+        };
+#pragma GCC unroll 8
+        for (int i = 0; i < n; ++i) {
+          sums.low[i] = sums.high[i] = izero();
+          if (biased && !kShortLines<F>) bias(i);
+        }
+        group_product<F, NT>(run, x, sums);
+#pragma GCC unroll 8
+        for (int i = 0; i < n; ++i)  // sums that begin in 16 bits: until they are widened, the bias would only hold registers
+          if (biased && kShortLines<F>) bias(i);
+        V ws[kVectors];
+#pragma GCC unroll 2
+        for (int k = 0; k < kVectors; ++k) ws[k] = F::scale(block, g, 0, k * kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < n; ++i) {
+          const int t = i / kVectors, k = i % kVectors;
+          const V xs = vset(scale[t]);
+          V& a = acc[s * n + i];
+          if (NT == 1 && !F::halves) sums.low[i] = iadd(sums.low[i], sums.high[i]);
+          a = vfma(itof(sums.low[i]), vmul(ws[k], xs), a);
+          if (F::halves) a = vfma(itof(sums.high[i]), vmul(F::scale(block, g, 1, k * kLanes), xs), a);
+          if (F::offsets) a = vfma(vset(-0.125f * static_cast<float>(sum[t])), vmul(F::offset(block, g, k * kLanes), xs), a);
+        }
       }
-      group_product<F, NT>(run, row + r, x, low, high);
-#pragma GCC unroll 8
-      for (int t = 0; t < NT; ++t)
-        if (biased && kBiasLast<F>) bias(t);
-      const V ws = F::scale(block, g, 0, row + r);
-      V* acc = sums[part].acc;
-#pragma GCC unroll 8
-      for (int t = 0; t < NT; ++t) {
-        const V xs = vset(scale[t]);
-        if (NT == 1 && !F::halves) low[t] = iadd(low[t], high[t]);
-        acc[t] = vfma(itof(low[t]), vmul(ws, xs), acc[t]);
-        if (F::halves) acc[t] = vfma(itof(high[t]), vmul(F::scale(block, g, 1, row + r), xs), acc[t]);
-        if (F::offsets) acc[t] = vfma(vset(-0.125f * static_cast<float>(sum[t])), vmul(F::offset(block, g, row + r), xs), acc[t]);
-      }
-      sums[part].end_of_group(g, groups);
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < S * n; ++i) total[i] = vadd(total[i], acc[i]);
   }
-  for (int part = 0; part < S * R; ++part)
-    for (int t = 0; t < NT; ++t) vstore(out[part / R] + t * stride + row + part % R * kLanes, sums[part].total[t]);
+  for (int s = 0; s < S; ++s)
+    for (int i = 0; i < n; ++i) vstore(out[s] + i / kVectors * stride + i % kVectors * kLanes, total[s * n + i]);
 }
 
-// kBatch tokens at once is what an instruction set's registers hold; few tokens leave room for all rows of the block.
-template <class F, int NT, int W>
-static inline void rows_product(const uint8_t* w, const uint8_t* tile, int first, int groups, float* out, size_t stride) {
-  constexpr int R = NT > 2 ? 1 : kRows / kLanes;
-  for (int row = 0; row < kRows; row += R * kLanes) tile_product<F, NT, W, R>({w}, 0, tile, first, row, groups, {out}, stride);
-}
-
+// kBatch tokens at once is what an instruction set's registers hold.
 template <class F>
 static void block(const void* w, const uint8_t* tile, int groups, int W, float* out, size_t stride) {
   const auto* run = static_cast<const uint8_t*>(w);  // the row block's first
   if (W == 8)
     for (int first = 0; first < 8; first += kBatch)
-      rows_product<F, kBatch, 8>(run, tile, first, groups, out + first * stride, stride);
-  else if (W == 4) rows_product<F, 4, 4>(run, tile, 0, groups, out, stride);
-  else if (W == 2) rows_product<F, 2, 2>(run, tile, 0, groups, out, stride);
-  else rows_product<F, 1, 1>(run, tile, 0, groups, out, stride);
+      tile_product<F, kBatch, 8>({run}, 0, tile, first, groups, {out + first * stride}, stride);
+  else if (W == 4) tile_product<F, 4, 4>({run}, 0, tile, 0, groups, {out}, stride);
+  else if (W == 2) tile_product<F, 2, 2>({run}, 0, tile, 0, groups, {out}, stride);
+  else tile_product<F, 1, 1>({run}, 0, tile, 0, groups, {out}, stride);
 }
 
 template <class F>
 static void two_blocks(const void* const (&w)[2], size_t step, const uint8_t* tile, int groups, float* const (&out)[2]) {
   const uint8_t* const runs[2] = {static_cast<const uint8_t*>(w[0]), static_cast<const uint8_t*>(w[1])};
-  tile_product<F, 1, 1, kRows / kLanes, 2>(runs, step, tile, 0, 0, groups, out, 0);
+  tile_product<F, 1, 1, 2>(runs, step, tile, 0, groups, out, 0);
 }

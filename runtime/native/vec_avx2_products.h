@@ -65,4 +65,4 @@ static inline I dot_s8(I acc, L w, const int8_t* x) {
 static inline I dot_s8_positive(I acc, L w, const int8_t* x) { return widen_add(acc, _mm256_maddubs_epi16(four_channels(x), w)); }
 static constexpr int32_t bias_s8 = 0;
 #endif
-static constexpr int kBatch = 8;
+static constexpr int kBatch = 4;
