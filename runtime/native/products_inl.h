@@ -1,9 +1,18 @@
 // Products of weights with quantized activations, over a vector V of some rows of a block's 16, as many integers I, and the
 // line L of 4 channels of each. Included by kernels_inl.h in a namespace of its own.
 
-// A form says how 16 rows are stored: where group g's run lies, its four pairs of lines (channels 8p..8p+3 and
-// 8p+4..8p+7), and its scales, each from row r on. Stored values are unsigned, at most `most`, with a bias of 8 << shift
-// (none if shift is negative), or signed bytes. Halves have a scale each; offsets are minima besides the scale.
+// Sums stay in registers where loops over them are unrolled and one function holds all. Vectors that are arrays are in memory anyhow.
+#ifdef KIMI_ARRAYS
+#define KIMI_UNROLL
+#define KIMI_INLINE static inline
+#else
+#define KIMI_UNROLL _Pragma("GCC unroll 8")
+#define KIMI_INLINE [[gnu::always_inline]] static inline
+#endif
+
+// A form says how 16 rows are stored: where group g's run lies, its eight lines (line j is channels 4j..4j+3), and
+// its scales, each from row r on. Stored values are unsigned, at most `most`, with a bias of 8 << shift (none if shift is
+// negative), or signed bytes. Halves have a scale each; offsets are minima besides the scale.
 // Signed weights of activations that are never negative, as a softmax's are, can be easier to multiply: `positive`.
 struct Symmetric {
   static constexpr bool is_signed = false, positive = false, halves = false, offsets = false;
@@ -124,12 +133,12 @@ struct Integers {
 
 // Line j times NT tokens. All rows of the block meet a token's four channels at once, which are broadcast once for them.
 template <class F, int NT, int j>
-[[gnu::always_inline]] static inline void line_product(const uint8_t* run, const int8_t* x, Integers<NT>& sums) {
+KIMI_INLINE void line_product(const uint8_t* run, const int8_t* x, Integers<NT>& sums) {
   constexpr bool in_high = F::halves ? j >= 4 : kShortLines<F> == 0 && NT == 1 && j % 2;
   L w[kVectors];
-#pragma GCC unroll 2
+  KIMI_UNROLL
   for (int k = 0; k < kVectors; ++k) w[k] = F::template line<j>(run, k * kLanes);
-#pragma GCC unroll 8
+  KIMI_UNROLL
   for (int i = 0; i < sums.n; ++i) {
     const int8_t* at = x + i / kVectors * kGroup + 4 * j;
     I& sum = in_high ? sums.high[i] : sums.low[i];
@@ -145,7 +154,7 @@ template <class F, int NT, int j>
 }
 
 template <class F, int NT>
-[[gnu::always_inline]] static inline void group_product(const uint8_t* run, const int8_t* x, Integers<NT>& sums) {
+KIMI_INLINE void group_product(const uint8_t* run, const int8_t* x, Integers<NT>& sums) {
   line_product<F, NT, 0>(run, x, sums);
   line_product<F, NT, 1>(run, x, sums);
   line_product<F, NT, 2>(run, x, sums);
@@ -169,14 +178,14 @@ static inline void tile_product(const uint8_t* const (&w)[S], size_t step, const
   for (int i = 0; i < S * n; ++i) total[i] = vset(0.0f);
   for (int g = 0; g < groups;) {
     const int end = g + kChunk < groups ? g + kChunk : groups;
-#pragma GCC unroll 8
+    KIMI_UNROLL
     for (int i = 0; i < S * n; ++i) acc[i] = vset(0.0f);
     for (; g < end; ++g, tile += W * kTokenGroup) {
       const int8_t* x = reinterpret_cast<const int8_t*>(tile) + first * kGroup;
       const float* scale = reinterpret_cast<const float*>(tile + W * kGroup) + first;
       const int32_t* sum = reinterpret_cast<const int32_t*>(tile + W * (kGroup + 4)) + first;
       const size_t behind_end = S > 1 && g + groups_ahead >= groups ? step - static_cast<size_t>(groups) * F::bytes : 0;
-#pragma GCC unroll 2
+      KIMI_UNROLL
       for (int s = 0; s < S; ++s) {
         const uint8_t* block = w[s];
         const uint8_t* run = F::run(block, g);
@@ -188,19 +197,19 @@ static inline void tile_product(const uint8_t* const (&w)[S], size_t step, const
           sums.low[i] = iadd(sums.low[i], ishl<shift>(iset(F::halves ? half : whole)));
           if (F::halves) sums.high[i] = iadd(sums.high[i], ishl<shift>(iset(whole - half)));
         };
-#pragma GCC unroll 8
+        KIMI_UNROLL
         for (int i = 0; i < n; ++i) {
           sums.low[i] = sums.high[i] = izero();
           if (biased && !kShortLines<F>) bias(i);
         }
         group_product<F, NT>(run, x, sums);
-#pragma GCC unroll 8
+        KIMI_UNROLL
         for (int i = 0; i < n; ++i)  // sums that begin in 16 bits: until they are widened, the bias would only hold registers
           if (biased && kShortLines<F>) bias(i);
         V ws[kVectors];
-#pragma GCC unroll 2
+        KIMI_UNROLL
         for (int k = 0; k < kVectors; ++k) ws[k] = F::scale(block, g, 0, k * kLanes);
-#pragma GCC unroll 8
+        KIMI_UNROLL
         for (int i = 0; i < n; ++i) {
           const int t = i / kVectors, k = i % kVectors;
           const V xs = vset(scale[t]);
@@ -212,7 +221,7 @@ static inline void tile_product(const uint8_t* const (&w)[S], size_t step, const
         }
       }
     }
-#pragma GCC unroll 8
+    KIMI_UNROLL
     for (int i = 0; i < S * n; ++i) total[i] = vadd(total[i], acc[i]);
   }
   for (int s = 0; s < S; ++s)

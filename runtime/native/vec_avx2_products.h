@@ -1,5 +1,5 @@
-// What products are written over with 16 registers of 256 bits: eight rows a vector, so that eight tokens' sums and a line
-// of weights fit.
+// What products are written over with 16 registers of 256 bits: eight rows a vector, so that a block's two vectors of rows times
+// four tokens, a line of weights, its mask and three products on their way fit.
 using V = __m256;
 using I = __m256i;
 using L = __m256i;
@@ -53,7 +53,12 @@ static constexpr int32_t bias_s8 = 128;
 // Products of small unsigned values may be added up in 16 bits, which saves the widening of each: 16 sums of 2 channels.
 #define KIMI_SHORT_SUMS
 static inline I short_dot(L w, const int8_t* x) { return _mm256_maddubs_epi16(w, four_channels(x)); }
-static inline I short_add(I x, I y) { return _mm256_add_epi16(x, y); }
+// The order of additions is kept from compilers: they would add new products to each other first, for which registers are too few.
+static inline I short_add(I x, I y) {
+  I r = _mm256_add_epi16(x, y);
+  asm("" : "+x"(r));
+  return r;
+}
 static inline I widen_add(I acc, I x) { return _mm256_add_epi32(acc, _mm256_madd_epi16(x, _mm256_set1_epi16(1))); }
 // Two products of at most 127 * 127 fit in int16, so maddubs cannot saturate: 32258 < 32767.
 static inline I dot_u7(I acc, L w, const int8_t* x) { return widen_add(acc, short_dot(w, x)); }

@@ -1,4 +1,5 @@
 // Sixteen floats in plain C++: the oracle that the other vector headers must match bit for bit.
+#define KIMI_ARRAYS  // that is what these vectors are
 struct V { float v[16]; };
 struct I { int32_t v[16]; };
 #define EACH for (int k = 0; k < 16; ++k)

@@ -7,11 +7,13 @@
 // On x86, vpdpbusd.cpp goes with it, so that AVX-VNNI's kernels run on every processor with AVX2.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <utility>
 #include <vector>
+
+#include <unistd.h>
 
 #include "kernels.h"
 #include "vision.h"
@@ -20,7 +22,7 @@ using namespace kimi;
 
 void execute_vpdpbusd();  // vpdpbusd.cpp
 
-// C's library is then all that a cross compiler has to have.
+// For another processor, arm_start.cpp is then all of C's and C++'s libraries.
 void* operator new(size_t n) { return std::malloc(n); }
 void operator delete(void* p) noexcept { std::free(p); }
 void operator delete(void* p, size_t) noexcept { std::free(p); }
@@ -38,17 +40,27 @@ uint64_t digest(const void* data, size_t n) {
   for (size_t i = 0; i < n; ++i) h = (h ^ static_cast<const uint8_t*>(data)[i]) * 1099511628211u;
   return h;
 }
-void say(const Kernels& k, const char* what, const void* data, size_t n) {
-  std::printf("%s %s %016llx\n", k.name, what, static_cast<unsigned long long>(digest(data, n)));
+void print(std::initializer_list<const char*> texts) {  // printf would be more than arm_start.cpp has
+  for (const char* text : texts)
+    if (write(1, text, std::strlen(text)) < 0) __builtin_trap();
+}
+void say(std::initializer_list<const char*> name, const void* data, size_t n) {
+  char hex[17] = {};
+  for (uint64_t h = digest(data, n), i = 16; i-- > 0; h >>= 4) hex[i] = "0123456789abcdef"[h & 15];
+  print(name);
+  print({" ", hex, "\n"});
+}
+void say(const Kernels& k, const char* what, const void* data, size_t n, const char* which = "") {
+  say({k.name, " ", what, which}, data, n);
 }
 template <typename T>
-void say(const VisionKernels& k, const char* what, int size, const std::vector<T>& data) {
-  std::printf("tower:%s %s %d %016llx\n", k.name, what, size, static_cast<unsigned long long>(digest(data.data(), sizeof(T) * data.size())));
+void say(const VisionKernels& k, const char* what, const std::vector<T>& data) {
+  say({"tower:", k.name, " ", what}, data.data(), sizeof(T) * data.size());
 }
 
 void run(const Kernels& k, bool emulated = false) {
   if (!emulated && !k.runs_here()) {
-    std::printf("%s does not run here\n", k.name);
+    print({k.name, " does not run here\n"});
     return;
   }
   state = 1;
@@ -78,15 +90,13 @@ void run(const Kernels& k, bool emulated = false) {
       }
       float out[8 * kRows];
       k.block[form](weights.data(), tile.data(), G, width, out, kRows);
-      char name[40];
-      std::snprintf(name, sizeof name, "%s x%d", names[form], width);
-      say(k, name, out, sizeof(float) * width * kRows);
+      const char tokens[] = {' ', 'x', static_cast<char>('0' + width), '\0'};
+      say(k, names[form], out, sizeof(float) * width * kRows, tokens);
       if (width > 1) continue;
       std::vector<uint8_t> other = weights;  // run after run moved on by one
       std::rotate(other.begin(), other.begin() + sizeof(PanelRun), other.end());
       k.two_blocks[form]({weights.data(), other.data()}, 0, tile.data(), G, {out + kRows, out});
-      std::snprintf(name, sizeof name, "%s two blocks", names[form]);
-      say(k, name, out, sizeof(float) * 2 * kRows);
+      say(k, names[form], out, sizeof(float) * 2 * kRows, " two blocks");
     }
   std::vector<uint8_t> tile(static_cast<size_t>(W) * G * kTokenGroup);
   for (int t = 0; t < W; ++t) k.quantize(x.data() + t * I, G, tile.data(), W, t);
@@ -133,14 +143,14 @@ void run(const VisionKernels& k, const Kernels& same_isa) {
     std::vector<float> x(W), weight(W), bias(W), out(W);
     for (auto* v : {&x, &weight, &bias}) for (float& f : *v) f = draw_float();
     k.layer_norm(x.data(), weight.data(), bias.data(), W, 1e-5f, out.data());
-    say(k, "layer_norm", W, out);
+    say(k, "layer_norm", out);
     for (float& f : x) f *= 6;
     for (bool exact : {false, true}) {
       k.gelu(x.data(), bias.data(), W, exact, out.data());
-      say(k, exact ? "gelu, exact" : "gelu", W, out);
+      say(k, exact ? "gelu, exact" : "gelu", out);
     }
     k.add(x.data(), bias.data(), W, out.data());
-    say(k, "add", W, out);
+    say(k, "add", out);
   }
   constexpr int H = 2;
   for (const auto& [N, K] : {std::pair{300, 72}, {24, 4}, {128, 36}, {401, 128}, {129, 48}}) {
@@ -157,13 +167,13 @@ void run(const VisionKernels& k, const Kernels& same_isa) {
       for (int first = 0; first < N; first += kQueries)
         k.attend(patches, h, first, std::min(kQueries, N - first), out.data() + first * H * K + h * K, H * K);
     }
-    say(k, "q", N, q);
-    say(k, "k", N, key);
-    say(k, "v", N, v);
+    say(k, "q", q);
+    say(k, "k", key);
+    say(k, "v", v);
     q_scale.insert(q_scale.end(), k_scale.begin(), k_scale.end());
     q_scale.insert(q_scale.end(), v_scale.begin(), v_scale.end());
-    say(k, "scales", N, q_scale);
-    say(k, "attend", N, out);
+    say(k, "scales", q_scale);
+    say(k, "attend", out);
   }
 }
 }  // namespace

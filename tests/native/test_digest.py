@@ -32,7 +32,9 @@ ARM = dict.fromkeys(
     ("kernels_scalar.cpp", "kernels_neon.cpp", "vision_scalar.cpp", "vision_neon.cpp"),
     "-mcpu=generic+dotprod",
 )
-# Of the C++ library only headers are used, so that the cross compiler need not build it.
+# Of C's and C++'s libraries only headers are used, so that the cross compiler need not build them; what stands in for C's must not
+# be compiled into calls of itself.
+START = {str(Path(__file__).with_name("arm_start.cpp")): "-ffreestanding -fno-builtin"}
 FOR_ARM = ["-target", "aarch64-linux-musl"]
 HEADERS_ONLY = ["-fno-exceptions", "-fno-rtti", "-D_LIBCPP_VERBOSE_ABORT(...)=__builtin_trap()"]
 
@@ -93,9 +95,9 @@ def test_neon_in_an_emulator_gives_the_bits_of_plain_cpp_here(
     monkeypatch.setenv("ZIG_GLOBAL_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("ZIG_LOCAL_CACHE_DIR", str(tmp_path / "cache"))
     zig = [sys.executable, "-m", "ziglang"]
-    objects = compile_all([*zig, "c++"], [*FOR_ARM, *HEADERS_ONLY], ARM, tmp_path)
+    objects = compile_all([*zig, "c++"], [*FOR_ARM, *HEADERS_ONLY], {**ARM, **START}, tmp_path)
     program = tmp_path / "digest"
-    subprocess.run([*zig, "cc", *FOR_ARM, "-static", *objects, "-o", str(program)], check=True)
+    subprocess.run([*zig, "cc", *FOR_ARM, "-static", "-nostdlib", *objects, "-o", str(program)], check=True)
     there = by_name(run(program).decode())
     assert set(there) == {"scalar", "neon", "tower:scalar", "tower:neon"}
     assert there["neon"] == there["scalar"] == here["scalar"]
