@@ -1,5 +1,5 @@
 // What products are written over with 16 registers of 256 bits: eight rows a vector, so that a block's two vectors of rows times
-// four tokens, a line of weights, its mask and three products on their way fit.
+// four tokens, a line of weights, its mask and four products on their way fit.
 using V = __m256;
 using I = __m256i;
 using L = __m256i;
