@@ -67,9 +67,11 @@ class Product:
             inner = F.QuantState(
                 absmax=parts["outer"], code=parts["code"], blocksize=dense.SCALES, dtype=torch.float32
             )
+            # bitsandbytes' AVX-512 code begins a block with each row. Where blocks cross rows, it is shown a single row.
+            self._crossing = columns if device.type == "cpu" and columns % dense.BLOCK else 0
             self._state = F.QuantState(
                 absmax=parts["scales"],
-                shape=torch.Size((rows, columns)),
+                shape=torch.Size((1, rows * columns) if self._crossing else (rows, columns)),
                 code=F.get_4bit_type("nf4", device=device),
                 blocksize=dense.BLOCK,
                 quant_type="nf4",
@@ -84,6 +86,10 @@ class Product:
         values = self._parts["values"]
         if self.layout == "bf16":
             y_TO = torch.nn.functional.linear(x_TI.bfloat16(), self._weight)
+            return y_TO.float()
+        if self.layout == "nf4" and self._crossing:
+            weight = F.dequantize_4bit(values, self._state).reshape(-1, self._crossing)
+            y_TO = torch.nn.functional.linear(x_TI.bfloat16(), weight)
             return y_TO.float()
         if self.layout == "nf4":
             y_TO = bnb.matmul_4bit(x_TI.bfloat16(), values.t(), quant_state=self._state)
