@@ -46,15 +46,16 @@ enum class Form { q4g32, q8g32, q5g32, i4g32, q4k, q6k, panel, panel_halves, pan
 // One row block times a tile: out[i * stride + row] for its W tokens, 16 floats each.
 using BlockKernel = void (*)(const void* w, const uint8_t* tile, int groups, int W, float* out, size_t stride);
 
-// One token times two row blocks side by side, since memory gives two streams more than one. The blocks that are likely to be
-// next lie `step` bytes behind these.
-using TwoBlockKernel = void (*)(const void* const (&w)[2], size_t step, const uint8_t* tile, int groups, float* const (&out)[2]);
+// One token times n row blocks, at most kMostBlocks, n <= their `next` ones: those that are likely to be multiplied after
+// these. Several go side by side, since memory gives many streams more than one. out[i] has block i's 16 floats.
+constexpr int kMostBlocks = 8;
+using OneTokenKernel = void (*)(const void* const* w, const void* const* next, int n, const uint8_t* tile, int groups, float* const* out);
 
 struct Kernels {
   const char* name;
   bool (*runs_here)();        // the processor and the operating system support it
   BlockKernel block[static_cast<int>(Form::count)];
-  TwoBlockKernel two_blocks[static_cast<int>(Form::count)];
+  OneTokenKernel one_token[static_cast<int>(Form::count)];
   // One token's floats into lane `lane` of a tile of W: scale = absmax / 127, q = nearest even of x / scale; a group with
   // nothing above 1e-30 is zeros.
   void (*quantize)(const float* x, int groups, uint8_t* tile, int W, int lane);

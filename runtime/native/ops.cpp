@@ -19,7 +19,7 @@ const Kernels* const kBestFirst[] = {
 const Kernels* chosen = nullptr;
 std::unique_ptr<Pool> the_pool;
 
-// A task should read about this much, so that claiming it costs nothing beside it, and a single token's row blocks go in pairs.
+// A task should read about this much, so that claiming it costs nothing beside it.
 constexpr size_t kTaskBytes = 40 << 10;
 bool is_float(const Weights& w) { return w.block->elements == 1; }
 int blocks_of(int rows) { return (rows + kRows - 1) / kRows; }
@@ -110,17 +110,52 @@ void row_block(const Weights& w, int b, const Operand& x, float* out, size_t str
   }
 }
 
-// Are two row blocks multiplied at a time? So they are for one token, whose speed is that of memory.
-bool by_two(const Weights& w, const Operand& x) { return x.n == 1 && is_packed(w.block->kind); }
+// Are row blocks multiplied side by side? So they are for one token, whose speed is that of memory.
+bool goes_alone(const Weights& w, const Operand& x) { return x.n == 1 && is_packed(w.block->kind); }
 
-// Row blocks from..to of w times all tokens: out[i * stride + row], counted from the first block's first row.
-void row_blocks(const Weights& w, int from, int to, const Operand& x, float* out, size_t stride) {
-  if (by_two(w, x))
-    for (; from + 2 <= to; from += 2, out += 2 * kRows) {
-      const uint8_t* at = w.data + from * w.stride;
-      kernels().two_blocks[static_cast<int>(w.block->kind)]({at, at + w.stride}, 2 * w.stride, x.tiles, w.columns / kGroup, {out, out + kRows});
+// How many of so many row blocks a task of one token takes: as many as go side by side, if that leaves each thread a few tasks.
+int blocks_of_one(int blocks) {
+  int n = kMostBlocks;
+  while (n > 2 && blocks < 3 * n * pool().n_threads()) n /= 2;
+  return n;
+}
+
+// Row blocks of one token, which go side by side. All are of one shape and layout.
+struct Blocks {
+  const void *these[kMostBlocks], *next[kMostBlocks];
+  float* out[kMostBlocks];
+  int n = 0;
+
+  // Row blocks from..to of w into out; those of `next` from `then` on are likely to come after all that is added.
+  void add(const Weights& w, int from, int to, const Weights& following, int then, float* to_out) {
+    for (; from < to; ++from, ++then, to_out += kRows, ++n) {
+      these[n] = w.data + from * w.stride;
+      next[n] = following.data + then * following.stride;
+      out[n] = to_out;
     }
-  for (; from < to; ++from, out += kRows) row_block(w, from, x, out, stride);
+  }
+  void multiply(const Weights& w, const Operand& x) const {
+    kernels().one_token[static_cast<int>(w.block->kind)](these, next, n, x.tiles, w.columns / kGroup, out);
+  }
+};
+
+// Row blocks from..to of w times all tokens: out[i * stride + row], counted from the first block's first row. After them, those
+// of `following` from `then` on are likely to come.
+void row_blocks(const Weights& w, int from, int to, const Operand& x, float* out, size_t stride, const Weights& following, int then) {
+  if (!goes_alone(w, x)) {
+    for (; from < to; ++from, out += kRows) row_block(w, from, x, out, stride);
+    return;
+  }
+  for (int n; from < to; from += n, out += n * kRows) {
+    n = std::min(kMostBlocks, to - from);
+    Blocks blocks;
+    if (from + n < to) blocks.add(w, from, from + n, w, from + n, out);
+    else blocks.add(w, from, from + n, following, then, out);
+    blocks.multiply(w, x);
+  }
+}
+void row_blocks(const Weights& w, int from, int to, const Operand& x, float* out, size_t stride) {
+  row_blocks(w, from, to, x, out, stride, w, to);
 }
 
 // The same into y [n][stride], trimming the last block; `add` adds to what is there.
@@ -141,10 +176,10 @@ const int32_t* counting(int n) {
   return numbers.data();
 }
 
-// Row blocks of one matrix in steps of about kTaskBytes.
-int blocks_a_task(const Weights& w) {
+// Row blocks of w that a task of T tokens takes, of so many in all.
+int blocks_a_task(const Weights& w, int T, int blocks) {
   const size_t bytes = static_cast<size_t>(w.columns) * kRows * w.block->bytes / w.block->elements;
-  return static_cast<int>(std::max<size_t>(1, kTaskBytes / bytes));
+  return std::max(static_cast<int>(kTaskBytes / bytes), T == 1 ? blocks_of_one(blocks) : 1);
 }
 
 // Matrix h times head h of T tokens. x: head h of token t at t * x_token + h * x_head; y is [T][H][rows].
@@ -162,7 +197,7 @@ void head_products(const std::vector<Weights>& w, const float* x, size_t x_token
     }
   };
   if (tiles) pool().run(H, quantize);
-  const int step = blocks_a_task(w[0]), steps = (B + step - 1) / step;
+  const int step = blocks_a_task(w[0], T, H * B), steps = (B + step - 1) / step;
   pool().run(H * steps, [&](int i, int) {
     const int h = i / steps, from = i % steps * step;
     const Operand operand{tiles ? tiles + h * size : nullptr, T, columns, x + h * x_head, x_token, list};
@@ -210,10 +245,11 @@ void products(const std::vector<Product>& all, const float* x, size_t x_stride, 
   const int columns = all[0].w->columns;
   Operand operand{nullptr, T, columns, x, x_stride, counting(T)};
   std::vector<int> ends;
-  int n_tasks = 0;
+  int n_tasks = 0, n_blocks = 0;
+  for (const Product& p : all) n_blocks += blocks_of(p.w->rows);
   for (const Product& p : all) {
     if (!is_float(*p.w)) operand.tiles = buffer.get(token_bytes(columns) * T);
-    const int step = blocks_a_task(*p.w);
+    const int step = blocks_a_task(*p.w, T, n_blocks);
     ends.push_back(n_tasks += (blocks_of(p.w->rows) + step - 1) / step);
   }
   if (operand.tiles)
@@ -225,7 +261,7 @@ void products(const std::vector<Product>& all, const float* x, size_t x_stride, 
     size_t which = 0;
     while (i >= ends[which]) ++which;
     const Product& p = all[which];
-    const int step = blocks_a_task(*p.w), from = (i - (which ? ends[which - 1] : 0)) * step;
+    const int step = blocks_a_task(*p.w, T, n_blocks), from = (i - (which ? ends[which - 1] : 0)) * step;
     row_blocks_into(*p.w, from, std::min(from + step, blocks_of(p.w->rows)), operand, p.y, p.stride, p.add);
   });
 }
@@ -339,17 +375,17 @@ std::vector<Job> jobs_of(const Mlp& mlp, const int32_t* experts, const int32_t* 
   return jobs;
 }
 
-// Row blocks b and b + 1 of gate and up: [n][32] each.
-void gate_and_up(const Job& job, int b, float* gate, float* up) {
+// Row blocks from..to of gate and up, at most half of kMostBlocks: [n][16 * (to - from)] each.
+void gate_and_up(const Job& job, int from, int to, float* gate, float* up) {
   const Weights &g = *job.gate, &u = *job.up;
-  if (by_two(g, job.in) && u.block == g.block) {
-    for (int half = 0; half < 2; ++half, ++b, gate += kRows, up += kRows)
-      kernels().two_blocks[static_cast<int>(g.block->kind)]({g.data + b * g.stride, u.data + b * u.stride}, g.stride,
-                                                            job.in.tiles, g.columns / kGroup, {gate, up});
-    return;
+  if (goes_alone(g, job.in) && u.block == g.block) {
+    Blocks blocks;
+    blocks.add(g, from, to, g, to, gate);
+    blocks.add(u, from, to, u, to, up);
+    return blocks.multiply(g, job.in);
   }
-  row_blocks(g, b, b + 2, job.in, gate, kGroup);
-  row_blocks(u, b, b + 2, job.in, up, kGroup);
+  row_blocks(g, from, to, job.in, gate, (to - from) * kRows);
+  row_blocks(u, from, to, job.in, up, (to - from) * kRows);
 }
 
 // The first half of all jobs: hidden values, quantized unless a down matrix is stored as floats.
@@ -358,8 +394,11 @@ void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
   static Buffer<float> hidden_floats;
   const size_t in_bytes = token_bytes(D);
   bool wanted = false;
-  size_t n_slots = 0, n_floats = 0, n_tiles = 0, most = 0;
-  std::vector<std::pair<int, int>> tasks;  // job, group of 32 hidden channels
+  size_t n_slots = 0, n_floats = 0, n_tiles = 0, most = 0, n_blocks = 0;
+  for (const Job& job : jobs) n_blocks += 2 * static_cast<size_t>(blocks_of(job.gate->rows));
+  struct Task { int job, group, n; };  // n groups of 32 hidden channels: two row blocks of gate and two of up each
+  std::vector<Task> tasks;
+  const int together = std::max(1, blocks_of_one(static_cast<int>(n_blocks)) / 4);
   for (size_t j = 0; j < jobs.size(); ++j) {
     const size_t n = jobs[j].tokens.size(), F = jobs[j].gate->rows;
     wanted |= !is_float(*jobs[j].gate);
@@ -367,7 +406,8 @@ void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
     most = std::max(most, n);
     n_floats += is_float(*jobs[j].down) ? n * F : 0;
     n_tiles += is_float(*jobs[j].down) ? 0 : n * token_bytes(static_cast<int>(F));
-    for (size_t g = 0; g < F / kGroup; ++g) tasks.emplace_back(static_cast<int>(j), static_cast<int>(g));
+    const int groups = static_cast<int>(F / kGroup), step = n == 1 ? together : 1;
+    for (int g = 0; g < groups; g += step) tasks.push_back({static_cast<int>(j), g, std::min(step, groups - g)});
   }
   const int32_t* numbers = counting(static_cast<int>(most));
   uint8_t* in_at = wanted ? gathered.get(n_slots * in_bytes) : nullptr;
@@ -397,33 +437,39 @@ void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
       pool().run(static_cast<int>(jobs.size()), collect);
     }
   }
-  // Gate, up, silu and the hidden values' own quantization, 32 hidden channels at a time.
+  // Gate, up, silu and the hidden values' own quantization.
   pool().run(static_cast<int>(tasks.size()), [&](int i, int) {
-    const auto [j, g] = tasks[i];
+    const auto [j, g, groups] = tasks[i];
     const Job& job = jobs[j];
-    const int n = job.in.n, F = job.gate->rows;
-    float* gate = scratch.out.get(static_cast<size_t>(n) * kGroup);
-    float* up = scratch.more.get(static_cast<size_t>(n) * kGroup);
-    gate_and_up(job, 2 * g, gate, up);
-    kernels().silu_mul(gate, up, n * kGroup, gate);
+    const int n = job.in.n, F = job.gate->rows, width = groups * kGroup;
+    float* gate = scratch.out.get(static_cast<size_t>(n) * width);
+    float* up = scratch.more.get(static_cast<size_t>(n) * width);
+    gate_and_up(job, 2 * g, 2 * (g + groups), gate, up);
+    kernels().silu_mul(gate, up, n * width, gate);
     if (job.hidden.x) {
       float* to = const_cast<float*>(job.hidden.x) + g * kGroup;
-      for (int t = 0; t < n; ++t) std::memcpy(to + static_cast<size_t>(t) * F, gate + t * kGroup, 4 * kGroup);
+      for (int t = 0; t < n; ++t) std::memcpy(to + static_cast<size_t>(t) * F, gate + t * width, sizeof(float) * width);
       return;
     }
     for (int first = 0, W; first < n; first += W) {
       W = tile_width(n, first);
       uint8_t* tile = const_cast<uint8_t*>(job.hidden.tiles) + first * token_bytes(F) + static_cast<size_t>(g) * W * kTokenGroup;
-      for (int lane = 0; lane < W; ++lane) kernels().quantize(gate + (first + lane) * kGroup, 1, tile, W, lane);
+      for (int lane = 0; lane < W; ++lane) kernels().quantize(gate + (first + lane) * width, groups, tile, W, lane);
     }
   });
 }
 
-// Calls task(from, to) for all row blocks of down: pairs where an expert may have a single token, else one by one.
+// Calls task(from, to) for all row blocks of down: several where an expert may have a single token, else one by one.
 template <typename Task>
 void each_down(int D, int T, const Task& task) {
-  const int step = T < 64 ? 2 : 1, blocks = blocks_of(D);
+  const int blocks = blocks_of(D), step = T == 1 ? blocks_of_one(blocks) : T < 64 ? 2 : 1;
   pool().run((blocks + step - 1) / step, [&](int i, int) { task(i * step, std::min((i + 1) * step, blocks)); });
+}
+
+// Row blocks from..to of a job's down times its hidden values. A task takes them from one job after the other.
+void down(const std::vector<Job>& jobs, size_t j, int from, int to, float* out, size_t stride) {
+  const bool last = j + 1 == jobs.size();
+  row_blocks(*jobs[j].down, from, to, jobs[j].hidden, out, stride, *jobs[last ? 0 : j + 1].down, last ? to : from);
 }
 
 }  // namespace
@@ -441,9 +487,10 @@ void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A,
     const int padded = (to - from) * kRows, rows = std::min(padded, D - from * kRows);
     float* sum = scratch.more.get(static_cast<size_t>(T) * padded);
     std::fill_n(sum, static_cast<size_t>(T) * padded, 0.0f);
-    for (const Job& job : jobs) {
+    for (size_t j = 0; j < jobs.size(); ++j) {
+      const Job& job = jobs[j];
       float* part = scratch.out.get(static_cast<size_t>(job.hidden.n) * padded);
-      row_blocks(*job.down, from, to, job.hidden, part, padded);
+      down(jobs, j, from, to, part, padded);
       for (int i = 0; i < job.hidden.n; ++i)
         kernels().axpy(job.slots.empty() ? 1.0f : weights[job.slots[i]], part + static_cast<size_t>(i) * padded, padded,
                        sum + static_cast<size_t>(job.tokens[i]) * padded);
@@ -459,9 +506,10 @@ void expert_outputs(const Mlp& mlp, const int32_t* experts, const int32_t* token
   run_hidden(jobs, x, T, D);
   each_down(D, T, [&](int from, int to) {
     const int padded = (to - from) * kRows, rows = std::min(padded, D - from * kRows);
-    for (const Job& job : jobs) {
+    for (size_t j = 0; j < jobs.size(); ++j) {
+      const Job& job = jobs[j];
       float* part = scratch.out.get(static_cast<size_t>(job.hidden.n) * padded);
-      row_blocks(*job.down, from, to, job.hidden, part, padded);
+      down(jobs, j, from, to, part, padded);
       for (int i = 0; i < job.hidden.n; ++i)
         std::memcpy(y + static_cast<size_t>(job.slots[i]) * D + from * kRows, part + static_cast<size_t>(i) * padded, sizeof(float) * rows);
     }

@@ -100,10 +100,9 @@ struct Panel : Q8 {
 constexpr int kLanes = sizeof(V) / sizeof(float);  // rows that a vector holds
 constexpr int kVectors = kRows / kLanes;           // vectors that hold a block's rows
 
-// Weights are asked for this many bytes ahead, across the ends of pages, where the processor's own prefetching stops: a
-// single token's into the first cache, those of several into the second. Measured on Zen 3, Zen 4 and Emerald Rapids. (Past
-// the outer caches, as weights that are used once might be brought, is half as fast on Intel and no faster elsewhere.)
-constexpr int kAhead = 4096, kAheadOfOne = 1024;
+// Weights of several tokens are asked for this many bytes ahead, into the second cache and across the ends of pages, where the
+// processor's own prefetching stops; those of one by kAheadOfOne, into the cache kLevelOfOne (3 is the first, 2 the second).
+constexpr int kAhead = 4096;
 
 template <class F>
 static inline I dot_line(I acc, L w, const int8_t* x) {
@@ -165,15 +164,15 @@ KIMI_INLINE void group_product(const uint8_t* run, const int8_t* x, Integers<NT>
   line_product<F, NT, 7>(run, x, sums);
 }
 
-// NT tokens of a tile of W, from lane `first` on, times S row blocks side by side. Of several blocks, each goes on `step` bytes
-// behind its beginning.
-template <class F, int NT, int W, int S = 1>
-static inline void tile_product(const uint8_t* const (&w)[S], size_t step, const uint8_t* tile, int first, int groups,
-                                float* const (&out)[S], size_t stride) {
+// NT tokens of a tile of W, from lane `first` on, times S row blocks side by side; when the end of one is near, its `next` is
+// asked for.
+template <class F, int NT, int W, int S>
+static inline void tile_product(const uint8_t* const (&w)[S], const uint8_t* const (&next)[S], const uint8_t* tile, int first,
+                                int groups, float* const (&out)[S], size_t stride) {
   constexpr int n = Integers<NT>::n;
   constexpr bool biased = F::is_signed ? bias_s8 != 0 && !F::positive : F::shift >= 0;
   constexpr int shift = F::shift >= 0 ? F::shift : 0;
-  constexpr int groups_ahead = (NT == 1 ? kAheadOfOne : kAhead) / F::bytes + 1;
+  constexpr int groups_ahead = (NT == 1 ? kAheadOfOne : kAhead) / F::bytes + 1, level = NT == 1 ? kLevelOfOne : 2;
   V total[S * n], acc[S * n];  // over finished chunks, and inside the present one
   for (int i = 0; i < S * n; ++i) total[i] = vset(0.0f);
   for (int g = 0; g < groups;) {
@@ -184,13 +183,15 @@ static inline void tile_product(const uint8_t* const (&w)[S], size_t step, const
       const int8_t* x = reinterpret_cast<const int8_t*>(tile) + first * kGroup;
       const float* scale = reinterpret_cast<const float*>(tile + W * kGroup) + first;
       const int32_t* sum = reinterpret_cast<const int32_t*>(tile + W * (kGroup + 4)) + first;
-      const size_t behind_end = S > 1 && g + groups_ahead >= groups ? step - static_cast<size_t>(groups) * F::bytes : 0;
+      const bool near_end = g + groups_ahead >= groups;
       KIMI_UNROLL
       for (int s = 0; s < S; ++s) {
         const uint8_t* block = w[s];
         const uint8_t* run = F::run(block, g);
-        if (first == 0)
-          for (int line = 0; line < F::bytes; line += 64) __builtin_prefetch(run + groups_ahead * F::bytes + behind_end + line, 0, NT == 1 ? 3 : 2);
+        if (first == 0) {
+          const uint8_t* ahead = near_end ? next[s] + (g + groups_ahead - groups) * F::bytes : run + groups_ahead * F::bytes;
+          for (int line = 0; line < F::bytes; line += 64) __builtin_prefetch(ahead + line, 0, level);
+        }
         Integers<NT> sums;
         auto bias = [&](int i) {  // sums hold -8 times the activations'
           const int32_t whole = sum[i / kVectors], half = sum[W + i / kVectors];
@@ -232,16 +233,29 @@ static inline void tile_product(const uint8_t* const (&w)[S], size_t step, const
 template <class F>
 static void block(const void* w, const uint8_t* tile, int groups, int W, float* out, size_t stride) {
   const auto* run = static_cast<const uint8_t*>(w);  // the row block's first
+  const uint8_t* next = run + static_cast<size_t>(groups) * F::bytes;
   if (W == 8)
     for (int first = 0; first < 8; first += kBatch)
-      tile_product<F, kBatch, 8>({run}, 0, tile, first, groups, {out + first * stride}, stride);
-  else if (W == 4) tile_product<F, 4, 4>({run}, 0, tile, 0, groups, {out}, stride);
-  else if (W == 2) tile_product<F, 2, 2>({run}, 0, tile, 0, groups, {out}, stride);
-  else tile_product<F, 1, 1>({run}, 0, tile, 0, groups, {out}, stride);
+      tile_product<F, kBatch, 8, 1>({run}, {next}, tile, first, groups, {out + first * stride}, stride);
+  else if (W == 4) tile_product<F, 4, 4, 1>({run}, {next}, tile, 0, groups, {out}, stride);
+  else if (W == 2) tile_product<F, 2, 2, 1>({run}, {next}, tile, 0, groups, {out}, stride);
+  else tile_product<F, 1, 1, 1>({run}, {next}, tile, 0, groups, {out}, stride);
 }
 
-template <class F>
-static void two_blocks(const void* const (&w)[2], size_t step, const uint8_t* tile, int groups, float* const (&out)[2]) {
-  const uint8_t* const runs[2] = {static_cast<const uint8_t*>(w[0]), static_cast<const uint8_t*>(w[1])};
-  tile_product<F, 1, 1, 2>(runs, step, tile, 0, groups, out, 0);
+// S at a time, then what is left by halves of S. What follows a block is the one S further on, of `w` and then of `next`.
+template <class F, int S = kStreams>
+static void one_token(const void* const* w, const void* const* next, int n, const uint8_t* tile, int groups, float* const* out) {
+  int i = 0;
+  for (; i + S <= n; i += S) {
+    const uint8_t *these[S], *following[S];
+    float* to[S];
+    for (int s = 0; s < S; ++s) {
+      these[s] = static_cast<const uint8_t*>(w[i + s]);
+      following[s] = static_cast<const uint8_t*>(i + S + s < n ? w[i + S + s] : next[i + S + s - n]);
+      to[s] = out[i + s];
+    }
+    tile_product<F, 1, 1, S>(these, following, tile, 0, groups, to, 0);
+  }
+  if constexpr (S > 1)
+    if (i < n) one_token<F, S / 2>(w + i, next, n - i, tile, groups, out + i);
 }

@@ -95,8 +95,16 @@ void run(const Kernels& k, bool emulated = false) {
       if (width > 1) continue;
       std::vector<uint8_t> other = weights;  // run after run moved on by one
       std::rotate(other.begin(), other.begin() + sizeof(PanelRun), other.end());
-      k.two_blocks[form]({weights.data(), other.data()}, 0, tile.data(), G, {out + kRows, out});
-      say(k, names[form], out, sizeof(float) * 2 * kRows, " two blocks");
+      const void* blocks[kMostBlocks];
+      float* to[kMostBlocks];
+      for (int i = 0; i < kMostBlocks; ++i) {
+        blocks[i] = i % 3 ? other.data() : weights.data();
+        to[i] = out + (kMostBlocks - 1 - i) * kRows;
+      }
+      for (int n : {kMostBlocks - 1, kMostBlocks}) {
+        k.one_token[form](blocks, blocks, n, tile.data(), G, to);
+        say(k, names[form], out + (kMostBlocks - n) * kRows, sizeof(float) * n * kRows, " side by side");
+      }
     }
   std::vector<uint8_t> tile(static_cast<size_t>(W) * G * kTokenGroup);
   for (int t = 0; t < W; ++t) k.quantize(x.data() + t * I, G, tile.data(), W, t);

@@ -61,7 +61,8 @@ def prompt(seed: int, n: int) -> list[int]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_nf4_stands_for_what_bitsandbytes_decodes(shape: tuple[int, int]) -> None:
     w_OI = normal(1, *shape) * np.float32(0.03)
-    values, state = bitsandbytes.functional.quantize_4bit(  # as one row: its AVX-512 code begins a block with each
+    # As one row, for bitsandbytes' AVX-512 code begins a block with each.
+    values, state = bitsandbytes.functional.quantize_4bit(
         torch.from_numpy(w_OI).reshape(1, -1), quant_type="nf4", compress_statistics=True
     )
     theirs_OI = bitsandbytes.functional.dequantize_4bit(values, state).numpy().reshape(shape)
