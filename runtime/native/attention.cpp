@@ -81,12 +81,14 @@ struct OneToken {
   int row_blocks() const { return (n + kRows - 1) / kRows; }
   void compare(int from, int to) const {  // row blocks of 16 positions
     const int row_groups = cache->row_groups();
-    const BlockKernel kernel = kernels().block[static_cast<int>(Form::q8g32)];
-    for (int b = from; b < to; ++b)
+    for (int n; from < to; from += n) {
+      n = std::min(kPair, to - from);
+      const uint8_t* rows = cache->rows + from * cache->rows_stride();
       tiles([&](int first, int W) {
-        kernel(cache->rows + b * cache->rows_stride(), queries + first * token_bytes(row_groups * kGroup), row_groups, W,
-               score + first * stride + b * kRows, stride);
+        kernels().side_by_side(Form::q8g32, rows, cache->rows_stride(), n, queries + first * token_bytes(row_groups * kGroup), row_groups,
+                               W, score + first * stride + from * kRows, stride);
       });
+    }
   }
   void weigh(int h, float scale) const {
     float* s = score + h * stride;
@@ -116,18 +118,19 @@ struct OneToken {
     for (int half = 0; half < 2; ++half) sum_block(2 * pair + half, turned + half * kQ8Run, u);
   }
   void sum_block(int b, const uint8_t* turned, float* u) const {
-    const BlockKernel product = kernels().block[static_cast<int>(Form::q8g32_positive)];
-    const BlockKernel with_signs = kernels().block[static_cast<int>(Form::q8g32)];
+    const auto product = [](Form form, const uint8_t* w, const uint8_t* tile, int n_groups, int W, float* out) {
+      kernels().side_by_side(form, w, 0, 1, tile, n_groups, W, out, kRows);
+    };
     const uint8_t* columns = cache->columns + b * cache->columns_stride();
     tiles([&](int first, int W) {
       float parts[4][kTile * kRows] = {};
       if (groups) {
-        product(columns, weights + static_cast<size_t>(first) * kTokenGroup * groups, groups, W, parts[0], kRows);
-        with_signs(columns, rest + first * kTokenGroup, 1, W, parts[1], kRows);
+        product(Form::q8g32_positive, columns, weights + static_cast<size_t>(first) * kTokenGroup * groups, groups, W, parts[0]);
+        product(Form::q8g32, columns, rest + first * kTokenGroup, 1, W, parts[1]);
       }
       if (own) {
-        product(turned, last + first * kTokenGroup, 1, W, parts[2], kRows);
-        with_signs(turned, last_rest + first * kTokenGroup, 1, W, parts[3], kRows);
+        product(Form::q8g32_positive, turned, last + first * kTokenGroup, 1, W, parts[2]);
+        product(Form::q8g32, turned, last_rest + first * kTokenGroup, 1, W, parts[3]);
       }
       for (int i = 0; i < W; ++i)
         for (int r = 0; r < kRows; ++r) {

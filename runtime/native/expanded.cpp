@@ -112,10 +112,10 @@ void attend(const Expanded& e, int h, const float* q, size_t q_stride, const flo
     std::memcpy(row + e.N, qr + i * qr_stride, sizeof(float) * e.R);
     kernels().quantize(row, width / kGroup, query, W, i);
   }
-  const BlockKernel with_signs = kernels().block[static_cast<int>(Form::q8g32)];
-  const BlockKernel positive = kernels().block[static_cast<int>(Form::q8g32_positive)];
-  for (int b = 0; b * kRows < position + W; ++b)
-    with_signs(keys + b * e.key_stride(), query, e.key_groups(), W, score + b * kRows, stride);
+  const int seen = (position + W + kRows - 1) / kRows;  // row blocks of keys
+  for (int b = 0; b < seen; b += kPair)
+    kernels().side_by_side(Form::q8g32, keys + b * e.key_stride(), e.key_stride(), std::min(kPair, seen - b), query, e.key_groups(), W,
+                           score + b * kRows, stride);
   // Sinks and neighbours dwarf the rest of their group, so those two groups have a second int8 digit, behind the others.
   const int twice[2] = {0, own}, n_twice = own ? 2 : 1;
   float inverse[kTile], lost[kGroup];
@@ -132,9 +132,10 @@ void attend(const Expanded& e, int h, const float* q, size_t q_stride, const flo
   for (int b = 0; b < e.V / kRows; ++b) {
     const uint8_t* rows = values + b * e.value_stride();
     float parts[3][kTile * kRows] = {};
-    positive(rows, weights, groups, W, parts[0], kRows);
+    kernels().side_by_side(Form::q8g32_positive, rows, 0, 1, weights, groups, W, parts[0], kRows);
     for (int d = 0; d < n_twice; ++d)
-      with_signs(rows + static_cast<size_t>(twice[d]) * kQ8Run, weights + tile * (groups + d), 1, W, parts[1 + d], kRows);
+      kernels().side_by_side(Form::q8g32, rows + static_cast<size_t>(twice[d]) * kQ8Run, 0, 1, weights + tile * (groups + d), 1, W,
+                             parts[1 + d], kRows);
     for (int i = 0; i < W; ++i)
       for (int r = 0; r < kRows; ++r) {
         const int k = i * kRows + r;

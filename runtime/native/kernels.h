@@ -43,19 +43,18 @@ constexpr int kTokenGroup = 32 + 4 + 4 + 4;  // bytes of one token's group
 // The layouts, the three kinds of panels, and q8g32 times activations of which none is negative.
 enum class Form { q4g32, q8g32, q5g32, i4g32, q4k, q6k, panel, panel_halves, panel_offsets, q8g32_positive, count };
 
-// One row block times a tile: out[i * stride + row] for its W tokens, 16 floats each.
-using BlockKernel = void (*)(const void* w, const uint8_t* tile, int groups, int W, float* out, size_t stride);
-
-// One token times n row blocks, at most kMostBlocks, n <= their `next` ones: those that are likely to be multiplied after
-// these. Several go side by side, since memory gives many streams more than one. out[i] has block i's 16 floats.
-constexpr int kMostBlocks = 8;
-using OneTokenKernel = void (*)(const void* const* w, const void* const* next, int n, const uint8_t* tile, int groups, float* const* out);
+// n row blocks times a tile of W tokens: token t's 16 floats of block i to out[i] + t * stride. Several go side by side for a few
+// tokens, because they share what is read of the tile, and because memory gives many streams more than one. `next` are n blocks
+// that are likely to be multiplied after these.
+using BlocksKernel = void (*)(const void* const* w, const void* const* next, int n, const uint8_t* tile, int groups, int W,
+                              float* const* out, size_t stride);
+constexpr int kMostBlocks = 8;  // that any kernel takes side by side: of one token
+constexpr int kPair = 2;        // of several tokens
 
 struct Kernels {
   const char* name;
   bool (*runs_here)();        // the processor and the operating system support it
-  BlockKernel block[static_cast<int>(Form::count)];
-  OneTokenKernel one_token[static_cast<int>(Form::count)];
+  BlocksKernel blocks[static_cast<int>(Form::count)];
   // One token's floats into lane `lane` of a tile of W: scale = absmax / 127, q = nearest even of x / scale; a group with
   // nothing above 1e-30 is zeros.
   void (*quantize)(const float* x, int groups, uint8_t* tile, int W, int lane);
@@ -78,6 +77,15 @@ struct Kernels {
   // channel block b becomes one q8g32 run of 16 channels by 32 positions at out + b * out_stride, with scales of 1. Position
   // i's own scale is scale[i], absmax / 127; of the 32, those past n are 0.
   void (*turn_values)(const float* x, size_t stride, int n, int V, uint8_t* out, size_t out_stride, float* scale);
+
+  // `blocks` for n neighbours, at most kPair, `block_stride` bytes apart, whose floats are neighbours too.
+  void side_by_side(Form form, const uint8_t* w, size_t block_stride, int n, const uint8_t* tile, int groups, int W, float* out,
+                    size_t stride) const {
+    const void *these[kPair], *next[kPair];
+    float* to[kPair];
+    for (int i = 0; i < n; ++i) these[i] = w + i * block_stride, next[i] = w + (i + n) * block_stride, to[i] = out + i * kRows;
+    blocks[static_cast<int>(form)](these, next, n, tile, groups, W, to, stride);
+  }
 };
 
 extern const Kernels kScalar;

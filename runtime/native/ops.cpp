@@ -70,16 +70,32 @@ struct Scratch {  // per thread
 };
 thread_local Scratch scratch;
 
-void multiply(Form form, const void* w, const Operand& x, float* out, size_t stride) {
-  const BlockKernel kernel = kernels().block[static_cast<int>(form)];
-  const size_t size = token_bytes(x.columns);
-  for (int first = 0, W; first < x.n; first += W) {
-    W = tile_width(x.n, first);
-    kernel(w, x.tiles + first * size, x.columns / kGroup, W, out + first * stride, stride);
-  }
-}
+// Row blocks of one shape and layout, which are multiplied side by side.
+struct Blocks {
+  const void *these[kMostBlocks], *next[kMostBlocks];
+  float* out[kMostBlocks];
+  int n = 0;
 
-// Row block b of w times all tokens: out[i * stride + row].
+  // Row blocks from..to of w into out; those of `following` from `then` on are likely to come after all that is added.
+  void add(const Weights& w, int from, int to, const Weights& following, int then, float* to_out) {
+    for (; from < to; ++from, ++then, to_out += kRows) add(w.data + from * w.stride, following.data + then * following.stride, to_out);
+  }
+  void add(const void* block, const void* following, float* to_out) {
+    these[n] = block, next[n] = following, out[n] = to_out;
+    ++n;
+  }
+  void multiply(Form form, const Operand& x, size_t stride) const {
+    const size_t size = token_bytes(x.columns);
+    for (int first = 0, W; first < x.n; first += W) {
+      W = tile_width(x.n, first);
+      float* to[kMostBlocks];
+      for (int i = 0; i < n; ++i) to[i] = out[i] + first * stride;
+      kernels().blocks[static_cast<int>(form)](these, next, n, x.tiles + first * size, x.columns / kGroup, W, to, stride);
+    }
+  }
+};
+
+// Row block b of w, whose layout is not packed, times all tokens: out[i * stride + row].
 void row_block(const Weights& w, int b, const Operand& x, float* out, size_t stride) {
   switch (w.block->kind) {
     case Kind::F32:
@@ -100,58 +116,38 @@ void row_block(const Weights& w, int b, const Operand& x, float* out, size_t str
       return;
     }
     default: {
-      if (is_packed(w.block->kind))  // Kind and Form list the packed layouts in one order
-        return multiply(static_cast<Form>(w.block->kind), w.data + b * w.stride, x, out, stride);
       PanelRun* panel = scratch.panel.get(w.columns / kGroup);
       decode_panel(*w.block, w.data, w.rows, w.columns, b * kRows, panel);
       const Form form = w.block->halves ? Form::panel_halves : w.block->offsets ? Form::panel_offsets : Form::panel;
-      return multiply(form, panel, x, out, stride);
+      Blocks blocks;
+      blocks.add(panel, panel, out);
+      blocks.multiply(form, x, stride);
     }
   }
 }
-
-// Are row blocks multiplied side by side? So they are for one token, whose speed is that of memory.
-bool goes_alone(const Weights& w, const Operand& x) { return x.n == 1 && is_packed(w.block->kind); }
 
 // How many of so many row blocks a task of one token takes: as many as go side by side, if that leaves each thread a few tasks.
 int blocks_of_one(int blocks) {
   int n = kMostBlocks;
-  while (n > 2 && blocks < 3 * n * pool().n_threads()) n /= 2;
+  while (n > kPair && blocks < 3 * n * pool().n_threads()) n /= 2;
   return n;
 }
 
-// Row blocks of one token, which go side by side. All are of one shape and layout.
-struct Blocks {
-  const void *these[kMostBlocks], *next[kMostBlocks];
-  float* out[kMostBlocks];
-  int n = 0;
-
-  // Row blocks from..to of w into out; those of `next` from `then` on are likely to come after all that is added.
-  void add(const Weights& w, int from, int to, const Weights& following, int then, float* to_out) {
-    for (; from < to; ++from, ++then, to_out += kRows, ++n) {
-      these[n] = w.data + from * w.stride;
-      next[n] = following.data + then * following.stride;
-      out[n] = to_out;
-    }
-  }
-  void multiply(const Weights& w, const Operand& x) const {
-    kernels().one_token[static_cast<int>(w.block->kind)](these, next, n, x.tiles, w.columns / kGroup, out);
-  }
-};
+Form packed_form(const Weights& w) { return static_cast<Form>(w.block->kind); }  // Kind and Form list them in one order
 
 // Row blocks from..to of w times all tokens: out[i * stride + row], counted from the first block's first row. After them, those
 // of `following` from `then` on are likely to come.
 void row_blocks(const Weights& w, int from, int to, const Operand& x, float* out, size_t stride, const Weights& following, int then) {
-  if (!goes_alone(w, x)) {
-    for (; from < to; ++from, out += kRows) row_block(w, from, x, out, stride);
-    return;
-  }
-  for (int n; from < to; from += n, out += n * kRows) {
-    n = std::min(kMostBlocks, to - from);
+  for (int n = 1; from < to; from += n, out += n * kRows) {
+    if (!is_packed(w.block->kind)) {
+      row_block(w, from, x, out, stride);
+      continue;
+    }
+    n = std::min(x.n == 1 ? kMostBlocks : kPair, to - from);
     Blocks blocks;
     if (from + n < to) blocks.add(w, from, from + n, w, from + n, out);
     else blocks.add(w, from, from + n, following, then, out);
-    blocks.multiply(w, x);
+    blocks.multiply(packed_form(w), x, stride);
   }
 }
 void row_blocks(const Weights& w, int from, int to, const Operand& x, float* out, size_t stride) {
@@ -179,7 +175,7 @@ const int32_t* counting(int n) {
 // Row blocks of w that a task of T tokens takes, of so many in all.
 int blocks_a_task(const Weights& w, int T, int blocks) {
   const size_t bytes = static_cast<size_t>(w.columns) * kRows * w.block->bytes / w.block->elements;
-  return std::max(static_cast<int>(kTaskBytes / bytes), T == 1 ? blocks_of_one(blocks) : 1);
+  return std::max(static_cast<int>(kTaskBytes / bytes), T == 1 ? blocks_of_one(blocks) : kPair);
 }
 
 // Matrix h times head h of T tokens. x: head h of token t at t * x_token + h * x_head; y is [T][H][rows].
@@ -378,11 +374,11 @@ std::vector<Job> jobs_of(const Mlp& mlp, const int32_t* experts, const int32_t* 
 // Row blocks from..to of gate and up, at most half of kMostBlocks: [n][16 * (to - from)] each.
 void gate_and_up(const Job& job, int from, int to, float* gate, float* up) {
   const Weights &g = *job.gate, &u = *job.up;
-  if (goes_alone(g, job.in) && u.block == g.block) {
+  if (job.in.n == 1 && is_packed(g.block->kind) && u.block == g.block) {
     Blocks blocks;
     blocks.add(g, from, to, g, to, gate);
     blocks.add(u, from, to, u, to, up);
-    return blocks.multiply(g, job.in);
+    return blocks.multiply(packed_form(g), job.in, 0);
   }
   row_blocks(g, from, to, job.in, gate, (to - from) * kRows);
   row_blocks(u, from, to, job.in, up, (to - from) * kRows);
@@ -459,10 +455,10 @@ void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
   });
 }
 
-// Calls task(from, to) for all row blocks of down: several where an expert may have a single token, else one by one.
+// Calls task(from, to) for all row blocks of down, several at a time.
 template <typename Task>
 void each_down(int D, int T, const Task& task) {
-  const int blocks = blocks_of(D), step = T == 1 ? blocks_of_one(blocks) : T < 64 ? 2 : 1;
+  const int blocks = blocks_of(D), step = T == 1 ? blocks_of_one(blocks) : kPair;
   pool().run((blocks + step - 1) / step, [&](int i, int) { task(i * step, std::min((i + 1) * step, blocks)); });
 }
 

@@ -121,141 +121,147 @@ template <class F>
 constexpr int kShortLines = 0;
 #endif
 
-// A group's integer sums for NT tokens, token t's k-th vector of rows being number t * kVectors + k: of channels 0-15 in low
-// and 16-31 in high where halves have scales of their own; one token's even and odd lines, so that its products do not wait
-// for each other; else all in low.
-template <int NT>
+// A group's integer sums for NT tokens and S row blocks, token t's k-th vector of rows being number t * vectors + k: of channels
+// 0-15 in low and 16-31 in high where halves have scales of their own; of even and odd lines where there are so few that products
+// would wait for each other; else all in low.
+template <int NT, int S>
 struct Integers {
-  static constexpr int n = NT * kVectors;
+  static constexpr int vectors = S * kVectors, n = NT * vectors;
   I low[n], high[n], part[n];
 };
+template <class F, int NT, int S>
+constexpr bool in_turn = !F::halves && kShortLines<F> == 0 && NT * S <= 2;
 
-// Line j times NT tokens. All rows of the block meet a token's four channels at once, which are broadcast once for them.
-template <class F, int NT, int j>
-KIMI_INLINE void line_product(const uint8_t* run, const int8_t* x, Integers<NT>& sums) {
-  constexpr bool in_high = F::halves ? j >= 4 : kShortLines<F> == 0 && NT == 1 && j % 2;
-  L w[kVectors];
+// Line j of S row blocks times NT tokens. All rows meet a token's four channels at once, which are broadcast once for them.
+template <class F, int NT, int S, int j>
+KIMI_INLINE void line_product(const uint8_t* const (&run)[S], const int8_t* x, Integers<NT, S>& sums) {
+  constexpr bool in_high = F::halves ? j >= 4 : in_turn<F, NT, S> && j % 2;
+  constexpr int vectors = sums.vectors;
+  L w[vectors];
   KIMI_UNROLL
-  for (int k = 0; k < kVectors; ++k) w[k] = F::template line<j>(run, k * kLanes);
+  for (int k = 0; k < vectors; ++k) w[k] = F::template line<j>(run[k / kVectors], k % kVectors * kLanes);
   KIMI_UNROLL
   for (int i = 0; i < sums.n; ++i) {
-    const int8_t* at = x + i / kVectors * kGroup + 4 * j;
+    const int8_t* at = x + i / vectors * kGroup + 4 * j;
     I& sum = in_high ? sums.high[i] : sums.low[i];
 #ifdef KIMI_SHORT_SUMS
     if constexpr (kShortLines<F> > 0) {
-      const I dot = short_dot(w[i % kVectors], at);
+      const I dot = short_dot(w[i % vectors], at);
       sums.part[i] = j % kShortLines<F> ? short_add(sums.part[i], dot) : dot;
       if (j % kShortLines<F> == kShortLines<F> - 1) sum = widen_add(sum, sums.part[i]);
     } else
 #endif
-      sum = dot_line<F>(sum, w[i % kVectors], at);
+      sum = dot_line<F>(sum, w[i % vectors], at);
   }
 }
 
-template <class F, int NT>
-KIMI_INLINE void group_product(const uint8_t* run, const int8_t* x, Integers<NT>& sums) {
-  line_product<F, NT, 0>(run, x, sums);
-  line_product<F, NT, 1>(run, x, sums);
-  line_product<F, NT, 2>(run, x, sums);
-  line_product<F, NT, 3>(run, x, sums);
-  line_product<F, NT, 4>(run, x, sums);
-  line_product<F, NT, 5>(run, x, sums);
-  line_product<F, NT, 6>(run, x, sums);
-  line_product<F, NT, 7>(run, x, sums);
+template <class F, int NT, int S>
+KIMI_INLINE void group_product(const uint8_t* const (&run)[S], const int8_t* x, Integers<NT, S>& sums) {
+  line_product<F, NT, S, 0>(run, x, sums);
+  line_product<F, NT, S, 1>(run, x, sums);
+  line_product<F, NT, S, 2>(run, x, sums);
+  line_product<F, NT, S, 3>(run, x, sums);
+  line_product<F, NT, S, 4>(run, x, sums);
+  line_product<F, NT, S, 5>(run, x, sums);
+  line_product<F, NT, S, 6>(run, x, sums);
+  line_product<F, NT, S, 7>(run, x, sums);
 }
 
 // NT tokens of a tile of W, from lane `first` on, times S row blocks side by side; when the end of one is near, its `next` is
-// asked for.
+// asked for. Token t's sums go to out[s] + t * stride.
 template <class F, int NT, int W, int S>
 static inline void tile_product(const uint8_t* const (&w)[S], const uint8_t* const (&next)[S], const uint8_t* tile, int first,
                                 int groups, float* const (&out)[S], size_t stride) {
-  constexpr int n = Integers<NT>::n;
+  constexpr int vectors = Integers<NT, S>::vectors, n = Integers<NT, S>::n;
   constexpr bool biased = F::is_signed ? bias_s8 != 0 && !F::positive : F::shift >= 0;
   constexpr int shift = F::shift >= 0 ? F::shift : 0;
-  constexpr int groups_ahead = (NT == 1 ? kAheadOfOne : kAhead) / F::bytes + 1, level = NT == 1 ? kLevelOfOne : 2;
-  V total[S * n], acc[S * n];  // over finished chunks, and inside the present one
-  for (int i = 0; i < S * n; ++i) total[i] = vset(0.0f);
+  constexpr int groups_ahead = (W == 1 ? kAheadOfOne : kAhead) / F::bytes + 1, level = W == 1 ? kLevelOfOne : 2;
+  V total[n], acc[n];  // over finished chunks, and inside the present one
+  for (int i = 0; i < n; ++i) total[i] = vset(0.0f);
   for (int g = 0; g < groups;) {
     const int end = g + kChunk < groups ? g + kChunk : groups;
     KIMI_UNROLL
-    for (int i = 0; i < S * n; ++i) acc[i] = vset(0.0f);
+    for (int i = 0; i < n; ++i) acc[i] = vset(0.0f);
     for (; g < end; ++g, tile += W * kTokenGroup) {
       const int8_t* x = reinterpret_cast<const int8_t*>(tile) + first * kGroup;
       const float* scale = reinterpret_cast<const float*>(tile + W * kGroup) + first;
       const int32_t* sum = reinterpret_cast<const int32_t*>(tile + W * (kGroup + 4)) + first;
       const bool near_end = g + groups_ahead >= groups;
+      const uint8_t* run[S];
       KIMI_UNROLL
       for (int s = 0; s < S; ++s) {
-        const uint8_t* block = w[s];
-        const uint8_t* run = F::run(block, g);
-        if (first == 0) {
-          const uint8_t* ahead = near_end ? next[s] + (g + groups_ahead - groups) * F::bytes : run + groups_ahead * F::bytes;
-          for (int line = 0; line < F::bytes; line += 64) __builtin_prefetch(ahead + line, 0, level);
-        }
-        Integers<NT> sums;
-        auto bias = [&](int i) {  // sums hold -8 times the activations'
-          const int32_t whole = sum[i / kVectors], half = sum[W + i / kVectors];
-          sums.low[i] = iadd(sums.low[i], ishl<shift>(iset(F::halves ? half : whole)));
-          if (F::halves) sums.high[i] = iadd(sums.high[i], ishl<shift>(iset(whole - half)));
-        };
-        KIMI_UNROLL
-        for (int i = 0; i < n; ++i) {
-          sums.low[i] = sums.high[i] = izero();
-          if (biased && !kShortLines<F>) bias(i);
-        }
-        group_product<F, NT>(run, x, sums);
-        KIMI_UNROLL
-        for (int i = 0; i < n; ++i)  // sums that begin in 16 bits: until they are widened, the bias would only hold registers
-          if (biased && kShortLines<F>) bias(i);
-        V ws[kVectors];
-        KIMI_UNROLL
-        for (int k = 0; k < kVectors; ++k) ws[k] = F::scale(block, g, 0, k * kLanes);
-        KIMI_UNROLL
-        for (int i = 0; i < n; ++i) {
-          const int t = i / kVectors, k = i % kVectors;
-          const V xs = vset(scale[t]);
-          V& a = acc[s * n + i];
-          if (NT == 1 && !F::halves) sums.low[i] = iadd(sums.low[i], sums.high[i]);
-          a = vfma(itof(sums.low[i]), vmul(ws[k], xs), a);
-          if (F::halves) a = vfma(itof(sums.high[i]), vmul(F::scale(block, g, 1, k * kLanes), xs), a);
-          if (F::offsets) a = vfma(vset(-0.125f * static_cast<float>(sum[t])), vmul(F::offset(block, g, k * kLanes), xs), a);
-        }
+        run[s] = F::run(w[s], g);
+        if (first > 0) continue;
+        const uint8_t* ahead = near_end ? next[s] + (g + groups_ahead - groups) * F::bytes : run[s] + groups_ahead * F::bytes;
+        for (int line = 0; line < F::bytes; line += 64) __builtin_prefetch(ahead + line, 0, level);
+      }
+      Integers<NT, S> sums;
+      auto bias = [&](int i) {  // sums hold -8 times the activations'
+        const int32_t whole = sum[i / vectors], half = sum[W + i / vectors];
+        sums.low[i] = iadd(sums.low[i], ishl<shift>(iset(F::halves ? half : whole)));
+        if (F::halves) sums.high[i] = iadd(sums.high[i], ishl<shift>(iset(whole - half)));
+      };
+      KIMI_UNROLL
+      for (int i = 0; i < n; ++i) {
+        sums.low[i] = sums.high[i] = izero();
+        if (biased && !kShortLines<F>) bias(i);
+      }
+      group_product<F, NT, S>(run, x, sums);
+      KIMI_UNROLL
+      for (int i = 0; i < n; ++i)  // sums that begin in 16 bits: until they are widened, the bias would only hold registers
+        if (biased && kShortLines<F>) bias(i);
+      V ws[vectors];
+      KIMI_UNROLL
+      for (int k = 0; k < vectors; ++k) ws[k] = F::scale(w[k / kVectors], g, 0, k % kVectors * kLanes);
+      KIMI_UNROLL
+      for (int i = 0; i < n; ++i) {
+        const int t = i / vectors, k = i % vectors, r = k % kVectors * kLanes;
+        const V xs = vset(scale[t]);
+        if (in_turn<F, NT, S>) sums.low[i] = iadd(sums.low[i], sums.high[i]);
+        acc[i] = vfma(itof(sums.low[i]), vmul(ws[k], xs), acc[i]);
+        if (F::halves) acc[i] = vfma(itof(sums.high[i]), vmul(F::scale(w[k / kVectors], g, 1, r), xs), acc[i]);
+        if (F::offsets)
+          acc[i] = vfma(vset(-0.125f * static_cast<float>(sum[t])), vmul(F::offset(w[k / kVectors], g, r), xs), acc[i]);
       }
     }
     KIMI_UNROLL
-    for (int i = 0; i < S * n; ++i) total[i] = vadd(total[i], acc[i]);
+    for (int i = 0; i < n; ++i) total[i] = vadd(total[i], acc[i]);
   }
-  for (int s = 0; s < S; ++s)
-    for (int i = 0; i < n; ++i) vstore(out[s] + i / kVectors * stride + i % kVectors * kLanes, total[s * n + i]);
+  for (int i = 0; i < n; ++i) {
+    const int k = i % vectors;
+    vstore(out[k / kVectors] + i / vectors * stride + k % kVectors * kLanes, total[i]);
+  }
 }
 
-// kBatch tokens at once is what an instruction set's registers hold.
-template <class F>
-static void block(const void* w, const uint8_t* tile, int groups, int W, float* out, size_t stride) {
-  const auto* run = static_cast<const uint8_t*>(w);  // the row block's first
-  const uint8_t* next = run + static_cast<size_t>(groups) * F::bytes;
-  if (W == 8)
-    for (int first = 0; first < 8; first += kBatch)
-      tile_product<F, kBatch, 8, 1>({run}, {next}, tile, first, groups, {out + first * stride}, stride);
-  else if (W == 4) tile_product<F, 4, 4, 1>({run}, {next}, tile, 0, groups, {out}, stride);
-  else if (W == 2) tile_product<F, 2, 2, 1>({run}, {next}, tile, 0, groups, {out}, stride);
-  else tile_product<F, 1, 1, 1>({run}, {next}, tile, 0, groups, {out}, stride);
-}
-
-// S at a time, then what is left by halves of S. What follows a block is the one S further on, of `w` and then of `next`.
-template <class F, int S = kStreams>
-static void one_token(const void* const* w, const void* const* next, int n, const uint8_t* tile, int groups, float* const* out) {
+// S row blocks at a time, then what is left by halves of S. What follows a block is the one S further on, of `w` and then of
+// `next`.
+template <class F, int W, int S>
+static void side_by_side(const void* const* w, const void* const* next, int n, const uint8_t* tile, int groups, float* const* out,
+                         size_t stride) {
+  constexpr int at_once = kBatch / S < 1 ? 1 : kBatch / S, NT = at_once < W ? at_once : W;
   int i = 0;
   for (; i + S <= n; i += S) {
     const uint8_t *these[S], *following[S];
-    float* to[S];
     for (int s = 0; s < S; ++s) {
       these[s] = static_cast<const uint8_t*>(w[i + s]);
       following[s] = static_cast<const uint8_t*>(i + S + s < n ? w[i + S + s] : next[i + S + s - n]);
-      to[s] = out[i + s];
     }
-    tile_product<F, 1, 1, S>(these, following, tile, 0, groups, to, 0);
+    for (int first = 0; first < W; first += NT) {
+      float* to[S];
+      for (int s = 0; s < S; ++s) to[s] = out[i + s] + first * stride;
+      tile_product<F, NT, W, S>(these, following, tile, first, groups, to, stride);
+    }
   }
   if constexpr (S > 1)
-    if (i < n) one_token<F, S / 2>(w + i, next, n - i, tile, groups, out + i);
+    if (i < n) side_by_side<F, W, S / 2>(w + i, next, n - i, tile, groups, out + i, stride);
+}
+
+// Eight tokens have enough of one block; what two of them read in turn, the first cache would not hold.
+template <class F>
+static void blocks(const void* const* w, const void* const* next, int n, const uint8_t* tile, int groups, int W, float* const* out,
+                   size_t stride) {
+  if (W == 8) side_by_side<F, 8, 1>(w, next, n, tile, groups, out, stride);
+  else if (W == 4) side_by_side<F, 4, kSide>(w, next, n, tile, groups, out, stride);
+  else if (W == 2) side_by_side<F, 2, kSide>(w, next, n, tile, groups, out, stride);
+  else side_by_side<F, 1, kStreams>(w, next, n, tile, groups, out, stride);
 }

@@ -88,11 +88,10 @@ void run(const Kernels& k, bool emulated = false) {
       } else {
         for (uint8_t& b : weights) b &= 0xbf;  // float16 scales stay finite, whatever bytes they are; signs stay
       }
-      float out[8 * kRows];
-      k.block[form](weights.data(), tile.data(), G, width, out, kRows);
+      float out[8 * kMostBlocks * kRows];
+      k.side_by_side(static_cast<Form>(form), weights.data(), 0, 1, tile.data(), G, width, out, kRows);
       const char tokens[] = {' ', 'x', static_cast<char>('0' + width), '\0'};
       say(k, names[form], out, sizeof(float) * width * kRows, tokens);
-      if (width > 1) continue;
       std::vector<uint8_t> other = weights;  // run after run moved on by one
       std::rotate(other.begin(), other.begin() + sizeof(PanelRun), other.end());
       const void* blocks[kMostBlocks];
@@ -101,9 +100,10 @@ void run(const Kernels& k, bool emulated = false) {
         blocks[i] = i % 3 ? other.data() : weights.data();
         to[i] = out + (kMostBlocks - 1 - i) * kRows;
       }
-      for (int n : {kMostBlocks - 1, kMostBlocks}) {
-        k.one_token[form](blocks, blocks, n, tile.data(), G, to);
-        say(k, names[form], out + (kMostBlocks - n) * kRows, sizeof(float) * n * kRows, " side by side");
+      std::fill(std::begin(out), std::end(out), 0.0f);
+      for (int n : {kMostBlocks, kMostBlocks - 1}) {
+        k.blocks[form](blocks, blocks, n, tile.data(), G, width, to, kMostBlocks * kRows);
+        say(k, names[form], out, sizeof(float) * width * kMostBlocks * kRows, " side by side");
       }
     }
   std::vector<uint8_t> tile(static_cast<size_t>(W) * G * kTokenGroup);
