@@ -305,18 +305,12 @@ class CudaDevice:
         read row by row, after a `route` that was wanted; None if all are on it.
         """
         if outputs_MD is not None and len(outputs_MD):
-            self._flush()
             self._wait_for_pinned_memory()
             w, shape = self._workspace, self._layers[index].shape
-            elsewhere = self._tables[index][w.integers("ids", self._T * shape.A)] == 0
-            assert len(outputs_MD) == elsewhere.sum(), (
-                f"{len(outputs_MD)} outputs for {elsewhere.sum()} experts"
-            )
-            place, missing = w.integers("place", elsewhere.size), w.floats("missing", outputs_MD.size)
-            place[:] = np.cumsum(elsewhere) - 1
-            missing[:] = outputs_MD.reshape(-1)
-            self._card.upload(w.at["place"], place)
-            self._card.upload(w.at["missing"], missing)
+            slots = self._T * shape.A
+            slots_M = np.flatnonzero(self._tables[index][w.integers("ids", slots)] == 0)
+            assert len(outputs_MD) == len(slots_M), f"{len(outputs_MD)} outputs for {len(slots_M)} experts"
+            w.floats("missing", slots * shape.D).reshape(slots, shape.D)[slots_M] = outputs_MD
             self._host_busy = True
         self._queue.append(("add_experts", index))
 

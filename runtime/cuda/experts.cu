@@ -2,7 +2,8 @@
 //
 // All of it runs without the host: ids are made and read on the device. The chosen experts that lie here become jobs,
 // one an expert with the slots (token · A + place) that chose it; the shared MLP is one more. With one token there are A
-// jobs of one slot. An expert that lies elsewhere has no job; its output comes with `missing`. A sum runs over the
+// jobs of one slot. An expert that lies elsewhere has no job; its output comes with `missing`, which is read where the CPU
+// wrote it, in main memory: a copy before the kernel takes longer than the kernel's waiting. A sum runs over the
 // experts in order of index, then the shared MLP, in one thread.
 
 struct Job { int expert, first, count; };  // slots[first..first + count - 1]
@@ -23,6 +24,17 @@ KERNEL_OF_ONE route(const float* h, const float* router, int D, int E, float* sc
   for (int k = threadIdx.x % 16; k < D; k += 16) sum = fmaf(x[k], w[k], sum);
   sum = lane_sum(sum);
   if (threadIdx.x % 16 == 0 && e < E) scores[t * E + e] = sigmoid(sum);
+}
+
+// What the CPU needs for the experts that are not here, into its own memory: h [T][D], ids and weights [T · A].
+KERNEL fetch(const float* h, const int* ids, const float* weights, int T, int D, int A, float* to_h, int* to_ids,
+             float* to_weights) {
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < T * D; i += gridDim.x * blockDim.x) {
+    to_h[i] = h[i];
+    if (i >= T * A) continue;
+    to_ids[i] = ids[i];
+    to_weights[i] = weights[i];
+  }
 }
 
 // Jobs [E] from the chosen ids, those without slots last; an expert's slots are listed in ascending order. One block, in
@@ -166,11 +178,11 @@ KERNEL_OF_TILES gate_up_32(Mlps m, const Job* jobs, const int* slots, int n_jobs
 }
 
 // For a few tokens: x += the whole sum. A block has 16 rows of token blockIdx.y and all its experts; their chunks are
-// dealt out like the chunks of one long product. missing [n][D] and place [T · A]: outputs of experts that lie
+// dealt out like the chunks of one long product. missing [T · A][D]: outputs of experts that lie
 // elsewhere. shared [T][D]: the shared MLP's outputs, if it ran elsewhere; then its width here is 0. Shared memory: 16
 // floats a chunk, and A weights and marks of who is here.
 KERNEL_OF_ONE down(Mlps m, const int* ids, const float* weights, Rows hidden, Rows shared_hidden, const float* missing,
-            const int* place, const float* shared, float* x) {
+                   const float* shared, float* x) {
   const int b = blockIdx.x, t = blockIdx.y;
   const int chunks = ceil_div(m.F / kGroup, kChunk), shared_chunks = ceil_div(m.shared_F / kGroup, kChunk);
   const int routed = m.A * chunks;
@@ -191,21 +203,24 @@ KERNEL_OF_ONE down(Mlps m, const int* ids, const float* weights, Rows hidden, Ro
 #pragma unroll
     for (int r = 0; r < 4; ++r) parts[item * kRows + 4 * quad + r] = total[0][r];
   }
-  for (int a = threadIdx.x; a < m.A; a += blockDim.x) {
-    weight[a] = weights[t * m.A + a];
-    here[a] = expert_run(m, ids[t * m.A + a]) != nullptr;
+  for (int i = threadIdx.x; i < m.A * kRows; i += blockDim.x) {
+    const int a = i / kRows, slot = t * m.A + a;
+    weight[a] = weights[slot];
+    here[a] = expert_run(m, ids[slot]) != nullptr;
+    if (!here[a]) parts[a * chunks * kRows + i % kRows] = missing[static_cast<size_t>(slot) * m.D + b * kRows + i % kRows];
   }
   __syncthreads();
   if (threadIdx.x >= kRows) return;
   const int row = b * kRows + threadIdx.x;
   float sum = 0.0f;
   for (int a = 0; a < m.A; ++a) {
+    const float* of_chunk = parts + a * chunks * kRows + threadIdx.x;
     float part = 0.0f;
     if (here[a])
 #pragma unroll 8
-      for (int c = 0; c < chunks; ++c) part = part + parts[(a * chunks + c) * kRows + threadIdx.x];
+      for (int c = 0; c < chunks; ++c) part = part + of_chunk[c * kRows];
     else
-      part = missing[static_cast<size_t>(place[t * m.A + a]) * m.D + row];
+      part = *of_chunk;
     sum = fmaf(weight[a], part, sum);
   }
   float* at = x + static_cast<size_t>(t) * m.D + row;
@@ -254,14 +269,14 @@ KERNEL_OF_TILES down_jobs_32(Mlps m, const Job* jobs, const int* slots, Rows hid
 
 // x [T][D] += the sum over the chosen experts in order of index, then the shared MLP.
 KERNEL combine(Mlps m, const int* ids, const float* weights, const float* outputs, const float* missing,
-               const int* place, int T, float* x) {
+               int T, float* x) {
   const int k = blockIdx.x * blockDim.x + threadIdx.x, t = blockIdx.y;
   if (k >= m.D) return;
   float sum = 0.0f;
   for (int a = 0; a < m.A; ++a) {
     const size_t slot = static_cast<size_t>(t) * m.A + a;
     const bool here = expert_run(m, ids[slot]);
-    const float part = here ? outputs[slot * m.D + k] : missing[static_cast<size_t>(place[slot]) * m.D + k];
+    const float part = (here ? outputs : missing)[slot * m.D + k];
     sum = fmaf(weights[slot], part, sum);
   }
   sum = fmaf(1.0f, outputs[(static_cast<size_t>(T) * m.A + t) * m.D + k], sum);

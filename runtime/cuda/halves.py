@@ -149,13 +149,12 @@ class Buffers:
             "x": longest * D,
             "cos": longest * R // 2,
             "sin": longest * R // 2,
-            "missing": T * A * D,
-            "place": T * A,
             "h": T * D,
             "ids": T * A,
             "weights": T * A,
             "logits": vocabulary,
         }
+        self.on_host = {"missing": T * A * D}  # read by the card from there
         self.words = self.shared_with_host | {
             "q": T * H * (one.N + R),
             "kv": T * (C + R),
@@ -188,7 +187,8 @@ class Workspace:
         """Raises DeviceMemoryError."""
         self.context, self.stride, self.chunks = buffers.context, buffers.stride, buffers.chunks
         self.slice, self.D, self.longest = buffers.slice, D, buffers.longest
-        self.pinned = card.pinned(4 * sum(buffers.shared_with_host.values()))
+        on_host = buffers.shared_with_host | buffers.on_host
+        self.pinned = card.pinned(4 * sum(on_host.values()))
         try:
             self.base = card.allocate(
                 buffers.n_bytes, f"working memory for a context of {buffers.context} tokens"
@@ -199,9 +199,10 @@ class Workspace:
         self.at = {name: self.base + offset for name, offset in buffers.offsets.items()}
         self.rows = {name: rows_at(self.at[name], n, K) for name, (n, K) in buffers.rows.items()}
         self.host, first = dict[str, NDArray[np.uint8]](), 0
-        for name, n in buffers.shared_with_host.items():
+        for name, n in on_host.items():
             self.host[name] = self.pinned[first : first + 4 * n]
             first += 4 * n
+        self.at |= {name: self.host[name].ctypes.data for name in buffers.on_host}
 
     def of(self, first: int) -> "Workspace":
         """The same buffers for the 256 tokens of a step from its `first` on, a multiple of 256."""
@@ -313,8 +314,9 @@ def choose(
 
 def fetch(card: Card, p: Place, w: Workspace, T: int) -> None:
     """What the CPU needs for the experts that are not here, into pinned memory."""
-    for name, n in (("h", T * p.shape.D), ("ids", T * p.shape.A), ("weights", T * p.shape.A)):
-        card.download(w.integers(name, n), w.at[name])
+    s, at = p.shape, w.at
+    to = [w.host[name].ctypes.data for name in ("h", "ids", "weights")]
+    card.launch("fetch", (-(-T * s.D // 1024),), 256, 0, at["h"], at["ids"], at["weights"], T, s.D, s.A, *to)
 
 
 def run_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
@@ -342,7 +344,7 @@ def add_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
         items = s.A * -(-s.F // CHUNK) + -(-m.shared_F // CHUNK)
         card.launch(
             "down", (s.D // ROWS, T), min(256, _whole(max(4 * items, 1), 32)), 4 * ROWS * items + 8 * s.A,
-            m, at["ids"], at["weights"], hidden, shared_hidden, at["missing"], at["place"],
+            m, at["ids"], at["weights"], hidden, shared_hidden, at["missing"],
             _shared_outputs(s, w, T) if p.dense else 0, at["x"],
         )  # fmt: skip
         return
@@ -354,7 +356,7 @@ def add_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
     )  # fmt: skip
     card.launch(
         "combine", (-(-s.D // 256), T), 256, 0,
-        m, at["ids"], at["weights"], at["outputs"], at["missing"], at["place"], T, at["x"],
+        m, at["ids"], at["weights"], at["outputs"], at["missing"], T, at["x"],
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ const Function kFunctions[] = {
     ENTRY(heads_1),      ENTRY(heads_8),      ENTRY(heads_32),     ENTRY(latents),
     ENTRY(scores_8),     ENTRY(scores_32),    ENTRY(softmax),      ENTRY(weigh_8),
     ENTRY(weigh_32),     ENTRY(finish),       ENTRY(route),        ENTRY(choose),       ENTRY(deal),
-    ENTRY(combine),      ENTRY(gate_up_1),    ENTRY(gate_up_8),    ENTRY(gate_up_32),
+    ENTRY(combine),      ENTRY(fetch),        ENTRY(gate_up_1),    ENTRY(gate_up_8),    ENTRY(gate_up_32),
     ENTRY(down_jobs_8),  ENTRY(down_jobs_32), ENTRY(down),
     // The image tower's.
     ENTRY(embed_patches), ENTRY(layer_norm), ENTRY(quantize_rows), ENTRY(gelu_rows), ENTRY(add_bias), ENTRY(place_patches),

@@ -143,7 +143,7 @@ def test_a_short_profile_decides_little() -> None:
 def test_what_cannot_fit_is_refused_with_the_context_that_would() -> None:
     sizes = full_size()
     with pytest.raises(
-        DoesNotFitError, match=r"card: 4\.98 GB are needed.*cache of 131072 tokens \(4\.09 GB\)"
+        DoesNotFitError, match=r"card: 4\.97 GB are needed.*cache of 131072 tokens \(4\.09 GB\)"
     ) as caught:
         plan(sizes, 4_000_000_000, context=131072)
     fits = int(str(caught.value).partition("--context ")[2].partition(")")[0])
