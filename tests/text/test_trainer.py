@@ -85,8 +85,9 @@ def test_two_processes_train_as_one_does_on_the_batches_of_both(tmp_path: Path) 
         if name.endswith("router_bias"):  # one step a batch, and one process has twice as many
             continue
         moved = float((value - start[name]).norm())
-        # Sums in another order, 2^-24 each, which Adam makes as large as its step where a gradient is nearly none.
-        assert float((two[0][name] - value).norm()) <= 0.01 * moved, name
+        # Sums in another order, 2^-24 each. Where a gradient is nearly none that may turn its sign, and Adam's step with it: of
+        # one weight in 1,600, which makes 2 / sqrt(1600) of the norm.
+        assert float((two[0][name] - value).norm()) <= 0.05 * moved, name
 
 
 def test_only_the_last_reply_is_learned() -> None:
