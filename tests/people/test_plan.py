@@ -277,7 +277,7 @@ def test_bench_says_where_it_ran() -> None:
         ("decode", 0, None),
         ("decode", 40, None),
     ]
-    table = command(*arguments, "--vram", "6.4M", device="simulated:8G").stdout
+    table = command(*arguments, "--vram", "6.2M", device="simulated:8G").stdout
     assert "of 24 experts, the others on the CPU" in table
     assert "runs on the CPU" in command(*arguments, "--vram", "0", device="simulated:8G").stdout
 
