@@ -136,7 +136,7 @@ constexpr bool in_turn = !F::halves && kShortLines<F> == 0 && NT * S <= 2;
 template <class F, int NT, int S, int j>
 KIMI_INLINE void line_product(const uint8_t* const (&run)[S], const int8_t* x, Integers<NT, S>& sums) {
   constexpr bool in_high = F::halves ? j >= 4 : in_turn<F, NT, S> && j % 2;
-  constexpr int vectors = sums.vectors;
+  constexpr int vectors = Integers<NT, S>::vectors;
   L w[vectors];
   KIMI_UNROLL
   for (int k = 0; k < vectors; ++k) w[k] = F::template line<j>(run[k / kVectors], k % kVectors * kLanes);

@@ -100,8 +100,8 @@ void run(const Kernels& k, bool emulated = false) {
         blocks[i] = i % 3 ? other.data() : weights.data();
         to[i] = out + (kMostBlocks - 1 - i) * kRows;
       }
-      std::fill(std::begin(out), std::end(out), 0.0f);
-      for (int n : {kMostBlocks, kMostBlocks - 1}) {
+      for (int n : {kMostBlocks - 1, kMostBlocks}) {
+        std::fill(std::begin(out), std::end(out), 0.0f);
         k.blocks[form](blocks, blocks, n, tile.data(), G, width, to, kMostBlocks * kRows);
         say(k, names[form], out, sizeof(float) * width * kMostBlocks * kRows, " side by side");
       }
