@@ -107,6 +107,7 @@ class Bench:
         side = a.mmproj or self.weights.image_side
         self.picture = picture_of(side) if side else None
         self.measured_arithmetic = False
+        self.llama_build = ""  # as its own benchmark says
         self.prefill_tok_per_s = math.inf  # the last measured, to see whether a depth is within reach
 
     def find_speeds(self, device: object) -> tuple[Speeds, bool]:
@@ -390,7 +391,9 @@ def llama_speed(bench: Bench, row: Row, n_cpu: int, *test: object) -> float | No
     if done.returncode:
         row.why_not = (done.stderr.strip().splitlines() or ["llama-bench failed"])[-1]
         return None
-    return round(max(float(test["avg_ts"]) for test in json.loads(done.stdout)), 2)
+    tests = json.loads(done.stdout)
+    bench.llama_build = f"{tests[0]['build_commit']}, build {tests[0]['build_number']}"
+    return round(max(float(test["avg_ts"]) for test in tests), 2)
 
 
 def card_facts() -> str:
@@ -508,7 +511,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "card": bench.card,
         "card_facts": card_facts(),
         "machine": machine(),
-        "versions": {"kimi-lite": kimi_lite.__version__, "commit": commit(), "numpy": np.__version__},
+        "versions": {
+            "kimi-lite": kimi_lite.__version__,
+            "commit": commit(),
+            "numpy": np.__version__,
+            "llama.cpp": bench.llama_build,
+        },
         "file": a.file.name,
         "speeds": asdict(bench.speeds),
         "card_speeds_measured": bench.measured_card,

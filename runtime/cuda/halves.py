@@ -154,7 +154,7 @@ class Buffers:
             "weights": T * A,
             "logits": vocabulary,
         }
-        self.on_host = {"missing": T * A * D}  # read by the card from there
+        self.host_only = {"missing": T * A * D}  # the card reads it there
         self.words = self.shared_with_host | {
             "q": T * H * (one.N + R),
             "kv": T * (C + R),
@@ -187,7 +187,7 @@ class Workspace:
         """Raises DeviceMemoryError."""
         self.context, self.stride, self.chunks = buffers.context, buffers.stride, buffers.chunks
         self.slice, self.D, self.longest = buffers.slice, D, buffers.longest
-        on_host = buffers.shared_with_host | buffers.on_host
+        on_host = buffers.shared_with_host | buffers.host_only
         self.pinned = card.pinned(4 * sum(on_host.values()))
         try:
             self.base = card.allocate(
@@ -202,7 +202,7 @@ class Workspace:
         for name, n in on_host.items():
             self.host[name] = self.pinned[first : first + 4 * n]
             first += 4 * n
-        self.at |= {name: self.host[name].ctypes.data for name in buffers.on_host}
+        self.at |= {name: self.host[name].ctypes.data for name in buffers.host_only}
 
     def of(self, first: int) -> "Workspace":
         """The same buffers for the 256 tokens of a step from its `first` on, a multiple of 256."""

@@ -233,8 +233,8 @@ static inline void tile_product(const uint8_t* const (&w)[S], const uint8_t* con
   }
 }
 
-// S row blocks at a time, then what is left by halves of S. What follows a block is the one S further on, of `w` and then of
-// `next`.
+// S row blocks at a time, then what is left by halves of S, each with as many tokens at once as registers hold: kBatch with one
+// block. What follows a block is the one S further on, of `w` and then of `next`.
 template <class F, int W, int S>
 static void side_by_side(const void* const* w, const void* const* next, int n, const uint8_t* tile, int groups, float* const* out,
                          size_t stride) {
@@ -256,7 +256,8 @@ static void side_by_side(const void* const* w, const void* const* next, int n, c
     if (i < n) side_by_side<F, W, S / 2>(w + i, next, n - i, tile, groups, out + i, stride);
 }
 
-// Eight tokens have enough of one block; what two of them read in turn, the first cache would not hold.
+// One token meets kStreams blocks side by side, two and four meet kSide. Eight have enough of one block: what two blocks read in
+// turn, the first cache would not hold.
 template <class F>
 static void blocks(const void* const* w, const void* const* next, int n, const uint8_t* tile, int groups, int W, float* const* out,
                    size_t stride) {

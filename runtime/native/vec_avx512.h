@@ -82,5 +82,4 @@ static inline I dot_s8(I acc, L w, const int8_t* x) {
 static inline I dot_s8_positive(I acc, L w, const int8_t* x) { return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(four(x)), w); }
 static constexpr int32_t bias_s8 = 128;
 static constexpr int kBatch = 8;  // 8 x (total, acc, integer sum) and a line: 28 of 32 registers
-static constexpr int kSide = 2;   // row blocks that meet two or four tokens at once
-static constexpr int kStreams = 8, kAheadOfOne = 4096, kLevelOfOne = 2;  // one token: row blocks, bytes, cache; Zen 4, Emerald Rapids
+static constexpr int kSide = 2, kStreams = 8, kAheadOfOne = 4096, kLevelOfOne = 2;  // Zen 4, Emerald Rapids

@@ -56,7 +56,8 @@ def fake_llama_bench(folder: Path, speed: float) -> Path:
         "import json, sys\n"
         "o = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
         "tests = [(int(o['-p']), 0), (0, int(o['-n']))]\n"
-        f"print(json.dumps([{{'n_prompt': p, 'n_gen': n, 'n_depth': int(o['-d']), 'avg_ts': {speed}}} for p, n in tests if p or n]))\n"
+        "build = {'build_commit': '0ad4a86', 'build_number': 7}\n"
+        f"print(json.dumps([{{**build, 'n_prompt': p, 'n_gen': n, 'n_depth': int(o['-d']), 'avg_ts': {speed}}} for p, n in tests if p or n]))\n"
     )
     script.chmod(0o755)
     return script
@@ -100,6 +101,7 @@ def test_what_was_measured_before_an_interruption_is_kept(monkeypatch: pytest.Mo
 def test_every_claim_is_judged_on_a_simulated_card(card: Path, capsys: pytest.CaptureFixture[str]) -> None:
     llama = ("--llama-bench", str(fake_llama_bench(card, 1.0)), "--gguf", str(nano_path()))
     result = gpu.main([str(nano_path()), *TINY, *llama])
+    assert result["versions"]["llama.cpp"] == "0ad4a86, build 7"
     found = verdicts(result)
     page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
     assert [line[2:] for line in page.splitlines() if line[:2] == "- "] == list(
