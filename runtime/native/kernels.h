@@ -48,8 +48,11 @@ enum class Form { q4g32, q8g32, q5g32, i4g32, q4k, q6k, panel, panel_halves, pan
 // that are likely to be multiplied after these.
 using BlocksKernel = void (*)(const void* const* w, const void* const* next, int n, const uint8_t* tile, int groups, int W,
                               float* const* out, size_t stride);
-constexpr int kMostBlocks = 8;  // that any kernel takes side by side: of one token
+constexpr int kMostBlocks = 8;  // that a call is worth: of one token
 constexpr int kPair = 2;        // of several tokens
+// How a few tokens' weights are read: so many row blocks side by side, of which a line in every `step` bytes is asked for so many
+// bytes ahead, across the ends of pages, where the processor's own prefetching stops; into cache `level` (3 is the first, 2 the second).
+struct Reading { int streams, ahead, step, level; };
 
 struct Kernels {
   const char* name;

@@ -376,8 +376,10 @@ void gate_and_up(const Job& job, int from, int to, float* gate, float* up) {
   const Weights &g = *job.gate, &u = *job.up;
   if (job.in.n == 1 && is_packed(g.block->kind) && u.block == g.block) {
     Blocks blocks;
-    blocks.add(g, from, to, g, to, gate);
-    blocks.add(u, from, to, u, to, up);
+    for (int b = from; b < to; ++b) {
+      blocks.add(g, b, b + 1, g, b + to - from, gate + (b - from) * kRows);
+      blocks.add(u, b, b + 1, u, b + to - from, up + (b - from) * kRows);
+    }
     return blocks.multiply(packed_form(g), job.in, 0);
   }
   row_blocks(g, from, to, job.in, gate, (to - from) * kRows);

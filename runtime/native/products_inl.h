@@ -100,10 +100,6 @@ struct Panel : Q8 {
 constexpr int kLanes = sizeof(V) / sizeof(float);  // rows that a vector holds
 constexpr int kVectors = kRows / kLanes;           // vectors that hold a block's rows
 
-// Weights of several tokens are asked for this many bytes ahead, into the second cache and across the ends of pages, where the
-// processor's own prefetching stops; those of one by kAheadOfOne, into the cache kLevelOfOne (3 is the first, 2 the second).
-constexpr int kAhead = 4096;
-
 template <class F>
 static inline I dot_line(I acc, L w, const int8_t* x) {
   if constexpr (F::positive) return dot_s8_positive(acc, w, x);
@@ -169,13 +165,13 @@ KIMI_INLINE void group_product(const uint8_t* const (&run)[S], const int8_t* x, 
 
 // NT tokens of a tile of W, from lane `first` on, times S row blocks side by side; when the end of one is near, its `next` is
 // asked for. Token t's sums go to out[s] + t * stride.
-template <class F, int NT, int W, int S>
+template <class F, int NT, int W, int S, Reading kReading>
 static inline void tile_product(const uint8_t* const (&w)[S], const uint8_t* const (&next)[S], const uint8_t* tile, int first,
                                 int groups, float* const (&out)[S], size_t stride) {
   constexpr int vectors = Integers<NT, S>::vectors, n = Integers<NT, S>::n;
   constexpr bool biased = F::is_signed ? bias_s8 != 0 && !F::positive : F::shift >= 0;
   constexpr int shift = F::shift >= 0 ? F::shift : 0;
-  constexpr int groups_ahead = (W == 1 ? kAheadOfOne : kAhead) / F::bytes + 1, level = W == 1 ? kLevelOfOne : 2;
+  constexpr int groups_ahead = kReading.ahead / F::bytes + 1, lines = (F::bytes + 32) / kReading.step;  // runs end amid a line
   V total[n], acc[n];  // over finished chunks, and inside the present one
   for (int i = 0; i < n; ++i) total[i] = vset(0.0f);
   for (int g = 0; g < groups;) {
@@ -193,7 +189,8 @@ static inline void tile_product(const uint8_t* const (&w)[S], const uint8_t* con
         run[s] = F::run(w[s], g);
         if (first > 0) continue;
         const uint8_t* ahead = near_end ? next[s] + (g + groups_ahead - groups) * F::bytes : run[s] + groups_ahead * F::bytes;
-        for (int line = 0; line < F::bytes; line += 64) __builtin_prefetch(ahead + line, 0, level);
+        if constexpr (kReading.step > 64) ahead += -reinterpret_cast<uintptr_t>(ahead) % kReading.step;
+        for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead + i * kReading.step, 0, kReading.level);
       }
       Integers<NT, S> sums;
       auto bias = [&](int i) {  // sums hold -8 times the activations'
@@ -235,7 +232,7 @@ static inline void tile_product(const uint8_t* const (&w)[S], const uint8_t* con
 
 // S row blocks at a time, then what is left by halves of S, each with as many tokens at once as registers hold: kBatch with one
 // block. What follows a block is the one S further on, of `w` and then of `next`.
-template <class F, int W, int S>
+template <class F, int W, Reading kReading, int S = kReading.streams>
 static void side_by_side(const void* const* w, const void* const* next, int n, const uint8_t* tile, int groups, float* const* out,
                          size_t stride) {
   constexpr int at_once = kBatch / S < 1 ? 1 : kBatch / S, NT = at_once < W ? at_once : W;
@@ -249,20 +246,30 @@ static void side_by_side(const void* const* w, const void* const* next, int n, c
     for (int first = 0; first < W; first += NT) {
       float* to[S];
       for (int s = 0; s < S; ++s) to[s] = out[i + s] + first * stride;
-      tile_product<F, NT, W, S>(these, following, tile, first, groups, to, stride);
+      tile_product<F, NT, W, S, kReading>(these, following, tile, first, groups, to, stride);
     }
   }
   if constexpr (S > 1)
-    if (i < n) side_by_side<F, W, S / 2>(w + i, next, n - i, tile, groups, out + i, stride);
+    if (i < n) side_by_side<F, W, kReading, S / 2>(w + i, next, n - i, tile, groups, out + i, stride);
 }
 
-// One token meets kStreams blocks side by side, two and four meet kSide. Eight have enough of one block: what two blocks read in
-// turn, the first cache would not hold.
+static bool on_amd() {
+#if defined(__x86_64__) || defined(_M_X64)
+  static const bool is = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
+  return is;
+#else
+  return false;
+#endif
+}
+
+// Eight tokens have enough of one block: what two blocks read in turn, the first cache would not hold. Zen 4 reads one long stream
+// fastest, but only a long one.
 template <class F>
 static void blocks(const void* const* w, const void* const* next, int n, const uint8_t* tile, int groups, int W, float* const* out,
                    size_t stride) {
-  if (W == 8) side_by_side<F, 8, 1>(w, next, n, tile, groups, out, stride);
-  else if (W == 4) side_by_side<F, 4, kSide>(w, next, n, tile, groups, out, stride);
-  else if (W == 2) side_by_side<F, 2, kSide>(w, next, n, tile, groups, out, stride);
-  else side_by_side<F, 1, kStreams>(w, next, n, tile, groups, out, stride);
+  if (W == 8) side_by_side<F, 8, kOfFew, 1>(w, next, n, tile, groups, out, stride);
+  else if (W == 4) side_by_side<F, 4, kOfFew>(w, next, n, tile, groups, out, stride);
+  else if (W == 2) side_by_side<F, 2, kOfFew>(w, next, n, tile, groups, out, stride);
+  else if (n > kPair && on_amd()) side_by_side<F, 1, kOfOneOnAmd>(w, next, n, tile, groups, out, stride);
+  else side_by_side<F, 1, kOfOne>(w, next, n, tile, groups, out, stride);
 }
