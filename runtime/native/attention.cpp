@@ -66,17 +66,9 @@ struct OneToken {
     std::memcpy(row, q + static_cast<size_t>(h) * C, sizeof(float) * C);
     std::memcpy(row + C, qr + static_cast<size_t>(h) * R, sizeof(float) * R);
     std::fill(row + C + R, row + width, 0.0f);
-    bring_columns(h);
     int first, W;
     place(h, &first, &W);
     kernels().quantize(row, row_groups, queries + first * token_bytes(width), W, h - first);
-  }
-  // A channel block's columns lie far from the next one's, so nothing expects them. A head asks for the beginning of a share of
-  // them, which comes while positions are compared.
-  void bring_columns(int h) const {
-    const int bytes = std::min(groups, 8) * kQ8Run;
-    for (int b = h; b < cache->C / kRows; b += H)
-      for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(cache->columns + b * cache->columns_stride() + byte, 0, 2);
   }
   // The tile that holds head h.
   void place(int h, int* first, int* W) const {

@@ -67,6 +67,7 @@ const uint8_t* gather(const uint8_t* rows, int columns, const int32_t* tokens, i
 struct Scratch {  // per thread
   Buffer<PanelRun> panel;
   Buffer<float> row, out, more;
+  Buffer<uint8_t> tile;
 };
 thread_local Scratch scratch;
 
@@ -184,19 +185,23 @@ void head_products(const std::vector<Weights>& w, const float* x, size_t x_token
   const int H = static_cast<int>(w.size()), B = blocks_of(w[0].rows), columns = w[0].columns;
   const size_t size = token_bytes(columns) * T;  // of one head
   const int32_t* list = counting(T);
-  uint8_t* tiles = is_float(w[0]) ? nullptr : buffer.get(size * H);
-  const auto quantize = [&](int h, int) {
+  const bool tiled = !is_float(w[0]), alone = T == 1;
+  uint8_t* tiles = tiled ? buffer.get(size * H) : nullptr;
+  const auto quantize = [&](int h, uint8_t* at) {
     for (int first = 0, W; first < T; first += W) {
       W = tile_width(T, first);
       for (int lane = 0; lane < W; ++lane)
-        kernels().quantize(x + (first + lane) * x_token + h * x_head, columns / kGroup, tiles + h * size + first * token_bytes(columns), W, lane);
+        kernels().quantize(x + (first + lane) * x_token + h * x_head, columns / kGroup, at + first * token_bytes(columns), W, lane);
     }
+    return at;
   };
-  if (tiles) pool().run(H, quantize);
+  if (tiled && !alone) pool().run(H, [&](int h, int) { quantize(h, tiles + h * size); });
   const int step = blocks_a_task(w[0], T, H * B), steps = (B + step - 1) / step;
   pool().run(H * steps, [&](int i, int) {
     const int h = i / steps, from = i % steps * step;
-    const Operand operand{tiles ? tiles + h * size : nullptr, T, columns, x + h * x_head, x_token, list};
+    // A single token's head is so little that every task quantizes it for itself: that is less than a call of the pool.
+    const uint8_t* in = tiled && alone ? quantize(h, scratch.tile.get(size)) : tiles + h * size;
+    const Operand operand{tiled ? in : nullptr, T, columns, x + h * x_head, x_token, list};
     row_blocks_into(w[h], from, std::min(from + step, B), operand, y + static_cast<size_t>(h) * w[h].rows, static_cast<size_t>(H) * w[h].rows, false);
   });
 }
