@@ -80,6 +80,8 @@ struct Kernels {
   // channel block b becomes one q8g32 run of 16 channels by 32 positions at out + b * out_stride, with scales of 1. Position
   // i's own scale is scale[i], absmax / 127; of the 32, those past n are 0.
   void (*turn_values)(const float* x, size_t stride, int n, int V, uint8_t* out, size_t out_stride, float* scale);
+  // `blocks` of one token, one block after the other: how AMD's memory is best read, if the stream is long. Null but for AVX-512.
+  BlocksKernel one_stream[static_cast<int>(Form::count)];
 
   // `blocks` for n neighbours, at most kPair, `block_stride` bytes apart, whose floats are neighbours too.
   void side_by_side(Form form, const uint8_t* w, size_t block_stride, int n, const uint8_t* tile, int groups, int W, float* out,

@@ -15,4 +15,4 @@ bool runs_here() {
 }
 }  // namespace
 
-const kimi::Kernels kimi::kAvx512Vnni = KIMI_TABLE("avx512vnni", runs_here);
+const kimi::Kernels kimi::kAvx512Vnni = KIMI_TABLE("avx512vnni", runs_here, KIMI_FORMS(one_stream));

@@ -142,6 +142,6 @@ static void turn_values(const float* x, size_t stride, int n, int C, uint8_t* ou
   {products::call<products::Q4>, products::call<products::Q8>, products::call<products::Q5>, products::call<products::I4>, \
    products::call<products::Q4K>, products::call<products::Q6K>, products::call<products::Panel<false, false>>,        \
    products::call<products::Panel<true, false>>, products::call<products::Panel<false, true>>, products::call<products::Q8Positive>}
-#define KIMI_TABLE(name, runs_here)                                                                                   \
+#define KIMI_TABLE(name, runs_here, streams)                                                                                   \
   {name, runs_here, KIMI_FORMS(blocks),                                                                                \
-   quantize, dot, half_to_float, rms_norm, silu_mul, sigmoid, axpy, residual, softmax, store_row, turn_rows, turn_values}
+   quantize, dot, half_to_float, rms_norm, silu_mul, sigmoid, axpy, residual, softmax, store_row, turn_rows, turn_values, streams}

@@ -71,6 +71,15 @@ struct Scratch {  // per thread
 };
 thread_local Scratch scratch;
 
+bool on_amd() {
+#if defined(__x86_64__) || defined(_M_X64)
+  static const bool is = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
+  return is;
+#else
+  return false;
+#endif
+}
+
 // Row blocks of one shape and layout, which are multiplied side by side.
 struct Blocks {
   const void *these[kMostBlocks], *next[kMostBlocks];
@@ -87,11 +96,13 @@ struct Blocks {
   }
   void multiply(Form form, const Operand& x, size_t stride) const {
     const size_t size = token_bytes(x.columns);
+    const BlocksKernel streamed = x.n == 1 && n > kPair && on_amd() ? kernels().one_stream[static_cast<int>(form)] : nullptr;
+    const BlocksKernel kernel = streamed ? streamed : kernels().blocks[static_cast<int>(form)];
     for (int first = 0, W; first < x.n; first += W) {
       W = tile_width(x.n, first);
       float* to[kMostBlocks];
       for (int i = 0; i < n; ++i) to[i] = out[i] + first * stride;
-      kernels().blocks[static_cast<int>(form)](these, next, n, x.tiles + first * size, x.columns / kGroup, W, to, stride);
+      kernel(these, next, n, x.tiles + first * size, x.columns / kGroup, W, to, stride);
     }
   }
 };

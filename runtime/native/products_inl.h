@@ -253,23 +253,18 @@ static void side_by_side(const void* const* w, const void* const* next, int n, c
     if (i < n) side_by_side<F, W, kReading, S / 2>(w + i, next, n - i, tile, groups, out + i, stride);
 }
 
-static bool on_amd() {
-#if defined(__x86_64__) || defined(_M_X64)
-  static const bool is = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
-  return is;
-#else
-  return false;
-#endif
-}
-
-// Eight tokens have enough of one block: what two blocks read in turn, the first cache would not hold. Zen 4 reads one long stream
-// fastest, but only a long one.
+// Eight tokens have enough of one block: what two blocks read in turn, the first cache would not hold.
 template <class F>
 static void blocks(const void* const* w, const void* const* next, int n, const uint8_t* tile, int groups, int W, float* const* out,
                    size_t stride) {
   if (W == 8) side_by_side<F, 8, kOfFew, 1>(w, next, n, tile, groups, out, stride);
   else if (W == 4) side_by_side<F, 4, kOfFew>(w, next, n, tile, groups, out, stride);
   else if (W == 2) side_by_side<F, 2, kOfFew>(w, next, n, tile, groups, out, stride);
-  else if (n > kPair && on_amd()) side_by_side<F, 1, kOfOneOnAmd>(w, next, n, tile, groups, out, stride);
   else side_by_side<F, 1, kOfOne>(w, next, n, tile, groups, out, stride);
+}
+
+template <class F>
+static void one_stream(const void* const* w, const void* const* next, int n, const uint8_t* tile, int groups, int, float* const* out,
+                       size_t stride) {
+  side_by_side<F, 1, Reading{1, 4096, 128, 2}>(w, next, n, tile, groups, out, stride);
 }

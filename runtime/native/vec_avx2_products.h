@@ -71,4 +71,4 @@ static inline I dot_s8_positive(I acc, L w, const int8_t* x) { return widen_add(
 static constexpr int32_t bias_s8 = 0;
 #endif
 static constexpr int kBatch = 4;
-static constexpr Reading kOfOne{2, 1024, 64, 3}, kOfOneOnAmd = kOfOne, kOfFew{1, 4096, 64, 2};  // Zen 3; four streams spill sums
+static constexpr Reading kOfOne{2, 1024, 64, 3}, kOfFew{1, 4096, 64, 2};  // Zen 3; four streams spill sums

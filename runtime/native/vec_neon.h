@@ -97,5 +97,5 @@ static inline I dot_u7(I acc, L w, const int8_t* x) { return dot_s8(acc, w, x); 
 static inline I dot_s8_positive(I acc, L w, const int8_t* x) { return dot_s8(acc, w, x); }
 static constexpr int32_t bias_s8 = 0;
 static constexpr int kBatch = 4;  // a vector is four registers, of which there are 32
-static constexpr Reading kOfOne{2, 1024, 64, 3}, kOfOneOnAmd = kOfOne, kOfFew{1, 4096, 64, 2};  // not measured
+static constexpr Reading kOfOne{2, 1024, 64, 3}, kOfFew{1, 4096, 64, 2};  // not measured
 #undef EACH

@@ -109,5 +109,5 @@ static inline I dot_s8(I acc, L w, const int8_t* x) {
 static inline I dot_s8_positive(I acc, L w, const int8_t* x) { return dot_s8(acc, w, x); }
 static constexpr int32_t bias_s8 = 0;  // dot_s8 gives the sum plus bias_s8 * (sum of the activations)
 static constexpr int kBatch = 8;
-static constexpr Reading kOfOne{1, 1024, 64, 3}, kOfOneOnAmd = kOfOne, kOfFew{1, 4096, 64, 2};
+static constexpr Reading kOfOne{1, 1024, 64, 3}, kOfFew{1, 4096, 64, 2};
 #undef EACH

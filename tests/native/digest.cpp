@@ -100,11 +100,14 @@ void run(const Kernels& k, bool emulated = false) {
         blocks[i] = i % 3 ? other.data() : weights.data();
         to[i] = out + (kMostBlocks - 1 - i) * kRows;
       }
-      for (int n : {kMostBlocks - 1, kMostBlocks}) {
-        std::fill(std::begin(out), std::end(out), 0.0f);
-        k.blocks[form](blocks, blocks, n, tile.data(), G, width, to, kMostBlocks * kRows);
-        say(k, names[form], out, sizeof(float) * width * kMostBlocks * kRows, " side by side");
-      }
+      for (int n : {kMostBlocks - 1, kMostBlocks})
+        for (bool streamed : {false, true}) {
+          if (streamed && width > 1) continue;
+          const BlocksKernel kernel = streamed && k.one_stream[form] ? k.one_stream[form] : k.blocks[form];
+          std::fill(std::begin(out), std::end(out), 0.0f);
+          kernel(blocks, blocks, n, tile.data(), G, width, to, kMostBlocks * kRows);
+          say(k, names[form], out, sizeof(float) * width * kMostBlocks * kRows, streamed ? " in one stream" : " side by side");
+        }
     }
   std::vector<uint8_t> tile(static_cast<size_t>(W) * G * kTokenGroup);
   for (int t = 0; t < W; ++t) k.quantize(x.data() + t * I, G, tile.data(), W, t);
