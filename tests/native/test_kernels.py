@@ -130,10 +130,11 @@ def test_embedding_rows_are_the_weights(isa: str, layout: str) -> None:
     )
 
 
-def test_each_head_gets_its_own_matrix(isa: str) -> None:
+@pytest.mark.parametrize("T", [1, 5])
+def test_each_head_gets_its_own_matrix_and_activations(isa: str, T: int) -> None:
     rng = np.random.default_rng(5)
     matrix = packed(rng, "q8g32", 24, 64, count=3)
-    x_THI = rng.standard_normal((5, 3, 64), dtype=np.float32)
+    x_THI = rng.standard_normal((T, 3, 64), dtype=np.float32)
     y_THO = kernels.linear_heads(matrix, x_THI)
     for h in range(3):
         size = matrix.data.size // 3
