@@ -1,9 +1,9 @@
-#include "ops.h"
-
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+
+#include "row_blocks.h"
 
 namespace kimi {
 namespace {
@@ -19,20 +19,17 @@ const Kernels* const kBestFirst[] = {
 const Kernels* chosen = nullptr;
 std::unique_ptr<Pool> the_pool;
 
-// A task should read about this much, so that claiming it costs nothing beside it.
-constexpr size_t kTaskBytes = 40 << 10;
-bool is_float(const Weights& w) { return w.block->elements == 1; }
-int blocks_of(int rows) { return (rows + kRows - 1) / kRows; }
-
-// n rows of activations as the kernels take them: quantized, in tiles; and as the floats they were, for matrices stored
-// as floats, which multiply the rows of x that `tokens` lists.
-struct Operand {
-  const uint8_t* tiles;
-  int n, columns;
-  const float* x;
-  size_t x_stride;       // floats from row to row
-  const int32_t* tokens;
-};
+// Row blocks from..to of w times all tokens into y [n][stride], trimming the last block; `add` adds to what is there.
+void row_blocks_into(const Weights& w, int from, int to, const Operand& x, float* y, size_t stride, bool add) {
+  const int padded = (to - from) * kRows, rows = std::min(padded, w.rows - from * kRows);
+  if (rows == padded && !add) return row_blocks(w, from, to, x, y + from * kRows, stride);
+  float* out = scratch.out.get(static_cast<size_t>(x.n) * padded);
+  row_blocks(w, from, to, x, out, padded);
+  for (int i = 0; i < x.n; ++i) {
+    float* at = y + i * stride + from * kRows;
+    for (int r = 0; r < rows; ++r) at[r] = add ? at[r] + out[i * padded + r] : out[i * padded + r];
+  }
+}
 
 // Calls task(first, W) for every tile of n tokens; the pool takes part if there are several.
 template <typename Task>
@@ -46,144 +43,8 @@ void each_tile(int n, const Task& task) {
   });
 }
 
-// The listed rows of `rows`, each a tile of one token, put together as tiles; a single row is a tile already.
-const uint8_t* gather(const uint8_t* rows, int columns, const int32_t* tokens, int n, uint8_t* out) {
-  const size_t size = token_bytes(columns);
-  if (n == 1) return rows + tokens[0] * size;
-  for (int first = 0, W; first < n; first += W) {
-    W = tile_width(n, first);
-    for (int lane = 0; lane < W; ++lane) {
-      const uint8_t* row = rows + tokens[first + lane] * size;
-      uint8_t* at = out + first * size;
-      for (int g = 0; g < columns / kGroup; ++g, row += kTokenGroup, at += W * kTokenGroup) {
-        std::memcpy(at + lane * kGroup, row, kGroup);
-        for (int k = 0; k < 3; ++k) std::memcpy(at + W * (kGroup + 4 * k) + 4 * lane, row + kGroup + 4 * k, 4);
-      }
-    }
-  }
-  return out;
-}
-
-struct Scratch {  // per thread
-  Buffer<PanelRun> panel;
-  Buffer<float> row, out, more;
-  Buffer<uint8_t> tile;
-};
-thread_local Scratch scratch;
-
-bool on_amd() {
-#if defined(__x86_64__) || defined(_M_X64)
-  static const bool is = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
-  return is;
-#else
-  return false;
-#endif
-}
-
-// Row blocks of one shape and layout, which are multiplied side by side.
-struct Blocks {
-  const void *these[kMostBlocks], *next[kMostBlocks];
-  float* out[kMostBlocks];
-  int n = 0;
-
-  // Row blocks from..to of w into out; those of `following` from `then` on are likely to come after all that is added.
-  void add(const Weights& w, int from, int to, const Weights& following, int then, float* to_out) {
-    for (; from < to; ++from, ++then, to_out += kRows) add(w.data + from * w.stride, following.data + then * following.stride, to_out);
-  }
-  void add(const void* block, const void* following, float* to_out) {
-    these[n] = block, next[n] = following, out[n] = to_out;
-    ++n;
-  }
-  void multiply(Form form, const Operand& x, size_t stride) const {
-    const size_t size = token_bytes(x.columns);
-    const BlocksKernel streamed = x.n == 1 && n > kPair && on_amd() ? kernels().one_stream[static_cast<int>(form)] : nullptr;
-    const BlocksKernel kernel = streamed ? streamed : kernels().blocks[static_cast<int>(form)];
-    for (int first = 0, W; first < x.n; first += W) {
-      W = tile_width(x.n, first);
-      float* to[kMostBlocks];
-      for (int i = 0; i < n; ++i) to[i] = out[i] + first * stride;
-      kernel(these, next, n, x.tiles + first * size, x.columns / kGroup, W, to, stride);
-    }
-  }
-};
-
-// Row block b of w, whose layout is not packed, times all tokens: out[i * stride + row].
-void row_block(const Weights& w, int b, const Operand& x, float* out, size_t stride) {
-  switch (w.block->kind) {
-    case Kind::F32:
-    case Kind::F16:
-    case Kind::BF16: {
-      const size_t row_bytes = static_cast<size_t>(w.columns) * w.block->bytes;
-      float* weights = scratch.row.get(w.columns);
-      for (int r = 0; r < kRows; ++r) {
-        const int row = b * kRows + r;
-        const uint8_t* stored = w.data + row * row_bytes;
-        if (row < w.rows && w.block->kind == Kind::F16)
-          kernels().half_to_float(reinterpret_cast<const uint16_t*>(stored), w.columns, weights);
-        else if (row < w.rows)
-          decode_float_row(w.block->kind, stored, w.columns, weights);
-        for (int i = 0; i < x.n; ++i)
-          out[i * stride + r] = row < w.rows ? kernels().dot(weights, x.x + x.tokens[i] * x.x_stride, w.columns) : 0;
-      }
-      return;
-    }
-    default: {
-      PanelRun* panel = scratch.panel.get(w.columns / kGroup);
-      decode_panel(*w.block, w.data, w.rows, w.columns, b * kRows, panel);
-      const Form form = w.block->halves ? Form::panel_halves : w.block->offsets ? Form::panel_offsets : Form::panel;
-      Blocks blocks;
-      blocks.add(panel, panel, out);
-      blocks.multiply(form, x, stride);
-    }
-  }
-}
-
-// How many of so many row blocks a task of one token takes: as many as go side by side, if that leaves each thread a few tasks.
-int blocks_of_one(int blocks) {
-  int n = kMostBlocks;
-  while (n > kPair && blocks < 3 * n * pool().n_threads()) n /= 2;
-  return n;
-}
-
-Form packed_form(const Weights& w) { return static_cast<Form>(w.block->kind); }  // Kind and Form list them in one order
-
-// Row blocks from..to of w times all tokens: out[i * stride + row], counted from the first block's first row. After them, those
-// of `following` from `then` on are likely to come.
-void row_blocks(const Weights& w, int from, int to, const Operand& x, float* out, size_t stride, const Weights& following, int then) {
-  for (int n = 1; from < to; from += n, out += n * kRows) {
-    if (!is_packed(w.block->kind)) {
-      row_block(w, from, x, out, stride);
-      continue;
-    }
-    n = std::min(x.n == 1 ? kMostBlocks : kPair, to - from);
-    Blocks blocks;
-    if (from + n < to) blocks.add(w, from, from + n, w, from + n, out);
-    else blocks.add(w, from, from + n, following, then, out);
-    blocks.multiply(packed_form(w), x, stride);
-  }
-}
-void row_blocks(const Weights& w, int from, int to, const Operand& x, float* out, size_t stride) {
-  row_blocks(w, from, to, x, out, stride, w, to);
-}
-
-// The same into y [n][stride], trimming the last block; `add` adds to what is there.
-void row_blocks_into(const Weights& w, int from, int to, const Operand& x, float* y, size_t stride, bool add) {
-  const int padded = (to - from) * kRows, rows = std::min(padded, w.rows - from * kRows);
-  if (rows == padded && !add) return row_blocks(w, from, to, x, y + from * kRows, stride);
-  float* out = scratch.out.get(static_cast<size_t>(x.n) * padded);
-  row_blocks(w, from, to, x, out, padded);
-  for (int i = 0; i < x.n; ++i) {
-    float* at = y + i * stride + from * kRows;
-    for (int r = 0; r < rows; ++r) at[r] = add ? at[r] + out[i * padded + r] : out[i * padded + r];
-  }
-}
-
-const int32_t* counting(int n) {
-  static std::vector<int32_t> numbers;  // only the calling thread asks, between tasks
-  for (int i = static_cast<int>(numbers.size()); i < n; ++i) numbers.push_back(i);
-  return numbers.data();
-}
-
+// A task should read about this much, so that claiming it costs nothing beside it.
+constexpr size_t kTaskBytes = 40 << 10;
 // Row blocks of w that a task of T tokens takes, of so many in all.
 int blocks_a_task(const Weights& w, int T, int blocks) {
   const size_t bytes = static_cast<size_t>(w.columns) * kRows * w.block->bytes / w.block->elements;
@@ -196,8 +57,9 @@ void head_products(const std::vector<Weights>& w, const float* x, size_t x_token
   const int H = static_cast<int>(w.size()), B = blocks_of(w[0].rows), columns = w[0].columns;
   const size_t size = token_bytes(columns) * T;  // of one head
   const int32_t* list = counting(T);
-  const bool tiled = !is_float(w[0]), alone = T == 1;
-  uint8_t* tiles = tiled ? buffer.get(size * H) : nullptr;
+  // A single token's head is so little that every task quantizes it for itself: that is less than a call of the pool.
+  const bool tiled = !is_float(w[0]), before = tiled && T > 1;
+  uint8_t* tiles = before ? buffer.get(size * H) : nullptr;
   const auto quantize = [&](int h, uint8_t* at) {
     for (int first = 0, W; first < T; first += W) {
       W = tile_width(T, first);
@@ -206,13 +68,12 @@ void head_products(const std::vector<Weights>& w, const float* x, size_t x_token
     }
     return at;
   };
-  if (tiled && !alone) pool().run(H, [&](int h, int) { quantize(h, tiles + h * size); });
+  if (before) pool().run(H, [&](int h, int) { quantize(h, tiles + h * size); });
   const int step = blocks_a_task(w[0], T, H * B), steps = (B + step - 1) / step;
   pool().run(H * steps, [&](int i, int) {
     const int h = i / steps, from = i % steps * step;
-    // A single token's head is so little that every task quantizes it for itself: that is less than a call of the pool.
-    const uint8_t* in = tiled && alone ? quantize(h, scratch.tile.get(size)) : tiles + h * size;
-    const Operand operand{tiled ? in : nullptr, T, columns, x + h * x_head, x_token, list};
+    const uint8_t* in = before ? tiles + h * size : tiled ? quantize(h, scratch.tile.get(size)) : nullptr;
+    const Operand operand{in, T, columns, x + h * x_head, x_token, list};
     row_blocks_into(w[h], from, std::min(from + step, B), operand, y + static_cast<size_t>(h) * w[h].rows, static_cast<size_t>(H) * w[h].rows, false);
   });
 }
@@ -362,186 +223,6 @@ void route(const float* x, const float* router, const float* bias, int T, int D,
       weights[t * A + i] = score[order[i]] / (sum + 1e-20f) * scale;
     }
   }
-}
-
-namespace {
-
-// One expert and its rows of x. The order of jobs, which is that of the experts' index, is the order of every token's sum.
-struct Job {
-  const Weights *gate, *up, *down;
-  std::vector<int32_t> tokens, slots;  // row i is expert(x[tokens[i]]); slots[i] is its place among all that were asked for
-  Operand in, hidden;                  // x's rows; silu(gate) * up, of which tiles or x is written by `run_hidden`
-};
-
-// One job an expert that is asked for: slot i wants experts[i] on x[tokens[i]].
-std::vector<Job> jobs_of(const Mlp& mlp, const int32_t* experts, const int32_t* tokens, int n_slots) {
-  std::vector<std::vector<int32_t>> slots(mlp.gate.size());
-  for (int i = 0; i < n_slots; ++i) slots[experts[i]].push_back(i);
-  std::vector<Job> jobs;
-  for (size_t e = 0; e < slots.size(); ++e) {
-    if (slots[e].empty()) continue;
-    Job job{&mlp.gate[e], &mlp.up[e], &mlp.down[e], {}, std::move(slots[e]), {}, {}};
-    for (int32_t i : job.slots) job.tokens.push_back(tokens[i]);
-    jobs.push_back(std::move(job));
-  }
-  return jobs;
-}
-
-// Row blocks from..to of gate and up, at most half of kMostBlocks: [n][16 * (to - from)] each.
-void gate_and_up(const Job& job, int from, int to, float* gate, float* up) {
-  const Weights &g = *job.gate, &u = *job.up;
-  if (job.in.n == 1 && is_packed(g.block->kind) && u.block == g.block) {
-    Blocks blocks;
-    for (int b = from; b < to; ++b) {
-      blocks.add(g, b, b + 1, g, b + to - from, gate + (b - from) * kRows);
-      blocks.add(u, b, b + 1, u, b + to - from, up + (b - from) * kRows);
-    }
-    return blocks.multiply(packed_form(g), job.in, 0);
-  }
-  row_blocks(g, from, to, job.in, gate, (to - from) * kRows);
-  row_blocks(u, from, to, job.in, up, (to - from) * kRows);
-}
-
-// The first half of all jobs: hidden values, quantized unless a down matrix is stored as floats.
-void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
-  static Buffer<uint8_t> rows, gathered, hidden_tiles;
-  static Buffer<float> hidden_floats;
-  const size_t in_bytes = token_bytes(D);
-  bool wanted = false;
-  size_t n_slots = 0, n_floats = 0, n_tiles = 0, most = 0, n_blocks = 0;
-  for (const Job& job : jobs) n_blocks += 2 * static_cast<size_t>(blocks_of(job.gate->rows));
-  struct Task { int job, group, n; };  // n groups of 32 hidden channels: two row blocks of gate and two of up each
-  std::vector<Task> tasks;
-  const int together = std::max(1, blocks_of_one(static_cast<int>(n_blocks)) / 4);
-  for (size_t j = 0; j < jobs.size(); ++j) {
-    const size_t n = jobs[j].tokens.size(), F = jobs[j].gate->rows;
-    wanted |= !is_float(*jobs[j].gate);
-    n_slots += n;
-    most = std::max(most, n);
-    n_floats += is_float(*jobs[j].down) ? n * F : 0;
-    n_tiles += is_float(*jobs[j].down) ? 0 : n * token_bytes(static_cast<int>(F));
-    const int groups = static_cast<int>(F / kGroup), step = n == 1 ? together : 1;
-    for (int g = 0; g < groups; g += step) tasks.push_back({static_cast<int>(j), g, std::min(step, groups - g)});
-  }
-  const int32_t* numbers = counting(static_cast<int>(most));
-  uint8_t* in_at = wanted ? gathered.get(n_slots * in_bytes) : nullptr;
-  uint8_t* tiles_at = hidden_tiles.get(n_tiles);
-  float* floats_at = hidden_floats.get(n_floats);
-  for (Job& job : jobs) {
-    const int n = static_cast<int>(job.tokens.size()), F = job.gate->rows;
-    job.in = {in_at, n, D, x, static_cast<size_t>(D), job.tokens.data()};
-    if (in_at) in_at += n * in_bytes;
-    const bool floats = is_float(*job.down);
-    job.hidden = {floats ? nullptr : tiles_at, n, F, floats ? floats_at : nullptr, static_cast<size_t>(F), numbers};
-    if (floats) floats_at += static_cast<size_t>(n) * F;
-    else tiles_at += n * token_bytes(F);
-  }
-  if (wanted) {
-    uint8_t* at = rows.get(in_bytes * T);
-    const auto quantize = [&](int t, int) { kernels().quantize(x + static_cast<size_t>(t) * D, D / kGroup, at + t * in_bytes, 1, 0); };
-    const auto collect = [&](int j, int) {
-      Operand& in = jobs[j].in;
-      in.tiles = gather(at, D, in.tokens, in.n, const_cast<uint8_t*>(in.tiles));
-    };
-    if (T < 4) {
-      for (int t = 0; t < T; ++t) quantize(t, 0);
-      for (size_t j = 0; j < jobs.size(); ++j) collect(static_cast<int>(j), 0);
-    } else {
-      pool().run(T, quantize);
-      pool().run(static_cast<int>(jobs.size()), collect);
-    }
-  }
-  // Gate, up, silu and the hidden values' own quantization.
-  pool().run(static_cast<int>(tasks.size()), [&](int i, int) {
-    const auto [j, g, groups] = tasks[i];
-    const Job& job = jobs[j];
-    const int n = job.in.n, F = job.gate->rows, width = groups * kGroup;
-    float* gate = scratch.out.get(static_cast<size_t>(n) * width);
-    float* up = scratch.more.get(static_cast<size_t>(n) * width);
-    gate_and_up(job, 2 * g, 2 * (g + groups), gate, up);
-    kernels().silu_mul(gate, up, n * width, gate);
-    if (job.hidden.x) {
-      float* to = const_cast<float*>(job.hidden.x) + g * kGroup;
-      for (int t = 0; t < n; ++t) std::memcpy(to + static_cast<size_t>(t) * F, gate + t * width, sizeof(float) * width);
-      return;
-    }
-    for (int first = 0, W; first < n; first += W) {
-      W = tile_width(n, first);
-      uint8_t* tile = const_cast<uint8_t*>(job.hidden.tiles) + first * token_bytes(F) + static_cast<size_t>(g) * W * kTokenGroup;
-      for (int lane = 0; lane < W; ++lane) kernels().quantize(gate + (first + lane) * width, groups, tile, W, lane);
-    }
-  });
-}
-
-// Calls task(from, to) for all row blocks of down, several at a time.
-template <typename Task>
-void each_down(int D, int T, const Task& task) {
-  const int blocks = blocks_of(D), step = T == 1 ? blocks_of_one(blocks) : kPair;
-  pool().run((blocks + step - 1) / step, [&](int i, int) { task(i * step, std::min((i + 1) * step, blocks)); });
-}
-
-// Row blocks from..to of a job's down times its hidden values. A task takes them from one job after the other.
-void down(const std::vector<Job>& jobs, size_t j, int from, int to, float* out, size_t stride) {
-  const bool last = j + 1 == jobs.size();
-  row_blocks(*jobs[j].down, from, to, jobs[j].hidden, out, stride, *jobs[last ? 0 : j + 1].down, last ? to : from);
-}
-
-}  // namespace
-
-void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A, const Mlp* shared, const float* x,
-             int T, int D, float* y) {
-  static Buffer<int32_t> owners;
-  int32_t* tokens = owners.get(static_cast<size_t>(T) * A);
-  for (int i = 0; i < T * A; ++i) tokens[i] = i / A;
-  std::vector<Job> jobs = jobs_of(routed, ids, tokens, T * A);
-  const int32_t* numbers = counting(T);
-  if (shared) jobs.push_back({&shared->gate[0], &shared->up[0], &shared->down[0], {numbers, numbers + T}, {}, {}, {}});
-  run_hidden(jobs, x, T, D);
-  each_down(D, T, [&](int from, int to) {
-    const int padded = (to - from) * kRows, rows = std::min(padded, D - from * kRows);
-    float* sum = scratch.more.get(static_cast<size_t>(T) * padded);
-    std::fill_n(sum, static_cast<size_t>(T) * padded, 0.0f);
-    for (size_t j = 0; j < jobs.size(); ++j) {
-      const Job& job = jobs[j];
-      float* part = scratch.out.get(static_cast<size_t>(job.hidden.n) * padded);
-      down(jobs, j, from, to, part, padded);
-      for (int i = 0; i < job.hidden.n; ++i)
-        kernels().axpy(job.slots.empty() ? 1.0f : weights[job.slots[i]], part + static_cast<size_t>(i) * padded, padded,
-                       sum + static_cast<size_t>(job.tokens[i]) * padded);
-    }
-    for (int t = 0; t < T; ++t)
-      for (int r = 0; r < rows; ++r) y[static_cast<size_t>(t) * D + from * kRows + r] += sum[static_cast<size_t>(t) * padded + r];
-  });
-}
-
-void expert_outputs(const Mlp& mlp, const int32_t* experts, const int32_t* tokens, int n_slots, const float* x, int T,
-                    int D, float* y) {
-  std::vector<Job> jobs = jobs_of(mlp, experts, tokens, n_slots);
-  run_hidden(jobs, x, T, D);
-  each_down(D, T, [&](int from, int to) {
-    const int padded = (to - from) * kRows, rows = std::min(padded, D - from * kRows);
-    for (size_t j = 0; j < jobs.size(); ++j) {
-      const Job& job = jobs[j];
-      float* part = scratch.out.get(static_cast<size_t>(job.hidden.n) * padded);
-      down(jobs, j, from, to, part, padded);
-      for (int i = 0; i < job.hidden.n; ++i)
-        std::memcpy(y + static_cast<size_t>(job.slots[i]) * D + from * kRows, part + static_cast<size_t>(i) * padded, sizeof(float) * rows);
-    }
-  });
-}
-
-void combine(const float* outputs, const float* weights, int A, const float* shared, int T, int D, float* x) {
-  static Buffer<float> buffer;
-  float* sums = buffer.get(static_cast<size_t>(T) * D);
-  const auto add = [&](int t, int) {
-    float *sum = sums + static_cast<size_t>(t) * D, *to = x + static_cast<size_t>(t) * D;
-    std::fill_n(sum, D, 0.0f);
-    for (int i = t * A; i < (t + 1) * A; ++i) kernels().axpy(weights[i], outputs + static_cast<size_t>(i) * D, D, sum);
-    kernels().axpy(1.0f, shared + static_cast<size_t>(t) * D, D, sum);
-    for (int k = 0; k < D; ++k) to[k] += sum[k];
-  };
-  if (T < 4) for (int t = 0; t < T; ++t) add(t, 0);
-  else pool().run(T, add);
 }
 
 void attention_layer(const AttentionLayer& l, float* x, int T, const float* cos, const float* sin,

@@ -1,0 +1,56 @@
+// Row blocks times activations: what every product of a matrix comes down to inside one task. ops.cpp and experts.cpp cut the
+// work into such tasks; nothing else includes this.
+#pragma once
+#include "ops.h"
+
+namespace kimi {
+
+inline bool is_float(const Weights& w) { return w.block->elements == 1; }
+inline int blocks_of(int rows) { return (rows + kRows - 1) / kRows; }
+inline Form packed_form(const Weights& w) { return static_cast<Form>(w.block->kind); }  // Kind and Form list them in one order
+
+// n rows of activations as the kernels take them: quantized, in tiles; and as the floats they were, for matrices stored
+// as floats, which multiply the rows of x that `tokens` lists.
+struct Operand {
+  const uint8_t* tiles;
+  int n, columns;
+  const float* x;
+  size_t x_stride;       // floats from row to row
+  const int32_t* tokens;
+};
+
+struct Scratch {  // per thread
+  Buffer<PanelRun> panel;
+  Buffer<float> row, out, more;
+  Buffer<uint8_t> tile;
+};
+inline thread_local Scratch scratch;
+
+// Row blocks of one shape and layout, which are multiplied side by side.
+struct Blocks {
+  const void *these[kMostBlocks], *next[kMostBlocks];
+  float* out[kMostBlocks];
+  int n = 0;
+
+  // Row blocks from..to of w into out; those of `following` from `then` on are likely to come after all that is added.
+  void add(const Weights& w, int from, int to, const Weights& following, int then, float* to_out) {
+    for (; from < to; ++from, ++then, to_out += kRows) add(w.data + from * w.stride, following.data + then * following.stride, to_out);
+  }
+  void add(const void* block, const void* following, float* to_out) {
+    these[n] = block, next[n] = following, out[n] = to_out;
+    ++n;
+  }
+  // Each times all tokens of x: to out[i] + t * stride.
+  void multiply(Form form, const Operand& x, size_t stride) const;
+};
+
+// How many of so many row blocks a task of one token takes: as many as go side by side, if that leaves each thread a few tasks.
+int blocks_of_one(int blocks);
+// 0, 1, ... n - 1. Only the calling thread asks, between tasks.
+const int32_t* counting(int n);
+// Row blocks from..to of w times all tokens: out[i * stride + row], counted from the first block's first row. After them, those
+// of `following` from `then` on are likely to come; without it, those of w.
+void row_blocks(const Weights& w, int from, int to, const Operand& x, float* out, size_t stride, const Weights& following, int then);
+void row_blocks(const Weights& w, int from, int to, const Operand& x, float* out, size_t stride);
+
+}  // namespace kimi
