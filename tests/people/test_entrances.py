@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from terminal import talk_in_a_terminal
 
 import kimi_lite
@@ -154,6 +155,50 @@ def test_filters_keep_what_they_say() -> None:
     # Each share is within five standard deviations of its probability.
     p = np.array([0.5, 0.25, 0.15, 0.1])
     assert (np.abs(counts / 2000 - p) < 5 * np.sqrt(p * (1 - p) / 2000)).all()
+
+
+def sorted_whole(logits_V: NDArray[np.float32], o: SamplingOptions) -> tuple[list[int], NDArray[np.float64]]:
+    """Which tokens the filters keep, and their shares, by the definition: everything sorted, then cut three times."""
+    p_V = np.exp((logits_V.astype(np.float64) - logits_V.max()) / o.temperature)
+    ids = sorted(range(len(p_V)), key=lambda i: (-float(logits_V[i]), i))[: o.top_k or None]
+    shares = [p_V[i] / p_V[ids].sum() for i in ids]
+    sums = np.cumsum(shares)
+    n = sum(
+        1 for k in range(len(ids)) if (k == 0 or sums[k - 1] < o.top_p) and shares[k] >= o.min_p * shares[0]
+    )
+    return ids[:n], np.array(shares[:n]) / sum(shares[:n])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"top_k": 3},
+        {"top_k": 700},
+        {"top_k": 5000},
+        {"top_p": 0.8},
+        {"top_p": 0.999999},
+        {"min_p": 0.05},
+        {"min_p": 1e-13},
+        {"top_k": 40, "top_p": 0.9},
+        {"top_k": 900, "top_p": 0.9999999, "min_p": 1e-8},
+    ],
+)
+@pytest.mark.parametrize(
+    "spread", [0.0, 1.0, 8.0, 300.0]
+)  # of the logits: all alike, flat, a model's, only one counts
+def test_what_is_kept_does_not_depend_on_how_much_was_sorted(
+    options: dict[str, float], spread: float
+) -> None:
+    random = np.random.default_rng(3)
+    logits_V = (random.integers(-64, 64, 2999) / 64 * spread).astype(np.float32)  # with many ties
+    o = SamplingOptions(temperature=0.7, seed=5, **options)  # type: ignore[arg-type]
+    sampler, uniform = Sampler(o, len(logits_V)), np.random.Generator(np.random.PCG64(5))
+    ids, shares = sorted_whole(logits_V, o)
+    if not options:  # nothing to cut, so nothing is sorted
+        shares, ids = shares[np.argsort(ids)], sorted(ids)
+    expected = [ids[int(np.searchsorted(np.cumsum(shares), uniform.random()))] for _ in range(200)]
+    assert [sampler.draw(logits_V, []) for _ in range(200)] == expected
 
 
 def test_ask_prints_the_answer_alone() -> None:
