@@ -98,6 +98,18 @@ def attention_layer(
 ) -> None: ...
 def feed_forward_layer(layer: FeedForwardLayer, x: Floats) -> None: ...
 
+class Layers:
+    def __init__(
+        self,
+        attention: list[AttentionLayer],
+        feed_forward: list[FeedForwardLayer],
+        caches: list[LatentCache],
+    ) -> None: ...
+
+def run_layers(
+    layers: Layers, first: int, end: int, x: Floats, cos: Floats, sin: Floats, start: int, expanded: bool
+) -> None: ...
+
 # The image tower's own steps; see runtime/native/vision.h.
 PATCH_BLOCK: int
 

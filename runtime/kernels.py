@@ -11,6 +11,7 @@ Dimension key:  T tokens   I, O in and out   D model width   E experts   A activ
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -345,6 +346,29 @@ def attend(
 def feed_forward(layer: FeedForwardLayer, x_TD: Float) -> None:
     """x += experts(norm(x)), in place."""
     _kernels.feed_forward_layer(layer.handle, x_TD)
+
+
+def layers(
+    attention: Sequence[AttentionLayer],
+    feed_forward: Sequence[FeedForwardLayer],
+    caches: Sequence["_kernels.LatentCache"],
+) -> "_kernels.Layers":
+    """A model's layers as `run_layers` takes them."""
+    return _kernels.Layers([a.handle for a in attention], [f.handle for f in feed_forward], list(caches))
+
+
+def run_layers(
+    layers: "_kernels.Layers",
+    first: int,
+    end: int,
+    x_TD: Float,
+    cos_TR: Float,
+    sin_TR: Float,
+    start: int,
+    expanded: bool = False,
+) -> None:
+    """`attend` and `feed_forward` of the layers from `first` up to `end`, one after the other."""
+    _kernels.run_layers(layers, first, end, x_TD, cos_TR, sin_TR, start, expanded)
 
 
 use_isa(os.environ.get("KIMI_LITE_ISA"), "KIMI_LITE_ISA")

@@ -1,11 +1,11 @@
 """The whole text model on the CPU kernels, straight down.
 
-The two halves of a layer are one native call each (`attention_layer` and `feed_forward_layer` in native/ops.cpp), so
-that nothing but two short crossings per layer stands between the kernels. Attention has two forms. Absorbed, queries are
-taken into latent space, so that all heads read the one cached row of a position: a token's fewest bytes. Expanded, keys
-and values of all heads are made from the cache for the time of a layer: a long prompt's fewest products. They round
-differently, so `expands` chooses by the number of tokens alone. Within a form, sums have one fixed order
-(docs/kernels.md), and a token has the same bits in whatever pass it comes.
+A token's layers are one native call: with two calls a layer, memory idled 12 µs more in each, while Python read its own
+objects, which the weights had driven out of the caches. Attention has two forms. Absorbed, queries are taken into latent
+space, so that all heads read the one cached row of a position: a token's fewest bytes. Expanded, keys and values of all
+heads are made from the cache for the time of a layer: a long prompt's fewest products. They round differently, so
+`expands` chooses by the number of tokens alone. Within a form, sums have one fixed order (docs/kernels.md), and a token
+has the same bits in whatever pass it comes.
 
 Dimension key:  T tokens   D hidden   R rope   V vocabulary   M image tokens
 """
@@ -22,6 +22,7 @@ from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.weights import Weights
 
 PREFILL_CHUNK = 1024  # tokens a pass: at full size each expert is read once for about 96 of them
+BRIEF = 16  # tokens: a pass so short that nobody would watch its layers, or interrupt it between them
 Spliced = tuple[NDArray[np.int64], NDArray[np.float16]]
 OnLayer = Callable[[int], None]  # hears after each layer how many are done
 
@@ -34,6 +35,11 @@ class CpuModel:
     def __init__(self, weights: Weights, context: int, expanded: bool = True) -> None:
         """Room for `context` positions, as virtual memory. Unless `expanded`, attention is absorbed, as a card's is."""
         self.weights, self.cache, self.expanded = weights, LatentCache(weights.config, context), expanded
+        self._layers = kernels.layers(
+            [layer.attention for layer in weights.layers],
+            [layer.feed_forward for layer in weights.layers],
+            self.cache.layers,
+        )
 
     def step(self, n_left: int) -> int:
         """Tokens of the next step, of so many that are left: as few steps as can be, all about as long."""
@@ -42,9 +48,25 @@ class CpuModel:
     def forward(
         self, ids_T: NDArray[np.int32], pictures: Spliced | None = None, on_layer: OnLayer | None = None
     ) -> Float:
-        """Append T tokens to the cache; returns the last one's logits, float32 [V]."""
-        expanded = self.expanded and expands(self.weights.config, len(ids_T))
-        return forward(self.weights, self.cache, ids_T, pictures, on_layer, expanded)
+        """Append T tokens to the cache; returns the last one's logits, float32 [V].
+
+        `pictures` gives embedding rows to the positions of image tokens: (positions [M] in this step, rows [M, D]).
+        """
+        weights, cache, T = self.weights, self.cache, len(ids_T)
+        c, L = weights.config, len(weights.layers)
+        assert cache.n + T <= cache.context, f"{T} tokens after {cache.n} exceed {cache.context}"
+        expanded = self.expanded and expands(c, T)
+        x_TD = embedded(weights, ids_T, pictures)
+        cos_TR, sin_TR = rope_tables(c, cache.n, T)
+        at_once = L if T <= BRIEF else 1
+        for first in range(0, L, at_once):
+            end = first + at_once
+            kernels.run_layers(self._layers, first, end, x_TD, cos_TR, sin_TR, cache.n, expanded)
+            if on_layer:
+                on_layer(end)
+        cache.n += T
+        last_1D = kernels.rms_norm(x_TD[-1:], weights.norm_D, c.rms_eps)
+        return kernels.linear(weights.head, last_1D).reshape(-1)
 
     def rewind(self, n: int) -> None:
         """Keep the first n cached positions."""
@@ -58,32 +80,6 @@ def expands(c: TextConfig, T: int) -> bool:
     C (N + V) once. So this is where it pays even if all positions were cached before: 171 tokens at full size.
     """
     return T * (2 * c.kv_rank - c.nope_dim - c.value_dim) >= c.kv_rank * (c.nope_dim + c.value_dim)
-
-
-def forward(
-    weights: Weights,
-    cache: LatentCache,
-    ids_T: NDArray[np.int32],
-    pictures: Spliced | None = None,
-    on_layer: OnLayer | None = None,
-    expanded: bool = False,
-) -> Float:
-    """Append T tokens to the cache; returns the last one's logits, float32 [V].
-
-    `pictures` gives embedding rows to the positions of image tokens: (positions [M] in this step, rows [M, D]).
-    """
-    c, T = weights.config, len(ids_T)
-    assert cache.n + T <= cache.context, f"{T} tokens after {cache.n} exceed {cache.context}"
-    x_TD = embedded(weights, ids_T, pictures)
-    cos_TR, sin_TR = rope_tables(c, cache.n, T)
-    for index, layer in enumerate(weights.layers):
-        kernels.attend(layer.attention, x_TD, cos_TR, sin_TR, cache.layers[index], cache.n, expanded)
-        kernels.feed_forward(layer.feed_forward, x_TD)
-        if on_layer:
-            on_layer(index + 1)
-    cache.n += T
-    last_1D = kernels.rms_norm(x_TD[-1:], weights.norm_D, c.rms_eps)
-    return kernels.linear(weights.head, last_1D).reshape(-1)
 
 
 def embedded(weights: Weights, ids_T: NDArray[np.int32], pictures: Spliced | None) -> Float:

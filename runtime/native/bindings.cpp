@@ -56,6 +56,20 @@ Weights weights(const std::string& type, const Bytes& data, size_t offset, size_
   require(offset + need <= data.shape(0), "a matrix of " + std::to_string(need) + " bytes does not lie in its data");
   return {&block, data.data() + offset, stride, rows, columns};
 }
+
+// How many tokens attention is asked for, all shapes being right.
+int checked_tokens(const AttentionLayer& layer, const LatentCache& cache, const Out& x, const Floats& cos, const Floats& sin, int start) {
+  const int T = axis(x, 0, "x"), C = layer.k_b[0].rows, R = layer.kv_a.rows - C;
+  same(axis(x, 1, "x"), layer.q.columns, "x's width");
+  for (const Floats* table : {&cos, &sin}) {
+    same(axis(*table, 0, "the angles"), T, "the angles' length");
+    same(axis(*table, 1, "the angles"), R / 2, "the angles' width");
+  }
+  same(cache.C, C, "the cached latent's width");
+  same(cache.R, R, "the cached key's width");
+  require(start >= 0 && start + T <= cache.context, "the cache is shorter than the positions asked for");
+  return T;
+}
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -302,15 +316,7 @@ NB_MODULE(_kernels, m) {
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(),
            nb::keep_alive<1, 10>());
   m.def("attention_layer", [](const AttentionLayer& layer, const Out& x, const Floats& cos, const Floats& sin, const LatentCache& cache, int start, bool expanded) {
-    const int T = axis(x, 0, "x"), C = layer.k_b[0].rows, R = layer.kv_a.rows - C;
-    same(axis(x, 1, "x"), layer.q.columns, "x's width");
-    for (const Floats* table : {&cos, &sin}) {
-      same(axis(*table, 0, "the angles"), T, "the angles' length");
-      same(axis(*table, 1, "the angles"), R / 2, "the angles' width");
-    }
-    same(cache.C, C, "the cached latent's width");
-    same(cache.R, R, "the cached key's width");
-    require(start >= 0 && start + T <= cache.context, "the cache is shorter than the positions asked for");
+    const int T = checked_tokens(layer, cache, x, cos, sin, start);
     Computing computing;
     attention_layer(layer, x.data(), T, cos.data(), sin.data(), cache, start, expanded);
   }, "layer"_a, "x"_a, "cos"_a, "sin"_a, "cache"_a, "start"_a, "expanded"_a);
@@ -320,4 +326,30 @@ NB_MODULE(_kernels, m) {
     Computing computing;
     feed_forward_layer(layer, x.data(), T);
   }, "layer"_a, "x"_a);
+  nb::class_<Layers>(m, "Layers", "A model's layers and their caches, for `run_layers`. Keeps the three lists alive.")
+      .def("__init__",
+           [](Layers* self, const std::vector<const AttentionLayer*>& attention, const std::vector<const FeedForwardLayer*>& feed_forward,
+              const std::vector<const LatentCache*>& caches) {
+             require(!attention.empty() && attention.size() == feed_forward.size() && attention.size() == caches.size(),
+                     "every layer needs attention, a feed-forward half and a cache");
+             Layers layers;
+             for (size_t i = 0; i < attention.size(); ++i) {
+               same(attention[i]->q.columns, attention[0]->q.columns, "a layer's width");
+               same(feed_forward[i]->shared.gate[0].columns, attention[0]->q.columns, "a layer's width");
+               layers.all.push_back({attention[i], feed_forward[i], caches[i]});
+             }
+             new (self) Layers(std::move(layers));
+           },
+           "attention"_a, "feed_forward"_a, "caches"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());
+  m.def("run_layers", [](const Layers& layers, int first, int end, const Out& x, const Floats& cos, const Floats& sin, int start, bool expanded) {
+    require(0 <= first && first <= end && end <= static_cast<int>(layers.all.size()), "there are not so many layers");
+    for (int i = first; i < end; ++i) checked_tokens(*layers.all[i].attention, *layers.all[i].cache, x, cos, sin, start);
+    const int T = axis(x, 0, "x");
+    Computing computing;
+    for (int i = first; i < end; ++i) {
+      const Layer& layer = layers.all[i];
+      attention_layer(*layer.attention, x.data(), T, cos.data(), sin.data(), *layer.cache, start, expanded);
+      feed_forward_layer(*layer.feed_forward, x.data(), T);
+    }
+  }, "layers"_a, "first"_a, "end"_a, "x"_a, "cos"_a, "sin"_a, "start"_a, "expanded"_a);
 }

@@ -118,4 +118,11 @@ struct FeedForwardLayer {
   int64_t* used;                  // [E] or null: how often each expert was chosen for a token that came alone
 };
 void feed_forward_layer(const FeedForwardLayer& layer, float* x, int T);
+
+struct Layer {
+  const AttentionLayer* attention;
+  const FeedForwardLayer* feed_forward;
+  const LatentCache* cache;
+};
+struct Layers { std::vector<Layer> all; };
 }  // namespace kimi
