@@ -56,7 +56,7 @@ class Sampler:
         """The next token, given the logits and the tokens of prompt and answer so far."""
         o, scores_V = self.options, logits_V[: self.n_tokens].astype(np.float64)
         if so_far and (o.repetition_penalty != 1 or o.presence_penalty):
-            seen = np.unique(np.asarray(so_far))
+            seen = np.fromiter(set(so_far), np.int64)
             seen = seen[seen < self.n_tokens]
             was = scores_V[seen]
             scores_V[seen] = (
