@@ -367,7 +367,10 @@ def run_layers(
     start: int,
     expanded: bool = False,
 ) -> None:
-    """`attend` and `feed_forward` of the layers from `first` up to `end`, one after the other."""
+    """`attend` and `feed_forward` of the layers from `first` up to `end`, one after the other.
+
+    The last of all gives its output for the last token only, for no other's is ever read; its attention is absorbed.
+    """
     _kernels.run_layers(layers, first, end, x_TD, cos_TR, sin_TR, start, expanded)
 
 

@@ -318,13 +318,13 @@ NB_MODULE(_kernels, m) {
   m.def("attention_layer", [](const AttentionLayer& layer, const Out& x, const Floats& cos, const Floats& sin, const LatentCache& cache, int start, bool expanded) {
     const int T = checked_tokens(layer, cache, x, cos, sin, start);
     Computing computing;
-    attention_layer(layer, x.data(), T, cos.data(), sin.data(), cache, start, expanded);
+    attention_layer(layer, x.data(), T, cos.data(), sin.data(), cache, start, expanded, T);
   }, "layer"_a, "x"_a, "cos"_a, "sin"_a, "cache"_a, "start"_a, "expanded"_a);
   m.def("feed_forward_layer", [](const FeedForwardLayer& layer, const Out& x) {
     const int T = axis(x, 0, "x");
     same(axis(x, 1, "x"), layer.shared.gate[0].columns, "x's width");
     Computing computing;
-    feed_forward_layer(layer, x.data(), T);
+    feed_forward_layer(layer, x.data(), T, T == 1);
   }, "layer"_a, "x"_a);
   nb::class_<Layers>(m, "Layers", "A model's layers and their caches, for `run_layers`. Keeps the three lists alive.")
       .def("__init__",
@@ -344,12 +344,7 @@ NB_MODULE(_kernels, m) {
   m.def("run_layers", [](const Layers& layers, int first, int end, const Out& x, const Floats& cos, const Floats& sin, int start, bool expanded) {
     require(0 <= first && first <= end && end <= static_cast<int>(layers.all.size()), "there are not so many layers");
     for (int i = first; i < end; ++i) checked_tokens(*layers.all[i].attention, *layers.all[i].cache, x, cos, sin, start);
-    const int T = axis(x, 0, "x");
     Computing computing;
-    for (int i = first; i < end; ++i) {
-      const Layer& layer = layers.all[i];
-      attention_layer(*layer.attention, x.data(), T, cos.data(), sin.data(), *layer.cache, start, expanded);
-      feed_forward_layer(*layer.feed_forward, x.data(), T);
-    }
+    run_layers(layers, first, end, x.data(), axis(x, 0, "x"), cos.data(), sin.data(), start, expanded);
   }, "layers"_a, "first"_a, "end"_a, "x"_a, "cos"_a, "sin"_a, "start"_a, "expanded"_a);
 }

@@ -226,19 +226,25 @@ void route(const float* x, const float* router, const float* bias, int T, int D,
 }
 
 void attention_layer(const AttentionLayer& l, float* x, int T, const float* cos, const float* sin,
-                     const LatentCache& cache, int start, bool expanded) {
+                     const LatentCache& cache, int start, bool expanded, int asking) {
   static Buffer<float> normed, queries, latents, ropes, absorbed, summed, values;
   const int D = l.q.columns, H = static_cast<int>(l.k_b.size()), N = l.k_b[0].columns, C = l.k_b[0].rows, V = l.v_b[0].rows;
-  const int R = l.kv_a.rows - C, K = N + R;
+  const int R = l.kv_a.rows - C, K = N + R, silent = T - asking;
   float* h = normed.get(static_cast<size_t>(T) * D);
-  float* q = queries.get(static_cast<size_t>(T) * H * K);
+  float* q = queries.get(static_cast<size_t>(asking) * H * K);
   float* kv = latents.get(static_cast<size_t>(T) * (C + R));
-  float* qr = ropes.get(static_cast<size_t>(T) * H * R);
-  float* o = values.get(static_cast<size_t>(T) * H * V);
+  float* qr = ropes.get(static_cast<size_t>(asking) * H * R);
+  float* o = values.get(static_cast<size_t>(asking) * H * V);
   const auto norm = [&](int t, int) { kernels().rms_norm(x + static_cast<size_t>(t) * D, l.norm, D, l.eps, h + static_cast<size_t>(t) * D); };
   if (T < 4) for (int t = 0; t < T; ++t) norm(t, 0);
   else pool().run(T, norm);
-  products({{&l.q, q, static_cast<size_t>(H) * K, false}, {&l.kv_a, kv, static_cast<size_t>(C + R), false}}, h, D, T);
+  const Product ask{&l.q, q, static_cast<size_t>(H) * K, false}, keep{&l.kv_a, kv, static_cast<size_t>(C + R), false};
+  if (silent) {
+    products({keep}, h, D, T);
+    products({ask}, h + static_cast<size_t>(silent) * D, D, asking);
+  } else {
+    products({ask, keep}, h, D, T);
+  }
   // Cached: the latent after its norm, the key after its rotation.
   const auto turn = [&](int t, int) {
     const float *c = cos + static_cast<size_t>(t) * R / 2, *s = sin + static_cast<size_t>(t) * R / 2;
@@ -252,25 +258,27 @@ void attention_layer(const AttentionLayer& l, float* x, int T, const float* cos,
     float* row = kv + static_cast<size_t>(t) * (C + R);
     kernels().rms_norm(row, l.kv_norm, C, l.kv_eps, row);
     rotate(row + C, row + C);
-    for (int head = 0; head < H; ++head)
-      rotate(q + (static_cast<size_t>(t) * H + head) * K + N, qr + (static_cast<size_t>(t) * H + head) * R);
+    for (int head = 0; head < H && t >= silent; ++head) {
+      const size_t at = static_cast<size_t>(t - silent) * H + head;
+      rotate(q + at * K + N, qr + at * R);
+    }
   };
   if (T < 4) for (int t = 0; t < T; ++t) turn(t, 0);
   else pool().run(T, turn);
   remember(cache, kv, T, start);
   if (expanded) {
-    expanded_attention(cache, l.k_b, l.v_b, q, K, qr, start, T, l.scale, o);
+    expanded_attention(cache, l.k_b, l.v_b, q, K, qr, start + silent, asking, l.scale, o);
   } else {
-    float* qc = absorbed.get(static_cast<size_t>(T) * H * C);
-    float* u = summed.get(static_cast<size_t>(T) * H * C);
-    head_products(l.k_b, q, static_cast<size_t>(H) * K, K, T, qc);
-    attention(cache, qc, qr, start, T, H, l.scale, u);
-    head_products(l.v_b, u, static_cast<size_t>(H) * C, C, T, o);
+    float* qc = absorbed.get(static_cast<size_t>(asking) * H * C);
+    float* u = summed.get(static_cast<size_t>(asking) * H * C);
+    head_products(l.k_b, q, static_cast<size_t>(H) * K, K, asking, qc);
+    attention(cache, qc, qr, start + silent, asking, H, l.scale, u);
+    head_products(l.v_b, u, static_cast<size_t>(H) * C, C, asking, o);
   }
-  products({{&l.o, x, static_cast<size_t>(D), true}}, o, static_cast<size_t>(H) * V, T);
+  products({{&l.o, x + static_cast<size_t>(silent) * D, static_cast<size_t>(D), true}}, o, static_cast<size_t>(H) * V, asking);
 }
 
-void feed_forward_layer(const FeedForwardLayer& l, float* x, int T) {
+void feed_forward_layer(const FeedForwardLayer& l, float* x, int T, bool counts) {
   static Buffer<float> normed, weights;
   static Buffer<int32_t> ids;
   const int D = l.shared.gate[0].columns, A = l.router ? l.active : 0;
@@ -282,9 +290,19 @@ void feed_forward_layer(const FeedForwardLayer& l, float* x, int T) {
   float* chosen_weights = weights.get(static_cast<size_t>(T) * A + 1);
   if (l.router)
     route(h, l.router, l.bias, T, D, static_cast<int>(l.routed.gate.size()), A, l.scale, chosen_ids, chosen_weights);
-  if (l.used && T == 1)
-    for (int i = 0; i < A; ++i) ++l.used[chosen_ids[i]];
+  if (l.used && counts)
+    for (int i = 0; i < T * A; ++i) ++l.used[chosen_ids[i]];
   mixture(l.routed, chosen_ids, chosen_weights, A, &l.shared, h, T, D, x);
+}
+
+void run_layers(const Layers& layers, int first, int end, float* x, int T, const float* cos, const float* sin, int start, bool expanded) {
+  for (int i = first; i < end; ++i) {
+    const Layer& layer = layers.all[i];
+    const bool last = T > 1 && i + 1 == static_cast<int>(layers.all.size());
+    const int asking = last ? 1 : T;
+    attention_layer(*layer.attention, x, T, cos, sin, *layer.cache, start, expanded && !last, asking);
+    feed_forward_layer(*layer.feed_forward, x + static_cast<size_t>(T - asking) * layer.attention->q.columns, asking, T == 1);
+  }
 }
 
 }  // namespace kimi

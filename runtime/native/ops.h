@@ -104,9 +104,9 @@ struct AttentionLayer {
   Weights q, kv_a, o;             // [H (N + R), D], [C + R, D], [D, H V]
   std::vector<Weights> k_b, v_b;  // H of [C, N]; H of [V, C]
 };
-// Remembers T tokens from `start` on; attention is absorbed or expanded. cos, sin: [T][R / 2].
+// Remembers T tokens from `start` on; attention is absorbed or expanded, and of the last `asking` of them. cos, sin: [T][R / 2].
 void attention_layer(const AttentionLayer& layer, float* x, int T, const float* cos, const float* sin,
-                     const LatentCache& cache, int start, bool expanded);
+                     const LatentCache& cache, int start, bool expanded, int asking);
 
 struct FeedForwardLayer {
   const float* norm;              // [D]
@@ -117,7 +117,7 @@ struct FeedForwardLayer {
   Mlp routed, shared;
   int64_t* used;                  // [E] or null: how often each expert was chosen for a token that came alone
 };
-void feed_forward_layer(const FeedForwardLayer& layer, float* x, int T);
+void feed_forward_layer(const FeedForwardLayer& layer, float* x, int T, bool counts);  // counts: in `used`
 
 struct Layer {
   const AttentionLayer* attention;
@@ -125,4 +125,6 @@ struct Layer {
   const LatentCache* cache;
 };
 struct Layers { std::vector<Layer> all; };
+// Layers first..end. What the model's last one gives for other tokens than the last nobody reads, so only its cache hears of those.
+void run_layers(const Layers& layers, int first, int end, float* x, int T, const float* cos, const float* sin, int start, bool expanded);
 }  // namespace kimi

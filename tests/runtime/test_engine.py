@@ -15,8 +15,9 @@ from kimi_lite.errors import DoesNotFitError, ModelFileError, UsageError
 from kimi_lite.pack import pack
 from kimi_lite.quantize.convert import quantize
 from kimi_lite.runtime import kernels
+from kimi_lite.runtime.cache import LatentCache
 from kimi_lite.runtime.engine import Engine
-from kimi_lite.runtime.model import CpuModel, expands
+from kimi_lite.runtime.model import BRIEF, CpuModel, embedded, expands, rope_tables
 from kimi_lite.runtime.reference.random_checkpoint import write_checkpoint
 from kimi_lite.runtime.reference.tasks import Draw, text_sample
 from kimi_lite.runtime.sampling import SamplingOptions
@@ -174,6 +175,33 @@ def test_a_long_prompt_gives_the_same_bits_in_passes_of_any_length_that_expands(
     for passes in ((LEAST, LEAST, LEAST), (224, 418), (LEAST + 5, 2 * LEAST - 5)):
         assert np.array_equal(logits(*passes), whole), passes
     assert not np.array_equal(CpuModel(weights, len(ids), expanded=False).forward(ids), whole)
+
+
+@pytest.mark.parametrize("T", [2, 17, LEAST])  # in one call, layer by layer, and expanded
+def test_the_last_layer_for_one_token_gives_what_it_gives_for_all(files: dict[str, Path], T: int) -> None:
+    ids, weights = np.array(prompt(5, T), np.int32), open_weights(files["int4"])
+    model, seen = CpuModel(weights, T + 1), list[int]()
+    logits_V = model.forward(ids, on_layer=seen.append)
+    theirs, x_TD = LatentCache(weights.config, T + 1), embedded(weights, ids, None)
+    angles = rope_tables(weights.config, 0, T)
+    for index, layer in enumerate(weights.layers):
+        form = expands(weights.config, T) and layer is not weights.layers[-1]
+        kernels.attend(layer.attention, x_TD, *angles, theirs.layers[index], 0, form)
+        kernels.feed_forward(layer.feed_forward, x_TD)
+    last_1D = kernels.rms_norm(x_TD[-1:], weights.norm_D, weights.config.rms_eps)
+    assert np.array_equal(logits_V, kernels.linear(weights.head, last_1D)[0])
+    assert seen == ([3] if T <= BRIEF else [1, 2, 3])
+    # Every token is in every layer's cache, and none of a prompt counts as one that came alone.
+    for mine, other in zip(model.cache.layers, theirs.layers, strict=True):
+        q_THC, qr_THR = (
+            np.ones((1, 2, width), np.float32) for width in (weights.config.kv_rank, weights.config.rope_dim)
+        )
+        out = [kernels.latent_attention(cache, q_THC, qr_THR, T - 1, 0.1) for cache in (mine, other)]
+        assert np.array_equal(*out)
+    used = [layer.feed_forward.used_E for layer in weights.layers if layer.feed_forward.used_E is not None]
+    assert used and not any(used_E.any() for used_E in used)
+    model.forward(ids[:1])
+    assert all(used_E.sum() == weights.config.n_active for used_E in used)
 
 
 def test_a_long_prompt_is_dealt_evenly(files: dict[str, Path]) -> None:
