@@ -16,7 +16,6 @@ const Kernels* const kBestFirst[] = {
 #endif
     &kScalar};
 
-const Kernels* chosen = nullptr;
 std::unique_ptr<Pool> the_pool;
 
 // Row blocks from..to of w times all tokens into y [n][stride], trimming the last block; `add` adds to what is there.
@@ -80,11 +79,12 @@ void head_products(const std::vector<Weights>& w, const float* x, size_t x_token
 
 }  // namespace
 
-const Kernels& kernels() {
-  if (!chosen)
-    for (const Kernels* k : kBestFirst)
-      if (k->runs_here()) return *(chosen = k);
-  return *chosen;
+const Kernels* chosen = nullptr;
+
+const Kernels& choose_kernels() {
+  for (const Kernels* k : kBestFirst)
+    if (k->runs_here()) return *(chosen = k);
+  return *(chosen = &kScalar);
 }
 
 std::vector<const char*> usable_kernels() {

@@ -22,7 +22,9 @@ struct Mlp {                      // gate and up [F, D], down [D, F], for each e
   std::vector<Weights> gate, up, down;
 };
 
-const Kernels& kernels();         // those in use; chosen once
+extern const Kernels* chosen;     // null until one is asked for
+const Kernels& choose_kernels();
+inline const Kernels& kernels() { return chosen ? *chosen : choose_kernels(); }  // those in use
 void use_kernels(const char* name);  // throws std::invalid_argument
 std::vector<const char*> usable_kernels();  // best first
 Pool& pool();

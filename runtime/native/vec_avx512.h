@@ -31,10 +31,11 @@ static inline float lane_sum(V x) {
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
 static inline float lane_max(V x) { return _mm512_reduce_max_ps(x); }
-static inline int32_t store_int8(int8_t* p, V x) {
-  const __m512i whole = _mm512_cvtps_epi32(x);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(whole));
-  return _mm512_reduce_add_epi32(whole);
+static inline int32_t store_int8(int8_t* p, V x) {  // their sum by VNNI, four bytes a lane
+  const __m128i q = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), q);
+  const __m128i four = _mm_dpbusd_epi32(_mm_setzero_si128(), _mm_set1_epi8(1), q), two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
 }
 static inline V load_uint8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
