@@ -199,7 +199,8 @@ def test_the_last_layer_for_one_token_gives_what_it_gives_for_all(files: dict[st
         out = [kernels.latent_attention(cache, q_THC, qr_THR, T - 1, 0.1) for cache in (mine, other)]
         assert np.array_equal(*out)
     used = [layer.feed_forward.used_E for layer in weights.layers if layer.feed_forward.used_E is not None]
-    assert used and not any(used_E.any() for used_E in used)
+    assert used
+    assert not any(used_E.any() for used_E in used)
     model.forward(ids[:1])
     assert all(used_E.sum() == weights.config.n_active for used_E in used)
 
