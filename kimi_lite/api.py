@@ -10,13 +10,14 @@ A `Model` holds one conversation at a time; `ask` is a question of its own. Even
 was said so far stays in the conversation.
 """
 
+import json
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kimi_lite.errors import KimiLiteWarning, ModelFileError, UsageError
 from kimi_lite.formats.gguf_file import mmproj_beside
@@ -31,6 +32,8 @@ from kimi_lite.text_stream import CLOSE, OPEN, TextStream
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from kimi_lite.runtime.constraint import Constraint
 
 NANO = "kimi-vl-nano-int4.gguf"
 FinishReason = Literal["stop", "length", "context", "cancelled"]
@@ -75,12 +78,16 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole reply. `text` is empty if it was cut off inside its thinking."""
+    """A whole reply. `text` is empty if it was cut off inside its thinking.
+
+    `data` is the text read as JSON, if a schema was given and the reply is complete: of a pydantic model, an instance.
+    """
 
     text: str
     thinking: str
     reason: FinishReason
     stats: Stats
+    data: Any = None
 
 
 @dataclass
@@ -115,6 +122,8 @@ class Model:
         max_tokens: int | None = None,
         thinking_budget: int | None = None,
         stop: Sequence[str] = (),
+        schema: object = None,
+        regex: str | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         on_image_progress: Callable[[float], None] | None = None,
     ) -> Iterator[Event]:
@@ -125,13 +134,17 @@ class Model:
                 ("a.pdf#pages=2-4"), frames of a video ("a.mp4#frames=8").
             thinking_budget: after this many tokens of thinking the chain is closed and the answer begins.
             stop: texts that end the answer, left out of it.
+            schema: the answer is JSON of this schema, a dict or its JSON text, or of this pydantic model. Thinking stays
+                free, and an answer that a limit cuts off is a piece of JSON.
+            regex: the answer matches this expression as a whole (Rust's syntax).
             on_progress: called with prompt tokens done and in all.
             on_image_progress: called with the share of new pictures that is encoded.
 
         Raises:
-            UsageError: a picture that cannot be read, an empty text, or a conversation that fills the context.
+            UsageError: a picture that cannot be read, an empty text, a conversation that fills the context, or a schema or
+                expression that cannot be followed.
         """
-        conversation = self.conversation
+        conversation, constraint = self.conversation, self._constraint(schema, regex)
         started = time.perf_counter()
         question = self._question(text, images, on_image_progress)
         encode_s = time.perf_counter() - started if images else 0.0
@@ -146,6 +159,7 @@ class Model:
                 stop,
                 on_progress,
                 encode_s,
+                constraint,
             ):
                 kept = True
                 if event.kind != "done":
@@ -169,17 +183,24 @@ class Model:
         max_tokens: int | None = None,
         thinking_budget: int | None = None,
         stop: Sequence[str] = (),
+        schema: object = None,
+        regex: str | None = None,
     ) -> Answer:
         """One question outside the conversation, answered whole. Raises what `chat` raises."""
+        constraint = self._constraint(schema, regex)
         started = time.perf_counter()
         prompt = Conversation(system).prompt(self._question(text, images, None))
         encode_s = time.perf_counter() - started if images else 0.0
         said: dict[str, list[str]] = {"thinking": [], "answer": []}
-        for event in self._run(prompt, options, max_tokens, thinking_budget, stop, None, encode_s):
+        for event in self._run(
+            prompt, options, max_tokens, thinking_budget, stop, None, encode_s, constraint
+        ):
             if event.kind == "done":
                 assert event.reason is not None
                 assert event.stats is not None
-                return Answer("".join(said["answer"]), "".join(said["thinking"]), event.reason, event.stats)
+                answer = "".join(said["answer"])
+                data = read_data(schema, answer, event.reason)
+                return Answer(answer, "".join(said["thinking"]), event.reason, event.stats, data)
             said[event.kind].append(event.text)
         raise AssertionError("an answer ended without its last event")
 
@@ -259,6 +280,19 @@ class Model:
             raise UsageError(f"{picture.name}: {error}") from None
         return n
 
+    def _constraint(self, schema: object, regex: str | None) -> "Constraint | None":
+        if schema is None and regex is None:
+            return None
+        if schema is not None and regex is not None:
+            raise UsageError(
+                "a schema and a regular expression were given; an answer can keep to one of them"
+            )
+        from kimi_lite.runtime.constraint import Constraint
+
+        return Constraint(
+            self.engine.tokenizer, schema=None if schema is None else _json_schema(schema), regex=regex
+        )
+
     def _question(
         self, text: str, images: Sequence[object], on_progress: Callable[[float], None] | None
     ) -> Message:
@@ -275,6 +309,7 @@ class Model:
         stop: Sequence[str],
         on_progress: Callable[[int, int], None] | None,
         encode_s: float,
+        constraint: "Constraint | None",
     ) -> Iterator[Event]:
         engine, options = self.engine, options or SamplingOptions()
         pictures = [part for message in messages for part in _pictures(message)]
@@ -293,7 +328,12 @@ class Model:
         while True:
             left = None if max_tokens is None else max_tokens - len(produced)
             tokens = engine.generate(
-                prompt + produced, options, max_tokens=left, on_progress=on_progress, pictures=pictures
+                prompt + produced,
+                options,
+                max_tokens=left,
+                on_progress=on_progress,
+                pictures=pictures,
+                constraint=constraint,
             )
             closed = False
             for token in tokens:
@@ -313,6 +353,8 @@ class Model:
             # Close the chain in good form and go on: the mark becomes part of what the model has said.
             mark = engine.tokenizer.encode(CLOSE)
             produced += mark
+            if constraint:
+                constraint.close_thinking()
             for kind, piece in stream.feed(CLOSE.encode()):
                 yield Event(kind, piece)
         reason = "stop" if stream.stopped else engine.finish_reason  # type: ignore[assignment]
@@ -404,6 +446,32 @@ def _open_engine(
     if gpu_layers is not None:
         raise UsageError("--gpu-layers is for --engine llama.cpp; give both, or neither")
     return Engine(path, context=context, threads=threads, vram=vram, gpu_dense=gpu_dense)
+
+
+def read_data(schema: object, text: str, reason: FinishReason | None) -> Any:
+    """The answer as data: None without a schema, or where a limit or a stop text cut it off."""
+    if schema is None or reason != "stop":
+        return None
+    try:
+        return (
+            schema.model_validate_json(text) if hasattr(schema, "model_validate_json") else json.loads(text)
+        )
+    except ValueError:  # a stop text within it, or what a pydantic model checks beyond its schema
+        return None
+
+
+def _json_schema(schema: object) -> Mapping[str, Any]:
+    """A dict, the text of one, or what a pydantic model says of itself."""
+    if hasattr(schema, "model_json_schema"):
+        schema = schema.model_json_schema()
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except ValueError as error:
+            raise UsageError(f"the schema is not JSON: {error}") from None
+    if not isinstance(schema, Mapping):
+        raise UsageError(f"the schema is {schema!r}; expected a JSON object, a dict or a pydantic model")
+    return schema
 
 
 def nano_path() -> Path:

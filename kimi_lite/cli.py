@@ -112,6 +112,13 @@ def ask(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
+    schema: Annotated[
+        str | None,
+        typer.Option(help="The answer is JSON of this JSON Schema: a file, or the schema itself."),
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="The answer matches this regular expression as a whole.")
+    ] = None,
     context: Context = None,
     threads: Threads = None,
     vram: Vram = None,
@@ -141,7 +148,8 @@ def ask(
         question = f"{piped}\n{question}" if question else piped
     if not question:
         raise UsageError('no question; give one: kimi-lite ask "What is 38 + 47?", or pipe text in')
-    from kimi_lite.api import load
+    schema = None if schema is None else _schema_text(schema)
+    from kimi_lite.api import load, read_data
     from kimi_lite.runtime.sampling import SamplingOptions
 
     if model is None and not quiet:
@@ -175,6 +183,8 @@ def ask(
             options=options,
             max_tokens=max_tokens,
             thinking_budget=thinking_budget,
+            schema=schema,
+            regex=regex,
             on_progress=None if quiet else on_progress,
             on_image_progress=None if quiet else printer.image_progress,
         )
@@ -195,6 +205,8 @@ def ask(
             "prompt_tokens": done.stats.prompt_tokens,
             "tokens": done.stats.tokens,
         }
+        if schema is not None:
+            reply["data"] = read_data(schema, printer.answer, done.reason)
         if done.stats.gpu_dense:
             reply["gpu_dense"] = done.stats.gpu_dense
         print(json.dumps(reply, ensure_ascii=False))
@@ -213,6 +225,18 @@ def _say_placement(placement: str) -> None:
     """Where the model runs, unless it is the CPU, which needs no word."""
     if placement != "the CPU":
         print(f"kimi-lite: runs on {placement}", file=sys.stderr)
+
+
+def _schema_text(given: str) -> str:
+    """The schema itself, or what the file of that name holds."""
+    if given.lstrip().startswith("{"):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--schema {given}: {error}; give a file that holds a JSON Schema, or the schema itself"
+        ) from None
 
 
 def _stdin() -> str:

@@ -16,6 +16,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,9 @@ from kimi_lite.runtime.tokenizer import Tokenizer
 from kimi_lite.runtime.usage import default_directory, save_usage
 from kimi_lite.runtime.vision import EncodedImage, VisionWeights
 from kimi_lite.runtime.weights import open_weights
+
+if TYPE_CHECKING:  # llguidance is imported for those answers that are constrained
+    from kimi_lite.runtime.constraint import Constraint
 
 DEFAULT_CONTEXT = 32768
 
@@ -167,10 +171,11 @@ class BaseEngine(ABC):
         max_tokens: int | None = None,
         on_progress: Progress | None = None,
         pictures: Sequence[EncodedImage] = (),
+        constraint: "Constraint | None" = None,
     ) -> Iterator[int]:
         """Tokens of the answer, without the stop token. Closing the iterator cancels between tokens.
 
-        Afterwards `finish_reason` is "stop", "length" (max_tokens), "context" (no room left) or "cancelled".
+        `constraint` says what may come next, and hears what came. Afterwards `finish_reason` is "stop", "length" (max_tokens), "context" (no room left) or "cancelled".
         """
         self.finish_reason = "cancelled"
         try:
@@ -178,10 +183,12 @@ class BaseEngine(ABC):
             logits_V = self.prefill(prompt, on_progress, pictures)
             n = 0
             while True:
-                token = sampler.draw(logits_V, self.tokens)
+                token = sampler.draw(logits_V, self.tokens, constraint.allowed() if constraint else None)
                 if token in self.stop_ids:
                     self.finish_reason = "stop"
                     return
+                if constraint:
+                    constraint.accept(token)
                 yield token
                 n += 1
                 if max_tokens is not None and n >= max_tokens:

@@ -52,8 +52,13 @@ class Sampler:
         self.options, self.n_tokens = options, n_tokens
         self._random = np.random.Generator(np.random.PCG64(options.seed))
 
-    def draw(self, logits_V: NDArray[np.float32], so_far: Sequence[int]) -> int:
-        """The next token, given the logits and the tokens of prompt and answer so far."""
+    def draw(
+        self,
+        logits_V: NDArray[np.float32],
+        so_far: Sequence[int],
+        allowed_V: NDArray[np.bool_] | None = None,
+    ) -> int:
+        """The next token, given the logits, the tokens of prompt and answer so far, and which may come at all."""
         o, scores_V = self.options, logits_V[: self.n_tokens].astype(np.float64)
         if so_far and (o.repetition_penalty != 1 or o.presence_penalty):
             seen = np.fromiter(set(so_far), np.int64)
@@ -68,6 +73,8 @@ class Sampler:
                     f"logit_bias names token {token}; the vocabulary has 0 to {self.n_tokens - 1}"
                 )
             scores_V[token] += bias
+        if allowed_V is not None:
+            scores_V[~allowed_V[: self.n_tokens]] = -np.inf
         if o.temperature == 0:
             return int(scores_V.argmax())
         scores_V /= o.temperature

@@ -7,11 +7,16 @@ the same cuts are made here.
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import tiktoken
 
 from kimi_lite.errors import ModelFileError
 from kimi_lite.formats.vocab import Vocab
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 PATTERN = "|".join(
     [
@@ -42,6 +47,15 @@ class Tokenizer:
             special_tokens={},
         )
         self._names = {i: name for name, i in vocab.specials.items()}
+
+    @cached_property
+    def for_grammars(self) -> "LLTokenizer":
+        """The vocabulary as llguidance takes it."""
+        from llguidance.tiktoken import lltokenizer_from_encoding
+
+        return lltokenizer_from_encoding(
+            self._encoding, n_vocab=self.vocab.size, eos_token=sorted(self.stop_ids)
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; control tokens that the text spells stay text."""

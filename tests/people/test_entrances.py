@@ -1,7 +1,6 @@
 """The Python interface and the commands, on the shipped small model."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import command
 from numpy.typing import NDArray
 from terminal import talk_in_a_terminal
 
@@ -17,18 +17,6 @@ from kimi_lite.errors import UsageError
 from kimi_lite.runtime.sampling import Sampler, SamplingOptions
 
 LONG = 'Reverse "planet".'
-
-
-def command(*arguments: str, text: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kimi_lite", *arguments],
-        input=text if text is not None else "",
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-        timeout=120,
-    )
 
 
 @pytest.fixture(scope="module")

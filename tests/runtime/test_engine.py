@@ -196,8 +196,10 @@ def test_the_last_layer_for_one_token_gives_what_it_gives_for_all(files: dict[st
         q_THC, qr_THR = (
             np.ones((1, 2, width), np.float32) for width in (weights.config.kv_rank, weights.config.rope_dim)
         )
-        out = [kernels.latent_attention(cache, q_THC, qr_THR, T - 1, 0.1) for cache in (mine, other)]
-        assert np.array_equal(*out)
+        ours, from_all = (
+            kernels.latent_attention(cache, q_THC, qr_THR, T - 1, 0.1) for cache in (mine, other)
+        )
+        assert np.array_equal(ours, from_all)
     used = [layer.feed_forward.used_E for layer in weights.layers if layer.feed_forward.used_E is not None]
     assert used
     assert not any(used_E.any() for used_E in used)
