@@ -326,6 +326,20 @@ def measure(engine: Engine, rows: list[str], memory: Memory) -> Iterator[tuple[s
             yield row, decode(engine, DECODED)
 
 
+def take_turns(engine: Engine) -> None:
+    """One row for each line of standard input, until it ends."""
+    prefill(engine, PROMPT)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        kind, _, size = line.strip().partition("_")
+        if kind == "prefill":
+            speed = prefill(engine, int(size))
+        else:
+            engine.rewind(PROMPT)
+            speed = decode(engine, DECODED // 2)
+        print(speed, flush=True)
+
+
 def main() -> None:
     job = json.loads(sys.argv[1])
     memory = Memory()
@@ -335,6 +349,9 @@ def main() -> None:
             "SC_CLK_TCK"
         )
         print(json.dumps({"first": time.clock_gettime(time.CLOCK_BOOTTIME) - started}), flush=True)
+        os._exit(0)
+    if job.get("turns"):
+        take_turns(open_engine(job))
         os._exit(0)
     memory.start()
     start = time.perf_counter()

@@ -8,6 +8,9 @@ default packed recipe, theirs in llama.cpp's Q4_K_M mix. Then every engine is me
 own, for several rounds, so that a slow minute of the machine falls on all of them; medians are compared. Before each,
 its file is read once, so that none pays for another having pushed it out of memory.
 
+Where a machine changes its speed within minutes, --turns N says more: kimi-lite and the peer that was best at a row are
+alive together, and take N turns of a second or two, of which each pair gives a ratio. Memory must hold both.
+
 A peer is given its best: the first round tries its settings (weights repacked at load or not, flash attention, batch),
 and each row keeps the one that was fastest for it. A peer that is not installed is named, with the way to install it,
 and the others are still measured. Linux only: memory and the start of a process are read from /proc.
@@ -51,6 +54,7 @@ ROWS = {  # row: what it says, in tokens a second
     "decode_65536": "decode after 65536 tokens",
 }
 DEEP = ("decode_16384", "decode_65536")
+TURNS = ("decode", "prefill_256", "prefill_2048")  # rows that are worth turns
 WORKER = Path(__file__).with_name("peer_worker.py")
 MEMORY_OF_REPACKING = (
     1.9  # of the file's size: the copy, and the part of the file that is still read from the map
@@ -104,6 +108,7 @@ class Bench:
         self.samples: dict[str, dict[tuple[str, Setting], list[float]]] = {}
         self.memory: dict[str, dict[str, float]] = {}
         self.versions: dict[str, str] = {}
+        self.pairs: dict[str, dict[str, Any]] = {}  # by row: the peer, and both speeds of each turn
         self.missing: dict[str, str] = {}  # the package of each peer that is not there
 
     def run(self) -> None:
@@ -114,6 +119,10 @@ class Bench:
                     self.measure(engine, setting, rows)
                 if "first" in self.arguments.rows:
                     self.measure(engine, self.best(engine, "first"), ["first"])
+        rows = [row for row in self.rows if row in TURNS and len(engines) > 1 and self.arguments.turns]
+        for row in rows:
+            medians = self.medians()
+            self.take_turns(row, max(engines[1:], key=lambda engine: medians.get(engine, {}).get(row, 0.0)))
 
     def present(self) -> list[str]:
         """The peers that the interpreter has; the others are said and remembered."""
@@ -157,30 +166,69 @@ class Bench:
         groups = [[row for row in rows if row not in DEEP], *([row] for row in rows if row in DEEP)]
         for group in filter(None, groups):
             bring_in(self.files[engine])
-            job = {
-                "engine": engine,
-                "file": str(self.files[engine]),
-                "threads": self.arguments.threads,
-                "context": deepest(group) + 64,
-                "repack": setting.repack,
-                "flash": setting.flash,
-                "ubatch": setting.ubatch,
-                "rows": [*group, "read_fraction"] if engine == "ours" and group != ["first"] else group,
-            }
-            command = [
-                *shlex.split(self.arguments.wrap),
-                self.interpreters[engine],
-                str(WORKER),
-                json.dumps(job),
-            ]
-            # pip compiles what it installs; a checkout's modules must be allowed to keep their bytecode too
-            environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            asked = [*group, "read_fraction"] if engine == "ours" and group != ["first"] else group
+            done = subprocess.run(
+                self.command(engine, setting, deepest(group), rows=asked),
+                capture_output=True,
+                text=True,
+                check=False,
+                env=environment(),
+            )
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
                 print(f"{engine}: no result with {setting}: {last}", file=sys.stderr)
                 continue
             self.keep(engine, setting, group, json.loads(done.stdout.splitlines()[-1]))
+
+    def command(self, engine: str, setting: Setting, depth: int, **job: Any) -> list[str]:
+        """What starts a worker."""
+        job |= {
+            "engine": engine,
+            "file": str(self.files[engine]),
+            "threads": self.arguments.threads,
+            "context": depth + 64,
+            "repack": setting.repack,
+            "flash": setting.flash,
+            "ubatch": setting.ubatch,
+        }
+        return [
+            *shlex.split(self.arguments.wrap),
+            self.interpreters[engine],
+            str(WORKER),
+            json.dumps(job),
+        ]
+
+    def take_turns(self, row: str, peer: str) -> None:
+        """A row by two workers that live side by side; who begins changes."""
+        workers: dict[str, subprocess.Popen[str]] = {}
+        try:
+            for engine in ("ours", peer):
+                bring_in(self.files[engine])
+                workers[engine] = subprocess.Popen(
+                    self.command(engine, self.best(engine, row), deepest([row]), turns=True),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                    env=environment(),
+                )
+                if not said(workers[engine], "ready"):
+                    print(f"no turns for {row}: {engine} did not start beside the other", file=sys.stderr)
+                    return
+            bring_in(self.files["ours"])  # the peer's start may have pushed it out
+            pairs = []
+            for number in range(-1, self.arguments.turns):
+                order = ("ours", peer) if number % 2 == 0 else (peer, "ours")
+                speeds = {engine: ask(workers[engine], row) for engine in order}
+                if number >= 0:  # the first pair brings both in
+                    pairs.append([round(speeds[engine], 3) for engine in ("ours", peer)])
+            ratio = round(statistics.median(ours / theirs for ours, theirs in pairs), 3)
+            self.pairs[row] = {"peer": peer, "ratio": ratio, "pairs": pairs}
+            print(f"{row} by turns: {ratio} times {peer}", file=sys.stderr)
+        finally:
+            for worker in workers.values():
+                worker.kill()
+                worker.wait()
 
     def keep(self, engine: str, setting: Setting, rows: list[str], result: dict[str, Any]) -> None:
         samples = self.samples.setdefault(engine, {})
@@ -235,6 +283,28 @@ def ratios(medians: dict[str, Speeds], excess_mb: float | None) -> dict[str, flo
     return out
 
 
+def environment() -> dict[str, str]:
+    """pip compiles what it installs; a checkout's modules must be allowed to keep their bytecode too."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+
+
+def said(worker: "subprocess.Popen[str]", word: str) -> bool:
+    assert worker.stdout is not None
+    return worker.stdout.readline().strip() == word
+
+
+def ask(worker: "subprocess.Popen[str]", row: str) -> float:
+    """A turn: tokens a second."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    time.sleep(0.3)  # until the other's threads have gone to sleep
+    print(row, file=worker.stdin, flush=True)
+    line = worker.stdout.readline()
+    if not line:
+        raise SystemExit(f"a worker ended in the middle of its turns for {row}; is there memory for both?")
+    return float(line)
+
+
 def missing_peer(engine: str, python: str) -> str:
     _, name, package = PEERS[engine]
     return f"{name} is not installed for {python}; to compare with it: {python} -m pip install {package}"
@@ -282,6 +352,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", default=",".join([*(r for r in ROWS if r not in DEEP), "first"]))
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=0,
+        help=f"so many turns with the best peer for {', '.join(TURNS)}, as far as --rows has them",
+    )
     parser.add_argument("--deep", action="store_true", help="decode at 16,384 and 65,536 tokens too")
     parser.add_argument(
         "--wrap", default="", help="put before each engine's command, such as 'taskset -c 0,1'"
@@ -314,6 +390,7 @@ def main() -> None:
                 "bench": "peers",
                 "cut_off": cut_off,
                 **ratios(medians, bench.memory.get("ours", {}).get("excess_mb")),
+                "turns": bench.pairs,
                 "medians": medians,
                 "memory": bench.memory,
                 "settings": {
