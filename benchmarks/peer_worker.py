@@ -343,7 +343,7 @@ def take_turns(engine: Engine) -> None:
 def main() -> None:
     job = json.loads(sys.argv[1])
     memory = Memory()
-    if job["rows"] == ["first"]:
+    if job.get("rows") == ["first"]:
         open_engine(job).append(tokens(16))
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf(
             "SC_CLK_TCK"

@@ -289,8 +289,9 @@ def environment() -> dict[str, str]:
 
 
 def said(worker: "subprocess.Popen[str]", word: str) -> bool:
+    """Waits for a line; libraries print what they like before it."""
     assert worker.stdout is not None
-    return worker.stdout.readline().strip() == word
+    return any(line.strip() == word for line in iter(worker.stdout.readline, ""))
 
 
 def ask(worker: "subprocess.Popen[str]", row: str) -> float:
