@@ -1,8 +1,9 @@
 """Answers that are JSON of a given schema, or match a regular expression, by llguidance.
 
 A grammar says which tokens may come next; all others are never drawn. Thinking stays free: the grammar begins with an
-optional chain `◁think▷ … ◁/think▷` of any text, and what must be kept to is the answer after it. When the answer is
-complete, only tokens that end the turn are left. Whoever cuts an answer short (max_tokens, a full context) gets a piece.
+optional chain `◁think▷ … ◁/think▷` of any text, and what must be kept to is the answer after it. Where the answer may end,
+tokens that end the turn are allowed; where it must, it does without one. Whoever cuts it short (max_tokens, a full context)
+gets a piece.
 """
 
 import json
@@ -66,6 +67,11 @@ class Constraint:
     def accept(self, token: int) -> None:
         """The token that was drawn from those allowed."""
         self._matcher.consume_token(token)
+
+    @property
+    def complete(self) -> bool:
+        """Nothing can follow: the answer has ended, whether the model says so or not."""
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     def close_thinking(self) -> None:
         """Somebody else ended the chain: from here on there is only the answer."""

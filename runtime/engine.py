@@ -191,6 +191,9 @@ class BaseEngine(ABC):
                     constraint.accept(token)
                 yield token
                 n += 1
+                if constraint and constraint.complete:
+                    self.finish_reason = "stop"
+                    return
                 if max_tokens is not None and n >= max_tokens:
                     self.finish_reason = "length"
                     return

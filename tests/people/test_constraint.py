@@ -127,7 +127,13 @@ def test_a_pydantic_model_is_a_schema_and_gets_an_instance(model: kimi_lite.Mode
     assert 0 <= data.total <= 999
 
 
-def test_an_answer_that_is_cut_off_is_no_data(model: kimi_lite.Model) -> None:
+def test_a_complete_answer_ends_by_itself_and_one_that_is_cut_off_is_no_data(model: kimi_lite.Model) -> None:
+    whole = model.ask(SUM, schema=Receipt)
+    exact = model.ask(SUM, schema=Receipt, max_tokens=whole.stats.tokens)
+    assert (exact.reason, exact.text) == ("stop", whole.text)
+    short = model.ask(SUM, schema=Receipt, max_tokens=whole.stats.tokens - 1)
+    assert (short.reason, short.data) == ("length", None)
+    assert whole.text.startswith(short.text)
     cut = model.ask("Who are you?", schema={"type": "object", "required": ["a"]}, max_tokens=2)
     assert cut.reason == "length"
     assert cut.data is None
