@@ -131,6 +131,15 @@ def test_the_checkpoint_computes_what_nano_does(reference: KimiVL, talker: Model
         assert rms(reference_logits(reference, ids) - expected) <= 4**0.5 * U_BF16 * rms(expected)
 
 
+def test_an_answer_keeps_to_a_schema_here_too(talker: Model) -> None:
+    answer = talker.ask(
+        "What is 38 + 47?",
+        schema={"properties": {"sum": {"type": "integer"}}, "required": ["sum"], "type": "object"},
+    )
+    assert answer.thinking
+    assert list(answer.data) == ["sum"]
+
+
 def test_bf16_logits_are_the_references(served: Served, reference: KimiVL) -> None:
     # Inside an answer, one token less moves the logits further than rounding may.
     engine = served.engine("bf16")
