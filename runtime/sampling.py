@@ -77,8 +77,8 @@ class Sampler:
             scores_V[~allowed_V[: self.n_tokens]] = -np.inf
         if o.temperature == 0:
             return int(scores_V.argmax())
-        scores_V /= o.temperature
-        weight_V = np.exp(scores_V - scores_V.max())  # beside the likeliest token's
+        scores_V = (scores_V - scores_V.max()) / o.temperature
+        weight_V = np.exp(scores_V)  # beside the likeliest token's
         kept = np.arange(len(weight_V))
         if o.top_k or o.top_p < 1 or o.min_p:
             tries = (self._kept(scores_V, weight_V, least) for least in FAINT)
@@ -94,10 +94,11 @@ class Sampler:
         o, near = self.options, np.flatnonzero(weight_V >= least)
         # Sorted once; every filter keeps a prefix, and the most likely token always stays.
         order = near[np.argsort(-scores_V[near], kind="stable")]
-        whole = len(order) == len(weight_V)
+        others = weight_V.sum(where=weight_V < least)
+        whole = others == 0  # the rest cannot be drawn
         weight = weight_V[order]
         below = np.cumsum(weight)
-        total = below[-1] + weight_V.sum(where=weight_V < least)
+        total = below[-1] + others
         n = len(order) + 1  # until a filter ends among them
         if o.top_k and o.top_k <= len(order):
             n, total = o.top_k, below[o.top_k - 1]
