@@ -467,10 +467,12 @@ def _json_schema(schema: object) -> Mapping[str, Any]:
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"the schema is not JSON: {error}") from None
     if not isinstance(schema, Mapping):
-        raise UsageError(f"the schema is {schema!r}; expected a JSON object, a dict or a pydantic model")
+        raise UsageError(
+            f"the schema is {str(schema)[:80]!r}; expected a JSON object, a dict or a pydantic model"
+        )
     return schema
 
 

@@ -233,10 +233,11 @@ def _schema_text(given: str) -> str:
         return given
     try:
         return Path(given).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"--schema {given}: {error}; give a file that holds a JSON Schema, or the schema itself"
-        ) from None
+    except OSError as error:
+        said = f"--schema {given!r} cannot be read ({error.strerror})"
+    except ValueError:
+        said = f"--schema {given!r} is not UTF-8 text"
+    raise UsageError(f"{said}; give a file that holds a JSON Schema, or the schema itself")
 
 
 def _stdin() -> str:

@@ -39,7 +39,12 @@ class Constraint:
         """
         if schema is not None:
             what, style = "the schema", {"x-guidance": {"whitespace_pattern": WHITE_SPACE}}
-            rule = "%json " + json.dumps({**style, **_closed(schema)})
+            try:
+                rule = "%json " + json.dumps({**style, **_closed(schema)})
+            except RecursionError:
+                raise UsageError("the schema is nested too deeply to be followed") from None
+            except TypeError as error:
+                raise UsageError(f"the schema holds what JSON cannot: {error}") from None
         else:
             assert regex is not None, "one of the two"
             what, rule = "the regular expression", f"/{llguidance.regex_to_lark(regex)}/"

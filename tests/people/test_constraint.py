@@ -33,6 +33,13 @@ def model() -> kimi_lite.Model:
     return kimi_lite.load(context=1024, vram=0)
 
 
+def deep(n: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(n):
+        schema = {"items": schema}
+    return schema
+
+
 def conforms(data: Any) -> bool:
     return (
         isinstance(data, dict)
@@ -143,6 +150,9 @@ def test_a_complete_answer_ends_by_itself_and_one_that_is_cut_off_is_no_data(mod
     ("arguments", "says"),
     [
         ({"schema": "{"}, "not JSON"),
+        ({"schema": "[" * 100_000}, "not JSON"),
+        ({"schema": deep(5_000)}, "nested too deeply"),
+        ({"schema": {"const": {1, 2}}}, "holds what JSON cannot"),
         ({"schema": "[1]"}, "expected a JSON object"),
         ({"schema": 7}, "expected a JSON object"),
         ({"schema": {"type": "colour"}}, "schema cannot be followed"),
