@@ -80,7 +80,8 @@ class Event:
 class Answer:
     """A whole reply. `text` is empty if it was cut off inside its thinking.
 
-    `data` is the text read as JSON, if a schema was given and the reply is complete: of a pydantic model, an instance.
+    `data` is the text read as JSON, if a schema was given and the reply is complete: of a pydantic model, an instance, unless
+    the model's own checks refuse it.
     """
 
     text: str
