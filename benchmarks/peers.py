@@ -225,10 +225,12 @@ class Bench:
             ratio = round(statistics.median(ours / theirs for ours, theirs in pairs), 3)
             self.pairs[row] = {"peer": peer, "ratio": ratio, "pairs": pairs}
             print(f"{row} by turns: {ratio} times {peer}", file=sys.stderr)
+        except (BrokenPipeError, ChildProcessError):
+            print(f"no turns for {row}: a worker ended; is there memory for both?", file=sys.stderr)
         finally:
             for worker in workers.values():
                 worker.kill()
-                worker.wait()
+                worker.communicate()  # ends, and closes its pipes
 
     def keep(self, engine: str, setting: Setting, rows: list[str], result: dict[str, Any]) -> None:
         samples = self.samples.setdefault(engine, {})
@@ -295,14 +297,13 @@ def said(worker: "subprocess.Popen[str]", word: str) -> bool:
 
 
 def ask(worker: "subprocess.Popen[str]", row: str) -> float:
-    """A turn: tokens a second."""
+    """A turn: tokens a second. Raises BrokenPipeError or ChildProcessError if the worker has ended."""
     assert worker.stdin is not None
     assert worker.stdout is not None
     time.sleep(0.3)  # until the other's threads have gone to sleep
     print(row, file=worker.stdin, flush=True)
-    line = worker.stdout.readline()
-    if not line:
-        raise SystemExit(f"a worker ended in the middle of its turns for {row}; is there memory for both?")
+    if not (line := worker.stdout.readline()):
+        raise ChildProcessError
     return float(line)
 
 
@@ -367,6 +368,8 @@ def main() -> None:
     arguments.rows = [*arguments.rows.split(","), *(DEEP if arguments.deep else ())]
     if unknown := set(arguments.rows) - {*ROWS, "first"}:
         parser.error(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join([*ROWS, 'first'])}")
+    if arguments.turns < 0:
+        parser.error(f"--turns is {arguments.turns}; give how many, or 0 for none")
     if shutil.which(arguments.python) is None:
         parser.error(
             f"--python is {arguments.python}, which does not run; name the interpreter that has the peers"

@@ -6,11 +6,12 @@ import os
 import struct
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
 from peer_worker import repeat_state
-from peers import PEERS, Setting, deepest, missing_peer, ratios, repacking_fits
+from peers import PEERS, Bench, Setting, deepest, missing_peer, ratios, repacking_fits
 
 from kimi_lite.api import nano_path
 from kimi_lite.bench import fill_cache
@@ -190,3 +191,28 @@ def test_the_cache_of_a_token_is_counted_as_the_engine_counts_it() -> None:
     # Rows: 128 + 32 channels are 5 groups of 32 int8 values and a float16 scale; columns: 128 channels of the same.
     assert (config.kv_rank, config.rope_dim, config.n_layers) == (128, 32, 4)
     assert LatentCache.bytes_per_token(config) == 4 * (5 * 34 + 128 * 34 // 32)
+
+
+@pytest.mark.parametrize(
+    ("turns_of_the_peer", "says"), [(9, "2.0 times ik"), (2, "a worker ended"), (0, "ik did not start")]
+)
+def test_turns_are_pairs_and_a_worker_that_ends_costs_no_more_than_them(
+    turns_of_the_peer: int, says: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = Namespace(
+        packed=nano_path(), gguf=nano_path(), python=sys.executable, rows=["decode"], turns=3
+    )
+    run = Bench(arguments)
+
+    def command(
+        engine: str, *_: object, **__: object
+    ) -> list[str]:  # twice as fast as the peer, which may end
+        turns, speed = (9, 2.0) if engine == "ours" else (turns_of_the_peer, 1.0)
+        talk = f"print('noise')\nif {turns}: print('ready', flush=True)\nfor _ in range({turns}): input(); print({speed}, flush=True)\nif {turns}: input()"
+        return [sys.executable, "-c", talk]
+
+    monkeypatch.setattr(run, "command", command)
+    run.take_turns("decode", "ik")
+    assert says in capfd.readouterr().err
+    pairs = {"peer": "ik", "ratio": 2.0, "pairs": [[2.0, 1.0]] * 3}
+    assert run.pairs == ({"decode": pairs} if turns_of_the_peer == 9 else {})
