@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, help="GB/s that all cores together read, for the curve")
     parser.add_argument("--json", type=Path, help="append one JSON line to this file")
     arguments = parser.parse_args()
-    engine = Engine(arguments.file, context=N_PROMPT + N_DECODE + 8)
+    engine = Engine(arguments.file, context=N_PROMPT + N_DECODE + 8, vram=0)
     rows = [measure(engine, int(n)) for n in arguments.threads.split(",")]
     n_bytes = engine.weights.token_bytes
     print(f"{'threads':>7}{'serial us':>11}{'calls':>7}{'barrier us':>12}{'decode GB/s':>13}")

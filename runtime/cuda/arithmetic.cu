@@ -57,6 +57,48 @@ DEVICE void mma_8x8x16(int& d0, int& d1, u32 a, u32 b) {
                : "r"(a), "r"(b));
 }
 
+// What no kernel writes.
+DEVICE uint2 read_8(const u8* at) {
+  uint2 v;
+  asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
+  return v;
+}
+DEVICE u32 read_4(const u8* at) {
+  u32 v;
+  asm("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(at));
+  return v;
+}
+
+DEVICE u32 and_xor(u32 a, u32 b, u32 c) {  // a & b ^ c
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// Asks for a copy to shared memory, zeros if there is nothing, and goes on; the thread finds it there after all_brought(),
+// the others after the next barrier. Turing waits for it at once.
+DEVICE void bring_16(void* to, const void* from, bool there) {
+#if __CUDA_ARCH__ < 800
+  *static_cast<uint4*>(to) = there ? *static_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :: "r"(static_cast<u32>(__cvta_generic_to_shared(to))), "l"(from), "r"(there ? 16 : 0) : "memory");
+#endif
+}
+DEVICE void bring_4(void* to, const void* from, bool there) {
+#if __CUDA_ARCH__ < 800
+  *static_cast<u32*>(to) = there ? *static_cast<const u32*>(from) : 0;
+#else
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+               :: "r"(static_cast<u32>(__cvta_generic_to_shared(to))), "l"(from), "r"(there ? 4 : 0) : "memory");
+#endif
+}
+DEVICE void all_brought() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 DEVICE float half_to_float(u16 h) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));

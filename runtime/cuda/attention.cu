@@ -216,20 +216,20 @@ KERNEL_OF_EIGHT weigh_8(Cache cache, const int* start, int first, int H, Rows we
   }
 }
 
-// The same for many tokens, n of them, their n · H rows of weights in tiles. The grid: eights of row blocks, shares of the
-// chunks, tiles of rows.
+// The same for many tokens, n of them, their n · H rows of weights in tiles, and `span` chunks to a part: partial
+// [slice][H][parts][C]. The grid: eights of row blocks, shares of the parts, tiles of rows.
 KERNEL_OF_TILES weigh_32(Cache cache, const int* start, int first, int n, int H, Rows weights, float* partial,
-                         int chunks) {
+                         int parts, int span) {
   const int block = blockIdx.x * kTall, row = blockIdx.z * kTile, rows = least(kTile, n * H - row);
-  const int count = least(kTall, cache.C / kRows - block), seen = *start + first + 1;
+  const int count = least(kTall, cache.C / kRows - block), seen = *start + first + 1, wide = span * kChunk;
   const auto groups_of = [=](int i) { return (seen + (row + i) / H) / kGroup; };
   const int groups = groups_of(rows - 1), stride = static_cast<int>(columns_stride(cache));
-  for (int chunk = blockIdx.y; chunk < ceil_div(groups, kChunk); chunk += gridDim.y) {
+  for (int part = blockIdx.y; part < ceil_div(groups, wide); part += gridDim.y) {
     float sum[kHeld];
     tile_sums<Q8>(cache.columns + block * columns_stride(cache), stride, count, weights, rows,
-                  [=](int i) { return row + i; }, chunk * kChunk, least(groups, (chunk + 1) * kChunk), groups_of, sum);
+                  [=](int i) { return row + i; }, part * wide, least(groups, (part + 1) * wide), groups_of, sum);
     each_of_tile(sum, count, [=](int b, int i, int channel, float v) {
-      const size_t at = static_cast<size_t>(row + i) * chunks + chunk;
+      const size_t at = static_cast<size_t>(row + i) * parts + part;
       if (i < rows) partial[at * cache.C + (block + b) * kRows + channel] = v;
     });
   }
@@ -245,10 +245,11 @@ DEVICE float one_group(const u32* word, float scale, const Rows& x, size_t row, 
   return 0.0f + fmaf(static_cast<float>(sum), scale * x.scale[at], 0.0f);
 }
 
-// The four parts of a weighted sum, over the softmax's own; quantized for v_b. The grid: groups of 32 channels, tokens
-// of the slice; a warp is a head. u: row t · H + h. Shared: 9 · 32 words.
+// A weighted sum, the parts over whole groups in order and what the second digits and the own group add, over the
+// softmax's own sum; quantized for v_b. The grid: groups of 32 channels, tokens of the slice; a warp is a head. u: row t ·
+// H + h. Shared: 9 · 32 words.
 KERNEL finish(Cache cache, const int* start, int first, Rows weights, Rows rest, const float* inverse,
-              const float* partial, int chunks, Rows u) {
+              const float* partial, int parts, int span, Rows u) {
   const int g = blockIdx.x, h = warp(), H = warps(), t = first + blockIdx.y;
   const int n = *start + t + 1, groups = n / kGroup, own = n % kGroup;
   u32* turned_words = reinterpret_cast<u32*>(shared_memory);  // [8][32], then a scale for each channel
@@ -263,10 +264,10 @@ KERNEL finish(Cache cache, const int* start, int first, Rows weights, Rows rest,
   float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   u32 word[8];
   if (groups) {
-    const float* totals = partial + row * chunks * cache.C + g * kGroup + lane();
+    const float* totals = partial + row * parts * cache.C + g * kGroup + lane();
     const size_t wide = cache.C;
 #pragma unroll 8
-    for (int chunk = 0; chunk < ceil_div(groups, kChunk); ++chunk) part[0] = part[0] + totals[chunk * wide];
+    for (int i = 0; i < ceil_div(groups, span * kChunk); ++i) part[0] = part[0] + totals[i * wide];
     const u8* run = cache.columns + (2 * g + lane() / kRows) * columns_stride(cache);
     const int channel = lane() % kRows;
     for (int j = 0; j < 8; ++j) word[j] = *reinterpret_cast<const u32*>(run + 64 * j + 4 * channel);

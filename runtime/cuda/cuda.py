@@ -67,7 +67,7 @@ class CudaDevice:
         self._queue = list[tuple[str, int]]()
         self._graphs = dict[tuple[tuple[str, int], ...], ctypes.c_void_p]()
         self._tower: Tower | None = None
-        self._T = 0
+        self._T, self._start = 0, 0
         self._host_busy = False  # the card may still read what lies in pinned memory
         self._waited = False  # the CPU waits for this step's routing
 
@@ -262,7 +262,7 @@ class CudaDevice:
         assert start + T <= w.context, f"{T} tokens after {start} exceed {w.context}"
         self._flush()
         self._wait_for_pinned_memory()
-        self._T, self._waited = T, False
+        self._T, self._start, self._waited = T, start, False
         starts = w.integers("start", -(-T // MOST_TOKENS))
         starts[:] = range(start, start + T, MOST_TOKENS)
         self._card.upload(w.at["start"], starts)
@@ -328,9 +328,10 @@ class CudaDevice:
             assert self._way is not None, "nothing was reserved for streaming"
             self._way.arrive(index)
         for first in range(0, self._T, MOST_TOKENS):
-            part = self._workspace.of(first)
+            T = min(MOST_TOKENS, self._T - first)
+            part = self._workspace.of(first, self._start + first + T)
             for half in _HALVES.values():
-                half(self._card, self._whole[index], part, min(MOST_TOKENS, self._T - first))
+                half(self._card, self._whole[index], part, T)
         if lacks and self._way is not None:
             self._way.leave(index)
 
@@ -403,6 +404,8 @@ class CudaDevice:
 
     def _run(self, calls: tuple[tuple[str, int], ...]) -> None:
         card, w, T = self._card, self._workspace, self._T
+        if T > 1:  # a token alone has launches that stay right at every position
+            w = w.of(0, self._start + T)
         for name, index in calls:
             if name == "logits" and None in self._dense:
                 halves.last_norm(card, w, T, self._norm, self._eps)

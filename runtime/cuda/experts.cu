@@ -146,22 +146,21 @@ DEVICE void gate_up(const Mlps& m, const Job* jobs, const int* slots, int n_jobs
   const int wide = ceil_div(m.F / kGroup, most), j = least(n_jobs, n_jobs ? blockIdx.x / wide : 0);
   const bool is_shared = j == n_jobs;
   const Job job = is_shared ? Job{0, 0, T} : jobs[j];
-  if (job.count == 0) return;
+  const int first = blockIdx.y * NT;
+  if (first >= job.count) return;
   const int g = (blockIdx.x - j * wide) * most, groups = least(most, (is_shared ? m.shared_F : m.F) / kGroup - g);
   const int form = is_shared ? m.shared_form : m.form, stride = m.D / kGroup * run_bytes(form);
   const u8* blocks = (is_shared ? m.shared : expert_run(m, job.expert)) + static_cast<size_t>(4 * g) * stride;
-  for (int first = blockIdx.y * NT; first < job.count; first += gridDim.y * NT) {
-    const int n = least(NT, job.count - first);
-    const auto token = [=](int t) { return is_shared ? first + t : slots[job.first + first + t] / m.A; };
-    const float* out = multiply<NT>(form, blocks, stride, 4 * groups, x, n, token);  // gate, up, gate, up: 16 rows each
+  const int n = least(NT, job.count - first);
+  const auto token = [=](int t) { return is_shared ? first + t : slots[job.first + first + t] / m.A; };
+  const float* out = multiply<NT>(form, blocks, stride, 4 * groups, x, n, token);  // gate, up, gate, up: 16 rows each
 #pragma unroll(NT == kTile ? 4 : 1)
-    for (int i = warp(); i < groups * n; i += warps()) {
-      const int t = i / groups, b = i % groups * 4 + lane() / kRows * 2, row = lane() % kRows;
-      const float gate = out[(b * NT + t) * kRows + row], up = out[((b + 1) * NT + t) * kRows + row];
-      const float v = gate * sigmoid(gate) * up;
-      if (is_shared) quantize(v, shared_hidden, first + t, g + i % groups);
-      else quantize(v, hidden, slots[job.first + first + t], g + i % groups);
-    }
+  for (int i = warp(); i < groups * n; i += warps()) {
+    const int t = i / groups, b = i % groups * 4 + lane() / kRows * 2, row = lane() % kRows;
+    const float gate = out[(b * NT + t) * kRows + row], up = out[((b + 1) * NT + t) * kRows + row];
+    const float v = gate * sigmoid(gate) * up;
+    if (is_shared) quantize(v, shared_hidden, first + t, g + i % groups);
+    else quantize(v, hidden, slots[job.first + first + t], g + i % groups);
   }
 }
 KERNEL_OF_ONE gate_up_1(Mlps m, const Job* jobs, const int* slots, int n_jobs, Rows x, int T, Rows hidden,
@@ -238,24 +237,22 @@ DEVICE void down_jobs(const Mlps& m, const Job* jobs, const int* slots, const Ro
   const int n_jobs = gridDim.y - 1, b = blockIdx.x * tall<NT>();
   const bool is_shared = static_cast<int>(blockIdx.y) == n_jobs;
   const Job job = is_shared ? Job{0, 0, m.shared_F ? T : 0} : jobs[blockIdx.y];
-  if (job.count == 0) return;
+  const int first = blockIdx.z * NT, n = least(NT, job.count - first);
+  if (n <= 0) return;
   const int count = least(tall<NT>(), m.D / kRows - b);
   const int form = is_shared ? m.shared_form : m.form, F = is_shared ? m.shared_F : m.F;
   const int stride = F / kGroup * run_bytes(form);
   const u8* run = is_shared ? m.shared : expert_run(m, job.expert);
   const u8* blocks = run + down_at(form, F, m.D) + static_cast<size_t>(b) * stride;
   const Rows in = one_of(is_shared, shared_hidden, hidden);
-  for (int first = blockIdx.z * NT; first < job.count; first += gridDim.z * NT) {
-    const int n = least(NT, job.count - first);
-    const float* out = multiply<NT>(form, blocks, stride, count, in, n, [=](int t) {
-      return is_shared ? first + t : slots[job.first + first + t];
-    });
-    for (int i = threadIdx.x; i < count * NT * kRows; i += blockDim.x) {
-      const int t = i / kRows % NT, row = (b + i / (NT * kRows)) * kRows + i % kRows;
-      if (t >= n) continue;
-      const size_t to = is_shared ? static_cast<size_t>(T) * m.A + first + t : slots[job.first + first + t];
-      outputs[to * m.D + row] = out[i];
-    }
+  const float* out = multiply<NT>(form, blocks, stride, count, in, n, [=](int t) {
+    return is_shared ? first + t : slots[job.first + first + t];
+  });
+  for (int i = threadIdx.x; i < count * NT * kRows; i += blockDim.x) {
+    const int t = i / kRows % NT, row = (b + i / (NT * kRows)) * kRows + i % kRows;
+    if (t >= n) continue;
+    const size_t to = is_shared ? static_cast<size_t>(T) * m.A + first + t : slots[job.first + first + t];
+    outputs[to * m.D + row] = out[i];
   }
 }
 KERNEL_OF_EIGHT down_jobs_8(Mlps m, const Job* jobs, const int* slots, Rows hidden, Rows shared_hidden, int T,

@@ -26,11 +26,9 @@ from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.weights import Layer
 
 TILE, TALL = 32, 8  # kTile and kTall of products.cu: tokens and row blocks of a tile
-RUN_BYTES = (288, 544)  # Q4::bytes and Q8::bytes there: of 16 rows and a group, by form
-Q8 = 1  # kQ8
 ROWS, GROUP, CHUNK = 16, 32, 256  # rows of a row block; channels of a group and of a chunk
-SLICE_BYTES = 64 << 20  # what the scores of the tokens that attend at once may take
-MOST_SLICE = 32  # tokens that attend at once
+SLICE_BYTES = 64 << 20  # what the scores of the tokens that attend at once may take, if one needs no more
+ENOUGH_BLOCKS = 128  # of threads, to keep a card busy
 MOST_BLOCKS = 512  # along an axis that strides over positions: more than a card runs at once
 STAGED = 2048  # kStaged of attention.cu
 ALIGNED = 256
@@ -128,16 +126,11 @@ class Buffers:
         D, H, C, R = one.D, one.H, one.C, one.R
         E, A, F, shared_F = (max(getattr(s, name) for s in shapes) for name in ("E", "A", "F", "shared_F"))
         self.context, self.longest = context, longest
-        self.stride = _whole(context, GROUP)  # floats, or weights, from head to head
-        self.chunks = -(-context // CHUNK)
-        a_token = H * (self.stride * 6 + self.chunks * C * 4)
-        self.slice = max(1, min(MOST_SLICE, SLICE_BYTES // a_token))
+        one_token = Slice(context, H, C, 1, -(-context // CHUNK))
         self.rows = {  # name: rows, channels
             "normed": (T, D),
             "nope": (T * H, one.N),
             "query": (T * H, _whole(C + R, GROUP)),
-            "position_weights": (self.slice * H, self.stride),
-            "rest": (self.slice * H, 2 * GROUP),
             "summed": (T * H, C),
             "values": (T * H, one.V),
             "hidden": (T * A, F),
@@ -158,17 +151,21 @@ class Buffers:
         self.words = self.shared_with_host | {
             "q": T * H * (one.N + R),
             "kv": T * (C + R),
-            "s": self.slice * H * self.stride,
-            "partial": self.slice * H * self.chunks * C,
-            "inverse": self.slice * H,
+            "slice": -(-max(one_token.n_bytes, min(SLICE_BYTES, Slice(context, H, C, T, 1).n_bytes)) // 4),
             "scores": T * E,
             "jobs": 3 * E,
             "slots": T * A,
             "outputs": T * (A + 1) * D,
         }
-        sizes = {name: n * K + 8 * n * (K // GROUP) for name, (n, K) in self.rows.items()}
+        sizes = {name: rows_bytes(n, K) for name, (n, K) in self.rows.items()}
         sizes |= {name: 4 * n for name, n in self.words.items()}
+        # What experts need lies where attention's slices were: neither needs its own while the other works.
+        later, later_bytes = laid_out(
+            {name: sizes.pop(name) for name in ("hidden", "shared_hidden", "outputs")}
+        )
+        self.slice_bytes = sizes["slice"] = max(sizes["slice"], later_bytes)
         self.offsets, self.n_bytes = laid_out(sizes)
+        self.offsets |= {name: self.offsets["slice"] + offset for name, offset in later.items()}
 
 
 def laid_out(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
@@ -180,13 +177,49 @@ def laid_out(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
     return offsets, total
 
 
+@dataclass(frozen=True)
+class Slice:
+    """Tokens that attend at once, and what that takes: scores, weights, sums over positions in so many parts."""
+
+    seen: int  # positions, at most
+    H: int
+    C: int
+    tokens: int
+    parts: int
+
+    @property
+    def stride(self) -> int:
+        """Floats, or weights, from head to head."""
+        return _whole(self.seen, GROUP)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each of its buffers, which lie one after the other."""
+        n = self.tokens * self.H
+        return {
+            "s": 4 * n * self.stride,
+            "weights": rows_bytes(n, self.stride),
+            "rest": rows_bytes(n, 2 * GROUP),
+            "partial": 4 * n * self.parts * self.C,
+            "inverse": 4 * n,
+        }
+
+    @property
+    def n_bytes(self) -> int:
+        return laid_out(self.sizes)[1]
+
+    def at(self, address: int) -> dict[str, int]:
+        return {name: address + offset for name, offset in laid_out(self.sizes)[0].items()}
+
+
 class Workspace:
     """The buffers of a step, on the card and in pinned host memory."""
 
     def __init__(self, card: Card, buffers: Buffers, D: int) -> None:
         """Raises DeviceMemoryError."""
-        self.context, self.stride, self.chunks = buffers.context, buffers.stride, buffers.chunks
-        self.slice, self.D, self.longest = buffers.slice, D, buffers.longest
+        self.context, self.D, self.longest = buffers.context, D, buffers.longest
+        self.slice_bytes = buffers.slice_bytes
+        self.seen = buffers.context  # positions that the step's tokens see, at most
         on_host = buffers.shared_with_host | buffers.host_only
         self.pinned = card.pinned(4 * sum(on_host.values()))
         try:
@@ -204,9 +237,10 @@ class Workspace:
             first += 4 * n
         self.at |= {name: self.host[name].ctypes.data for name in buffers.host_only}
 
-    def of(self, first: int) -> "Workspace":
-        """The same buffers for the 256 tokens of a step from its `first` on, a multiple of 256."""
+    def of(self, first: int, seen: int) -> "Workspace":
+        """The same buffers for the 256 tokens of a step from its `first` on, a multiple of 256; they see so many positions."""
         own, each = copy.copy(self), {"start": 1, "x": MOST_TOKENS * self.D}
+        own.seen = seen
         each |= {name: MOST_TOKENS * self.host[name].size // (4 * self.longest) for name in ("cos", "sin")}
         own.at = self.at | {name: self.at[name] + 4 * n * (first // MOST_TOKENS) for name, n in each.items()}
         return own
@@ -237,41 +271,55 @@ def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
         rows["nope"], rows["query"],
     )  # fmt: skip
     heads(card, p.k_b, p.k_b_bytes, rows["nope"], s.H, T, rows["query"])
-    wide = _whole(s.C + s.R, GROUP)
-    position_blocks = min(MOST_BLOCKS, -(-w.context // (8 * ROWS)))
-    for first in range(0, T, w.slice):
-        n = min(w.slice, T - first)
+    for first, part in slices(w, s, T):
+        n, here = part.tokens, part.at(at["slice"])
+        weights, rest = rows_at(here["weights"], n * s.H, part.stride), rows_at(here["rest"], n * s.H, 2 * GROUP)
         NT = TILE if 2 * n * s.H >= TILE else 8  # rows are heads: half a tile of them is worth one
         card.launch(
-            f"scores_{NT}", (position_blocks, -(-n * s.H // NT) + 1),
-            _threads(8, NT, wide), _product_bytes(8, NT, wide, Q8),
-            p.cache, at["start"], first, n, T, s.H, rows["query"], at["s"], w.stride,
+            f"scores_{NT}", (min(MOST_BLOCKS, -(-part.seen // (8 * ROWS))), -(-n * s.H // NT) + 1),
+            _threads(8, NT, rows["query"].groups * GROUP), _product_bytes(8, NT, rows["query"].groups * GROUP),
+            p.cache, at["start"], first, n, T, s.H, rows["query"], here["s"], part.stride,
         )  # fmt: skip
         card.launch(
-            "softmax", (s.H, n), 1024 if T < FEW and w.context > STAGED else 256, 4 * (2 * STAGED + 32),
-            at["start"], first, p.scale, at["s"], w.stride, rows["position_weights"], rows["rest"], at["inverse"],
+            "softmax", (s.H, n), 1024 if T < FEW and part.seen > STAGED else 256, 4 * (2 * STAGED + 32),
+            at["start"], first, p.scale, here["s"], part.stride, weights, rest, here["inverse"],
         )  # fmt: skip
+        span = 1 if part.parts > 1 else -(-part.seen // CHUNK)
         if T >= MANY:
             card.launch(
-                "weigh_32", (-(-s.C // (TALL * ROWS)), min(32, w.chunks), -(-n * s.H // TILE)),
-                _threads(TALL, TILE, CHUNK), _product_bytes(TALL, TILE, CHUNK, Q8),
-                p.cache, at["start"], first, n, s.H, rows["position_weights"], at["partial"], w.chunks,
+                "weigh_32", (-(-s.C // (TALL * ROWS)), min(32, part.parts), -(-n * s.H // TILE)),
+                _threads(TALL, TILE, CHUNK), _product_bytes(TALL, TILE, CHUNK),
+                p.cache, at["start"], first, n, s.H, weights, here["partial"], part.parts, span,
             )  # fmt: skip
         else:
             card.launch(
-                "weigh_8", (s.C // ROWS, min(32, -(-w.chunks // 8)), -(-s.H // 8) * n), 32, 0,
-                p.cache, at["start"], first, s.H, rows["position_weights"], at["partial"], w.chunks,
+                "weigh_8", (s.C // ROWS, min(32, -(-part.parts // 8)), -(-s.H // 8) * n), 32, 0,
+                p.cache, at["start"], first, s.H, weights, here["partial"], part.parts,
             )  # fmt: skip
         card.launch(
             "finish", (s.C // GROUP, n), 32 * s.H, 4 * 9 * 32,
-            p.cache, at["start"], first, rows["position_weights"], rows["rest"], at["inverse"], at["partial"],
-            w.chunks, rows["summed"],
+            p.cache, at["start"], first, weights, rest, here["inverse"], here["partial"],
+            part.parts, span, rows["summed"],
         )  # fmt: skip
     heads(card, p.v_b, p.v_b_bytes, rows["summed"], s.H, T, rows["values"])
     if p.dense:
         p.dense.output(w, T)
     else:
         product(card, p.o, NO_MATRIX, w.as_rows("values", MOST_TOKENS, s.H * s.V), T, at["x"], 0, add=True)
+
+
+def slices(w: Workspace, s: Shape, T: int) -> list[tuple[int, Slice]]:
+    """The first token of each slice of a step, and the slice: as many tokens as have room.
+
+    On the tensor cores, sums over positions are taken whole where that alone keeps a card busy; else chunk by chunk, which
+    takes room for each chunk's.
+    """
+    chunks = -(-w.seen // CHUNK)
+    for parts in (1, chunks) if T >= MANY else (chunks,):
+        n = min(T, max(1, w.slice_bytes // Slice(w.seen, s.H, s.C, 1, parts).n_bytes))
+        if -(-n * s.H // TILE) * -(-s.C // (TALL * ROWS)) >= ENOUGH_BLOCKS:
+            break
+    return [(first, Slice(w.seen, s.H, s.C, min(n, T - first), parts)) for first in range(0, T, n)]
 
 
 def route(card: Card, p: Place, w: Workspace, T: int) -> None:
@@ -330,8 +378,8 @@ def run_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
     if not blocks:
         return
     card.launch(
-        f"gate_up_{NT}", (blocks, T if NT == 1 else min(4, -(-T // NT))),
-        _threads(4, NT, s.D), _product_bytes(4, NT, s.D, m.form, m.shared_form),
+        f"gate_up_{NT}", (blocks, -(-T // NT)),
+        _threads(4, NT, s.D), _product_bytes(4, NT, s.D),
         m, at["jobs"], at["slots"], n_jobs, w.rows["normed"], T, hidden, shared_hidden,
     )  # fmt: skip
 
@@ -350,8 +398,8 @@ def add_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
         return
     NT, widest = _at_once(T), max(s.F, m.shared_F)
     card.launch(
-        f"down_jobs_{NT}", (-(-s.D // (_tall(NT) * ROWS)), _jobs(s, T) + 1, min(4, -(-T // NT))),
-        _threads(1, NT, widest), _product_bytes(1, NT, widest, m.form, m.shared_form),
+        f"down_jobs_{NT}", (-(-s.D // (_tall(NT) * ROWS)), _jobs(s, T) + 1, -(-T // NT)),
+        _threads(1, NT, widest), _product_bytes(1, NT, widest),
         m, at["jobs"], at["slots"], hidden, shared_hidden, T, at["outputs"],
     )  # fmt: skip
     card.launch(
@@ -385,7 +433,7 @@ def product(
     rows = _tall(NT) * ROWS
     card.launch(
         f"product_{NT}", (-(-a.rows // rows) + -(-b.rows // rows), -(-T // NT)),
-        _threads(1, NT, a.columns), _product_bytes(1, NT, a.columns, a.form, b.form),
+        _threads(1, NT, a.columns), _product_bytes(1, NT, a.columns),
         a, b, x, T, ya, yb, int(add),
     )  # fmt: skip
 
@@ -396,7 +444,7 @@ def heads(card: Card, matrix: Matrix, head_bytes: int, x: Rows, H: int, T: int, 
     groups = _tall(NT) // 2 or 1
     card.launch(
         f"heads_{NT}", (-(-matrix.rows // (groups * GROUP)), H, -(-T // NT)),
-        _threads(2, NT, matrix.columns), _product_bytes(2, NT, matrix.columns, matrix.form),
+        _threads(2, NT, matrix.columns), _product_bytes(2, NT, matrix.columns),
         matrix, head_bytes, x, T, y,
     )  # fmt: skip
 
@@ -429,6 +477,10 @@ def rows_at(address: int, n: int, K: int) -> Rows:
     return Rows(address, address + n * K, address + n * K + 4 * n * (K // GROUP), K // GROUP)
 
 
+def rows_bytes(n: int, K: int) -> int:
+    return n * K + 8 * n * (K // GROUP)
+
+
 def _threads(row_blocks: int, NT: int, K: int) -> int:
     """Of a block that multiplies K channels, four a row block and chunk, in whole warps.
 
@@ -441,15 +493,14 @@ def _threads(row_blocks: int, NT: int, K: int) -> int:
     )
 
 
-def _product_bytes(row_blocks: int, NT: int, K: int, *forms: int) -> int:
+def _product_bytes(row_blocks: int, NT: int, K: int) -> int:
     """Shared memory of `multiply` for K channels: the parts of each chunk, and their sums.
 
-    For a tile, a chunk of its activations and of the weights; its sums fit in the same place.
+    For a tile, two chunks of its activations; its sums fit in the same place.
     """
     if NT < TILE:
         return 4 * ROWS * row_blocks * NT * (-(-K // CHUNK) + 1)
-    groups = CHUNK // GROUP
-    return groups * (TILE * (GROUP + 16) + TALL * max(RUN_BYTES[form] for form in forms))
+    return 2 * TILE * (CHUNK + 4 * (CHUNK // GROUP))
 
 
 def _dealing_bytes(threads: int, E: int, n_slots: int) -> int:

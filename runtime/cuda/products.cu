@@ -25,9 +25,14 @@ struct Q4 {         // w = scale · (q - 8): the sums start at -8 · (sum of the
     sum = __dp4a(static_cast<int>(w & 0x0f0f0f0fu), static_cast<int>(x[2 * line]), sum);
     return __dp4a(static_cast<int>(w >> 4 & 0x0f0f0f0fu), static_cast<int>(x[2 * line + 1]), sum);
   }
+  // For the tensor cores 16 · (q - 8): the nibble goes to the upper half of its byte, whose sign then is turned. A sum
+  // comes out 16 times as large, and the bits of 1.5 · 2^19 count sixteenths.
+  static constexpr int ahead = 4, origin = 0x49400000;
+  static constexpr float zero = 786432.0f;
   DEVICE void unpack(const uint2 (&w)[1], u32 (&a)[4]) {
-    a[0] = w[0].x & 0x0f0f0f0fu, a[1] = w[0].y & 0x0f0f0f0fu;
-    a[2] = w[0].x >> 4 & 0x0f0f0f0fu, a[3] = w[0].y >> 4 & 0x0f0f0f0fu;
+    const u32 nibble = 0xf0f0f0f0u, sign = 0x80808080u;
+    a[0] = and_xor(w[0].x << 4, nibble, sign), a[1] = and_xor(w[0].y << 4, nibble, sign);
+    a[2] = and_xor(w[0].x, nibble, sign), a[3] = and_xor(w[0].y, nibble, sign);
   }
 };
 
@@ -37,6 +42,8 @@ struct Q8 {         // w = scale · q
   DEVICE int dot(u32 w, int line, const u32* x, int sum) {
     return __dp4a(static_cast<int>(w), static_cast<int>(x[line]), sum);
   }
+  static constexpr int ahead = 2, origin = 0x4b400000;  // the bits of 1.5 · 2^23, which count ones
+  static constexpr float zero = 12582912.0f;
   DEVICE void unpack(const uint2 (&w)[2], u32 (&a)[4]) { a[0] = w[0].x, a[1] = w[0].y, a[2] = w[1].x, a[3] = w[1].y; }
 };
 
@@ -106,129 +113,126 @@ DEVICE void chunk_total(int form, const u8* block, const Rows& x, const int (&to
 }
 
 // For many tokens: eight row blocks times a tile of 32 tokens, by four warps on the tensor cores, chunk by chunk. A warp
-// has two row blocks. A chunk of the activations, which all four need, and of its own weights is brought to shared memory
-// first, so that as many bytes are on the way as a chunk has. A group of a row block times eight tokens is one step of
-// `mma`; its integer sums are exact, and each gets the float steps of the order of sums in its own lane.
+// has two row blocks. A chunk of the activations, which all four need, is brought to shared memory while the one before is
+// multiplied; weights go to the registers of the one warp that needs them, some groups ahead. A group
+// of a row block times eight tokens is one step of `mma`; its integer sums are exact, and each gets the float steps of the
+// order of sums in its own lane.
 //
 // Which channels meet in a step's column is free, as long as both sides agree: lane 4 g + t takes channels 8 t..8 t + 7
 // of its rows and tokens. Those are the two halves of one packed word of int4, and eight bytes in a row of a token. Which
-// row is which is free too: it takes rows 2 g and 2 g + 1, whose words are neighbours.
+// row is which is free too: it takes rows 2 g and 2 g + 1, whose words are neighbours. So a warp asks for the lines of a
+// run as they lie, 256 bytes at a time.
 constexpr int kTile = 32;           // tokens
 constexpr int kTall = 8;            // row blocks
 constexpr int kEights = kTile / 8;  // steps that share an unpacked weight
 constexpr int kHeld = 8 * kEights;  // sums of a lane: number i of step e of its row block b at (b · kEights + e) · 4 + i
-constexpr int kWhole = 0x4b400000;  // the bits of 1.5 · 2^23
 
-// A chunk of activations: int8 values in halves of 16; for each two tokens where their sums start, [0], and their scales,
-// [1], both twice, as a lane of `mma` takes them.
+// A chunk of activations: int8 values in halves of 16, and their scales.
 struct Chunk {
-  uint4 half[kChunk][kTile][2], twice[2][kChunk][kTile / 2];
+  uint4 half[kChunk][kTile][2];
+  float scale[kChunk][kTile];
 };
 
-// Where piece i of 16 bytes of a run's lines stands in shared memory, so that the 16 lanes that read at once, eight bytes
-// each, find them in 32 different banks.
-DEVICE int place_of(int i) { return i ^ i / 8 % 4 * 2; }
+// Asks for groups first..first + kChunk - 1 of a row, the thread's own part of them. From group `reach` on there is
+// nothing: zeros, which change no sum but the sign of a zero, and that is lost in the sum over chunks.
+DEVICE void bring(Chunk& chunk, const Rows& x, size_t row, int first, int reach) {
+  const int token = threadIdx.x / 2 % kTile, half = threadIdx.x % 2, own = threadIdx.x / (2 * kTile);
+  const size_t at = row * x.groups + first;
+  const uint4* values = reinterpret_cast<const uint4*>(x.q) + 2 * (at + own) + half;
+#pragma unroll
+  for (int i = 0; i < kChunk; i += 2)
+    bring_16(&chunk.half[i + own][token][half], values + 2 * i, first + i + own < reach);
+  const int other = 2 * own + half;
+#pragma unroll
+  for (int i = 0; i < kChunk; i += 4)
+    bring_4(&chunk.scale[i + other][token], x.scale + at + other + i, first + i + other < reach);
+}
 
-// The float of an integer, given as the bits kWhole + n: as a float these are 1.5 · 2^23 + n, exactly, for |n| < 2^22, and
-// so is the difference. A group's sum is at most 32 · 127 · 128 < 2^19. (An addition, because conversions are slow.)
-DEVICE float exact(int bits) { return __int_as_float(bits) - 12582912.0f; }
-
-// What a thread brings of a chunk, on its way from the card's memory to the shared one: all of it is asked for before any
-// of it is stored. Of activations that is half a group of a row for every second group. Of a warp's two row blocks: a run is
-// 16 or 32 pieces of 16 bytes of lines, of which a warp takes 32 at once, and two of scales, and those of two row blocks'
-// eight groups are one for each lane.
+// A lane's weights of a group of two row blocks: of each its words, and the scales of its two rows.
 template <class Form>
-struct Coming {
-  static constexpr int pieces = Form::bytes / 16, lines = 4 * Form::lines, at_once = 32 / lines;
-  uint4 values[kChunk / 2], weights[2 * kChunk / at_once], scales;
-  int twice[kChunk / 2];
+struct Held {
+  static constexpr int words = Form::lines / 4;
+  uint2 word[2][words];
+  u32 scales[2];
 };
 
-// Groups first..first + groups - 1. Row `row` is the thread's; from group `reach` on it has none: zeros, which change no
-// sum but the sign of a zero, and that is lost in the sum over chunks.
+// Where a lane's weights are, of the group whose turn it is.
+struct Place {
+  const u8 *word[2], *scales[2];
+};
+
 template <class Form>
-DEVICE void ask(Coming<Form>& c, const Rows& x, size_t row, int reach, const u8* const (&block)[2], int first,
-                int groups) {
-  constexpr int pieces = Coming<Form>::pieces, lines = Coming<Form>::lines, at_once = Coming<Form>::at_once;
-  const uint4* from[2] = {reinterpret_cast<const uint4*>(block[0]) + first * pieces,
-                          reinterpret_cast<const uint4*>(block[1]) + first * pieces};
+DEVICE void ask(Held<Form>& held, const Place& place, int group) {
+  constexpr int words = Held<Form>::words;
 #pragma unroll
-  for (int i = 0; i < 2 * kChunk; i += at_once) {
-    const int k = least(i % kChunk + lane() / lines, groups - 1);  // past the end, the last one again
-    c.weights[i / at_once] = from[i / kChunk][k * pieces + lane() % lines];
-  }
-  c.scales = (lane() / 2 / kChunk ? from[1] : from[0])[least(lane() / 2 % kChunk, groups - 1) * pieces + lines + lane() % 2];
-  const int half = threadIdx.x % 2, whole = half ? 0 : kWhole;
-  const int* word = half ? reinterpret_cast<const int*>(x.scale) : x.sum;
+  for (int b = 0; b < 2; ++b) {
 #pragma unroll
-  for (int i = 0; i < kChunk / 2; ++i) {
-    const int k = 2 * i + threadIdx.x / (2 * kTile);
-    const size_t at = row * x.groups + first + k;
-    const bool there = k < groups && first + k < reach;
-    c.values[i] = there ? reinterpret_cast<const uint4*>(x.q)[2 * at + half] : uint4{0, 0, 0, 0};
-    c.twice[i] = whole + (there && (half || Form::biased) ? word[at] : 0);
+    for (int j = 0; j < words; ++j) held.word[b][j] = read_8(place.word[b] + group * Form::bytes + 64 * j);
+    held.scales[b] = read_4(place.scales[b] + group * Form::bytes);
   }
 }
 
+// The float of a step's sum, given as the bits Form::origin + n, exactly for |n| < 2^22; a group's are at most 32 · 128 ·
+// 128 = 2^19. (A subtraction, because conversions are slow.)
 template <class Form>
-DEVICE void store(const Coming<Form>& c, Chunk& chunk, uint4* weights, int groups) {
-  constexpr int pieces = Coming<Form>::pieces, lines = Coming<Form>::lines, at_once = Coming<Form>::at_once;
-#pragma unroll
-  for (int i = 0; i < 2 * kChunk; i += at_once) {
-    const int k = i % kChunk + lane() / lines;
-    if (k < groups) weights[(i / kChunk * kChunk + k) * pieces + place_of(lane() % lines)] = c.weights[i / at_once];
-  }
-  const int own = lane() / 2;
-  if (own % kChunk < groups) weights[own * pieces + lines + lane() % 2] = c.scales;
-  const int token = threadIdx.x / 2 % kTile, half = threadIdx.x % 2;
-#pragma unroll
-  for (int i = 0; i < kChunk / 2; ++i) {
-    const int k = 2 * i + threadIdx.x / (2 * kTile);
-    if (k >= groups) break;
-    chunk.half[k][token][half] = c.values[i];
-    int* twice = reinterpret_cast<int*>(&chunk.twice[half][k][token / 2]) + token % 2;
-    twice[0] = twice[2] = c.twice[i];
-  }
-}
+DEVICE float exact(int bits) { return __int_as_float(bits) - Form::zero; }
 
-// total += one group, in the order of sums: `run` is its weights of row block 0, those of 1 are a chunk further.
-template <class Form>
-DEVICE void add_group(const uint4* run, const Chunk& chunk, int k, int eights, float (&total)[kHeld]) {
-  constexpr int pieces = Form::bytes / 16, words = Form::lines / 4;
+// total += group k of a chunk for E eights of tokens, in the order of sums.
+template <class Form, int E>
+DEVICE void add_group(const u32 (&a)[2][4], const float (&scale)[2][2], const Chunk& chunk, int k,
+                      float (&total)[kHeld]) {
   const int g = lane() / 4, t = lane() % 4;
-  u32 a[2][4];
-  float scale[2][2];
+  const int origin[4] = {Form::origin, Form::origin, Form::origin, Form::origin};
 #pragma unroll
-  for (int b = 0; b < 2; ++b, run += kChunk * pieces) {
-    uint2 w[words];
-#pragma unroll
-    for (int j = 0; j < words; ++j)
-      w[j] = reinterpret_cast<const uint2*>(run + place_of(4 * (words * t + j) + g / 2))[g % 2];
-    Form::unpack(w, a[b]);
-    const u32 halves = reinterpret_cast<const u32*>(run + 4 * Form::lines)[g];
-    scale[b][0] = half_to_float(static_cast<u16>(halves));
-    scale[b][1] = half_to_float(static_cast<u16>(halves >> 16));
-  }
-#pragma unroll
-  for (int e = 0; e < kEights; ++e) {
-    if (e >= eights) break;
+  for (int e = 0; e < E; ++e) {
     const uint2 values = reinterpret_cast<const uint2*>(chunk.half[k][8 * e + g])[t];
-    const int4 sums = reinterpret_cast<const int4&>(chunk.twice[0][k][4 * e + t]);
-    const float2 scales = reinterpret_cast<const float2&>(chunk.twice[1][k][4 * e + t]);
+    const float2 scales = reinterpret_cast<const float2*>(chunk.scale[k])[4 * e + t];
     const u32 x[2] = {values.x, values.y};
-    const int start[4] = {sums.x, sums.y, sums.z, sums.w};
     const float x_scale[2] = {scales.x, scales.y};
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
       int out[4];
-      mma(out, a[b], x, start);
+      mma(out, a[b], x, origin);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& sum = total[(b * kEights + e) * 4 + i];
-        sum = fmaf(exact(out[i]), scale[b][i / 2] * x_scale[i % 2], sum);
+        sum = fmaf(exact<Form>(out[i]), scale[b][i / 2] * x_scale[i % 2], sum);
       }
     }
   }
+}
+
+// sum += a chunk of `groups` groups, behind which the row blocks have `left` more; the weights of the first ones are held,
+// and in the end of those that follow.
+template <class Form, int E>
+DEVICE void add_chunk(Held<Form> (&held)[Form::ahead], Place& place, int groups, int left, const Chunk& chunk,
+                      float (&sum)[kHeld]) {
+  float total[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) total[i] = 0.0f;
+#pragma unroll 1
+  for (int k = 0; k < groups; k += Form::ahead) {
+#pragma unroll
+    for (int i = 0; i < Form::ahead; ++i) {
+      if (k + i >= groups) break;
+      u32 a[2][4];
+      float scale[2][2];
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        Form::unpack(held[i].word[b], a[b]);
+        scale[b][0] = half_to_float(static_cast<u16>(held[i].scales[b]));
+        scale[b][1] = half_to_float(static_cast<u16>(held[i].scales[b] >> 16));
+      }
+      if (k + i + Form::ahead < groups + left) ask(held[i], place, i);
+      add_group<Form, E>(a, scale, chunk, k + i, total);
+    }
+#pragma unroll
+    for (int b = 0; b < 2; ++b) place.word[b] += Form::ahead * Form::bytes, place.scales[b] += Form::ahead * Form::bytes;
+  }
+#pragma unroll
+  for (int b = 0; b < 2; ++b)
+#pragma unroll
+    for (int i = 4 * b * kEights; i < 4 * (b * kEights + E); ++i) sum[i] = sum[i] + total[i];
 }
 
 // Sums over groups begin..end - 1, of token t only those below reach_of(t); begin is a chunk's. Row blocks 2 warp and
@@ -237,28 +241,37 @@ DEVICE void add_group(const uint4* run, const Chunk& chunk, int k, int eights, f
 template <class Form, class RowOf, class ReachOf>
 DEVICE void tile_sums(const u8* blocks, int stride, int count, const Rows& x, int n, RowOf row_of, int begin, int end,
                       ReachOf reach_of, float (&sum)[kHeld]) {
-  constexpr int pieces = Form::bytes / 16;
-  Chunk& chunk = *reinterpret_cast<Chunk*>(shared_memory);
-  uint4* weights = shared_memory + sizeof(Chunk) / 16 + warp() * 2 * kChunk * pieces;
-  const u8* block[2] = {blocks + static_cast<size_t>(least(2 * warp(), count - 1)) * stride,
-                        blocks + static_cast<size_t>(least(2 * warp() + 1, count - 1)) * stride};
-  const int own = least(threadIdx.x / 2 % kTile, n - 1), row = row_of(own), reach = reach_of(own);
-  float total[kHeld];
+  Chunk* chunks = reinterpret_cast<Chunk*>(shared_memory);  // two, in turn
+  const int own = least(threadIdx.x / 2 % kTile, n - 1), row = row_of(own), reach = least(end, reach_of(own));
+  const int eights = ceil_div(n, 8), g = lane() / 4, t = lane() % 4;
+  Held<Form> held[Form::ahead];
+  Place place;
+#pragma unroll
+  for (int b = 0; b < 2; ++b) {
+    const u8* block = blocks + static_cast<size_t>(least(2 * warp() + b, count - 1)) * stride + begin * Form::bytes;
+    place.word[b] = block + 64 * Held<Form>::words * t + 8 * g;
+    place.scales[b] = block + 64 * Form::lines + 4 * g;
+  }
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) sum[i] = 0.0f;
-  for (int first = begin; first < end; first += kChunk) {
-    const int groups = least(kChunk, end - first);
-    Coming<Form> coming;
-    ask(coming, x, row, reach, block, first, groups);
-    __syncthreads();
-    store(coming, chunk, weights, groups);
-    __syncthreads();
+  __syncthreads();  // what lay there is not needed any more
+  if (begin < end) bring(chunks[0], x, row, begin, reach);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) total[i] = 0.0f;
-#pragma unroll 2
-    for (int k = 0; k < groups; ++k) add_group<Form>(weights + k * pieces, chunk, k, ceil_div(n, 8), total);
+  for (int i = 0; i < Form::ahead; ++i) {
+    if (begin + i < end) ask(held[i], place, 0);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) sum[i] = sum[i] + total[i];
+    for (int b = 0; b < 2; ++b) place.word[b] += Form::bytes, place.scales[b] += Form::bytes;
+  }
+#pragma unroll 1
+  for (int first = begin, turn = 0; first < end; first += kChunk, turn ^= 1) {
+    all_brought();
+    __syncthreads();  // of all threads; and all have left the other chunk
+    if (first + kChunk < end) bring(chunks[turn ^ 1], x, row, first + kChunk, reach);
+    const int groups = least(kChunk, end - first), left = end - first - groups;
+    if (eights > 3) add_chunk<Form, 4>(held, place, groups, left, chunks[turn], sum);
+    else if (eights > 2) add_chunk<Form, 3>(held, place, groups, left, chunks[turn], sum);
+    else if (eights > 1) add_chunk<Form, 2>(held, place, groups, left, chunks[turn], sum);
+    else add_chunk<Form, 1>(held, place, groups, left, chunks[turn], sum);
   }
 }
 
@@ -288,7 +301,7 @@ DEVICE const float* multiply_tile(int form, const u8* blocks, int stride, int co
 
 // `count` row blocks times n rows of x, at most NT, row_of(0) to row_of(n - 1): returns [count][NT][16] in shared memory,
 // which stays until the next call. All threads of the block; shared: 16 · count · NT · (chunks + 1) floats, and for a tile
-// a chunk of activations and of eight row blocks, or 16 · count · NT floats if that is more.
+// two chunks of activations, where the results of eight row blocks fit too.
 template <int NT, class RowOf>
 DEVICE const float* multiply(int form, const u8* blocks, int stride, int count, const Rows& x, int n, RowOf row_of) {
   if constexpr (NT == kTile) {
@@ -334,15 +347,13 @@ DEVICE void product(const Matrix& a, const Matrix& b, const Rows& x, int T, floa
   const int count = least(tall<NT>(), ceil_div(rows, kRows) - block);
   const u8* blocks = (second ? b.data : a.data) + static_cast<size_t>(block) * stride;
   float* y = second ? yb : ya;
-  for (int first = blockIdx.y * NT; first < T; first += gridDim.y * NT) {
-    const int n = least(NT, T - first);
-    const float* out = multiply<NT>(form, blocks, stride, count, x, n, [=](int t) { return first + t; });
-    for (int i = threadIdx.x; i < count * NT * kRows; i += blockDim.x) {
-      const int t = i / kRows % NT, row = (block + i / (NT * kRows)) * kRows + i % kRows;
-      if (t >= n || row >= rows) continue;
-      float* at = y + static_cast<size_t>(first + t) * rows + row;
-      *at = add ? *at + out[i] : out[i];
-    }
+  const int first = blockIdx.y * NT, n = least(NT, T - first);
+  const float* out = multiply<NT>(form, blocks, stride, count, x, n, [=](int t) { return first + t; });
+  for (int i = threadIdx.x; i < count * NT * kRows; i += blockDim.x) {
+    const int t = i / kRows % NT, row = (block + i / (NT * kRows)) * kRows + i % kRows;
+    if (t >= n || row >= rows) continue;
+    float* at = y + static_cast<size_t>(first + t) * rows + row;
+    *at = add ? *at + out[i] : out[i];
   }
 }
 KERNEL_OF_ONE product_1(Matrix a, Matrix b, Rows x, int T, float* ya, float* yb, int add) {
@@ -362,14 +373,11 @@ DEVICE void heads(const Matrix& w, u64 head_bytes, const Rows& x, int T, const R
   constexpr int most = NT == kTile ? kTall / 2 : 1;
   const int H = gridDim.y, h = blockIdx.y, g = blockIdx.x * most, groups = least(most, w.rows / kGroup - g);
   const u8* blocks = w.data + h * head_bytes + static_cast<size_t>(2 * g) * w.stride;
-  for (int first = blockIdx.z * NT; first < T; first += gridDim.z * NT) {
-    const int n = least(NT, T - first);
-    const float* out =
-        multiply<NT>(w.form, blocks, w.stride, 2 * groups, x, n, [=](int t) { return (first + t) * H + h; });
-    for (int i = warp(); i < groups * n; i += warps()) {
-      const int t = i / groups, b = i % groups * 2 + lane() / kRows;
-      quantize(out[(b * NT + t) * kRows + lane() % kRows], y, static_cast<size_t>(first + t) * H + h, g + i % groups);
-    }
+  const int first = blockIdx.z * NT, n = least(NT, T - first);
+  const float* out = multiply<NT>(w.form, blocks, w.stride, 2 * groups, x, n, [=](int t) { return (first + t) * H + h; });
+  for (int i = warp(); i < groups * n; i += warps()) {
+    const int t = i / groups, b = i % groups * 2 + lane() / kRows;
+    quantize(out[(b * NT + t) * kRows + lane() % kRows], y, static_cast<size_t>(first + t) * H + h, g + i % groups);
   }
 }
 KERNEL_OF_ONE heads_1(Matrix w, u64 head_bytes, Rows x, int T, Rows y) { heads<1>(w, head_bytes, x, T, y); }

@@ -39,6 +39,12 @@ namespace shim {
 
 enum class State { ready, at_block, at_warp, done };
 
+struct Copy {  // to shared memory, asked for and not waited for yet; from nowhere: zeros
+  void* to;
+  const void* from;
+  size_t n;
+};
+
 struct Fibre {
   ucontext_t entry;
   jmp_buf place;
@@ -46,6 +52,7 @@ struct Fibre {
   bool started = false;
   State state = State::done;
   int turn = 0;  // of the warp's two exchange buffers
+  std::vector<Copy> asked;
 };
 
 inline std::vector<std::unique_ptr<Fibre>> fibres;
@@ -72,6 +79,7 @@ __attribute__((noinline)) inline void wait(State state) {
 inline void fibre_main() {
   for (;;) {
     body();
+    if (!fibres[running]->asked.empty()) fail("a thread ended before what it had asked for was brought");
     wait(State::done);
   }
 }
@@ -160,6 +168,31 @@ T exchange(T value, unsigned from) {
 }
 
 }  // namespace shim
+
+inline uint2 read_8(const uint8_t* at) {
+  uint2 v;
+  std::memcpy(&v, at, 8);
+  return v;
+}
+inline uint32_t read_4(const uint8_t* at) {
+  uint32_t v;
+  std::memcpy(&v, at, 4);
+  return v;
+}
+inline uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) { return (a & b) ^ c; }
+
+// Copies that were asked for are made when the thread waits for them, and not before.
+inline void bring(void* to, const void* from, size_t n, bool there) {
+  shim::fibres[shim::running]->asked.push_back({to, there ? from : nullptr, n});
+}
+inline void bring_16(void* to, const void* from, bool there) { bring(to, from, 16, there); }
+inline void bring_4(void* to, const void* from, bool there) { bring(to, from, 4, there); }
+inline void all_brought() {
+  for (const shim::Copy& copy : shim::fibres[shim::running]->asked)
+    if (copy.from) std::memcpy(copy.to, copy.from, copy.n);
+    else std::memset(copy.to, 0, copy.n);
+  shim::fibres[shim::running]->asked.clear();
+}
 
 inline void __syncthreads() { shim::wait(shim::State::at_block); }
 template <typename T>
