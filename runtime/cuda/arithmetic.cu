@@ -14,6 +14,12 @@
 #define KERNEL_OF_EIGHT extern "C" __global__ void __launch_bounds__(128, 2)
 // A kernel on the tensor cores: blocks of 128 threads, three of which share a multiprocessor's registers.
 #define KERNEL_OF_TILES extern "C" __global__ void __launch_bounds__(128, 3)
+// A kernel of a warp a head: blocks of up to 512 threads, three of which share a multiprocessor; Turing's takes two.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define KERNEL_OF_HEADS extern "C" __global__ void __launch_bounds__(512, 2)
+#else
+#define KERNEL_OF_HEADS extern "C" __global__ void __launch_bounds__(512, 3)
+#endif
 #define DEVICE static __device__ __forceinline__
 extern __shared__ uint4 shared_memory[];
 #endif
@@ -134,9 +140,21 @@ DEVICE float largest(float v) {  // of a warp; every lane gets it
   return v;
 }
 
+DEVICE float largest_magnitude(float v) {  // likewise; floats without a sign have the order of their bits
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __int_as_float(__reduce_max_sync(kAll, __float_as_int(fabsf(v))));
+#else
+  return largest(fabsf(v));
+#endif
+}
+
 DEVICE int sum_of(int v) {  // of a warp; exact, every lane gets it
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kAll, v);
+#else
   for (int step = 16; step; step /= 2) v += __shfl_xor_sync(kAll, v, step);
   return v;
+#endif
 }
 
 // Sixteen running sums to one, 8 + 8, 4 + 4, 2 + 2, 1 + 1: right in the lowest lane of each sixteen.
@@ -175,7 +193,7 @@ struct Rows {
 
 // One group, a lane each channel. Returns what the rounding lost.
 DEVICE float quantize(float v, const Rows& to, size_t row, int group) {
-  const float most = largest(fabsf(v));
+  const float most = largest_magnitude(v);
   const float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
   const int q = static_cast<int>(rintf(v * inverse));
   const int sum = sum_of(q);

@@ -66,50 +66,44 @@ KERNEL latents(const float* q, const float* kv, const float* weight, float eps, 
     const int k = g * kGroup + lane();
     const float v = k < C ? staged[k] * r * weight[k] : k < C + R ? rotated(kv + C, k - C, cos, sin) : 0.0f;
     float inverse;
-    const u16 half = stored_scale(largest(fabsf(v)), &inverse);
+    const u16 half = stored_scale(largest_magnitude(v), &inverse);
     u8* run = block + static_cast<size_t>(g) * Q8::bytes;
     run[64 * (lane() / 4) + 4 * row + lane() % 4] = static_cast<u8>(to_step(v, inverse));
     if (lane() == 0) *reinterpret_cast<u16*>(run + 512 + 2 * row) = half;
   }
 }
 
-// Positions first..first + n - 1 (n at most 32) of channel 32 g + lane, as the 32 columns of a q8g32 row: eight words
-// of four, and the stored scale.
-DEVICE u16 turned(const Cache& cache, int first, int n, int g, u32 (&word)[8]) {
-  float value[kGroup], most = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
-    value[i] = 0.0f;
-    if (i < n) {
-      const int position = first + i, row = position % kRows;
-      const u8* run = cache.rows + position / kRows * rows_stride(cache) + static_cast<size_t>(g) * Q8::bytes;
-      const float scale = half_to_float(*reinterpret_cast<const u16*>(run + 512 + 2 * row));
-      value[i] = scale * static_cast<float>(static_cast<s8>(run[64 * (lane() / 4) + 4 * row + lane() % 4]));
-    }
-    most = fabsf(value[i]) > most ? fabsf(value[i]) : most;
-  }
-  float inverse;
-  const u16 half = stored_scale(most, &inverse);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    word[j] = 0;
-#pragma unroll
-    for (int c = 0; c < 4; ++c) word[j] |= static_cast<u32>(to_step(value[4 * j + c], inverse) & 255) << 8 * c;
-  }
-  return half;
+// A cached value of latent channel k, as its row gives it.
+DEVICE float cached(const Cache& cache, int position, int k) {
+  const int row = position % kRows;
+  const u8* run = cache.rows + position / kRows * rows_stride(cache) + static_cast<size_t>(k / kGroup) * Q8::bytes;
+  const float scale = half_to_float(*reinterpret_cast<const u16*>(run + 512 + 2 * row));
+  return scale * static_cast<float>(static_cast<s8>(run[64 * (k % kGroup / 4) + 4 * row + k % 4]));
 }
 
-// Groups of 32 positions that these T tokens completed, into the columns.
+// Groups of 32 positions that these T tokens completed, into the columns: a lane has a channel, whose positions are the 32
+// columns of a q8g32 row.
 DEVICE void turn_completed(const Cache& cache, int start, int T) {
   const int wide = cache.C / kGroup, first = start / kGroup, n = ((start + T) / kGroup - first) * wide;
   for (int i = blockIdx.x * warps() + warp(); i < n; i += gridDim.x * warps()) {
     const int group = first + i / wide, g = i % wide;
-    u32 word[8];
-    const u16 half = turned(cache, group * kGroup, kGroup, g, word);
+    float value[kGroup], most = 0.0f;
+#pragma unroll
+    for (int p = 0; p < kGroup; ++p) {
+      value[p] = cached(cache, group * kGroup + p, g * kGroup + lane());
+      most = fabsf(value[p]) > most ? fabsf(value[p]) : most;
+    }
+    float inverse;
+    const u16 half = stored_scale(most, &inverse);
     const int row = lane() % kRows;
     u8* run = cache.columns + (2 * g + lane() / kRows) * columns_stride(cache) + group * Q8::bytes;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) *reinterpret_cast<u32*>(run + 64 * j + 4 * row) = word[j];
+    for (int j = 0; j < 8; ++j) {
+      u32 word = 0;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) word |= static_cast<u32>(to_step(value[4 * j + c], inverse) & 255) << 8 * c;
+      *reinterpret_cast<u32*>(run + 64 * j + 4 * row) = word;
+    }
     *reinterpret_cast<u16*>(run + 512 + 2 * row) = half;
   }
 }
@@ -246,20 +240,24 @@ DEVICE float one_group(const u32* word, float scale, const Rows& x, size_t row, 
 }
 
 // A weighted sum, the parts over whole groups in order and what the second digits and the own group add, over the
-// softmax's own sum; quantized for v_b. The grid: groups of 32 channels, tokens of the slice; a warp is a head. u: row t ·
-// H + h. Shared: 9 · 32 words.
-KERNEL finish(Cache cache, const int* start, int first, Rows weights, Rows rest, const float* inverse,
-              const float* partial, int parts, int span, Rows u) {
+// softmax's own sum; quantized for v_b. The own group is turned here, by all warps. The grid: groups of 32 channels, tokens
+// of the slice; a warp is a head. u: row t · H + h. Shared: 33 · 32 floats, 32 scales, 32 · 32 bytes.
+KERNEL_OF_HEADS finish(Cache cache, const int* start, int first, Rows weights, Rows rest, const float* inverse,
+                       const float* partial, int parts, int span, Rows u) {
   const int g = blockIdx.x, h = warp(), H = warps(), t = first + blockIdx.y;
   const int n = *start + t + 1, groups = n / kGroup, own = n % kGroup;
-  u32* turned_words = reinterpret_cast<u32*>(shared_memory);  // [8][32], then a scale for each channel
-  if (h == 0 && own) {
-    u32 word[8];
-    const u16 half = turned(cache, groups * kGroup, own, g, word);
-    for (int j = 0; j < 8; ++j) turned_words[j * kGroup + lane()] = word[j];
-    turned_words[8 * kGroup + lane()] = half;
-  }
+  float *value = shared_floats(), *scale = value + kGroup * (kGroup + 1);  // [position][channel], one more apart: no two in a bank
+  s8* step = reinterpret_cast<s8*>(scale + kGroup);                        // [channel][position]
+  for (int i = h; i < kGroup; i += H)
+    value[i * (kGroup + 1) + lane()] = i < own ? cached(cache, groups * kGroup + i, g * kGroup + lane()) : 0.0f;
   __syncthreads();
+  for (int i = h; i < kGroup; i += H) {
+    const float v = value[lane() * (kGroup + 1) + i];
+    float to_steps;
+    const u16 half = stored_scale(largest_magnitude(v), &to_steps);
+    step[i * kGroup + lane()] = static_cast<s8>(to_step(v, to_steps));
+    scale[i] = half_to_float(half);
+  }
   const size_t row = static_cast<size_t>(blockIdx.y) * H + h;
   float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   u32 word[8];
@@ -273,11 +271,11 @@ KERNEL finish(Cache cache, const int* start, int first, Rows weights, Rows rest,
     for (int j = 0; j < 8; ++j) word[j] = *reinterpret_cast<const u32*>(run + 64 * j + 4 * channel);
     part[1] = one_group(word, half_to_float(*reinterpret_cast<const u16*>(run + 512 + 2 * channel)), rest, row, 0);
   }
+  __syncthreads();
   if (own) {
-    for (int j = 0; j < 8; ++j) word[j] = turned_words[j * kGroup + lane()];
-    const float scale = half_to_float(static_cast<u16>(turned_words[8 * kGroup + lane()]));
-    part[2] = one_group(word, scale, weights, row, groups);
-    part[3] = one_group(word, scale, rest, row, 1);
+    for (int j = 0; j < 8; ++j) word[j] = reinterpret_cast<const u32*>(step + lane() * kGroup)[j];
+    part[2] = one_group(word, scale[lane()], weights, row, groups);
+    part[3] = one_group(word, scale[lane()], rest, row, 1);
   }
   quantize(((part[0] + part[1]) + (part[2] + part[3])) * inverse[row], u, static_cast<size_t>(t) * H + h, g);
 }

@@ -137,18 +137,18 @@ DEVICE Rows one_of(bool first, const Rows& a, const Rows& b) {
   return {first ? a.q : b.q, first ? a.scale : b.scale, first ? a.sum : b.sum, first ? a.groups : b.groups};
 }
 
-// silu(gate) · up of 32 hidden channels (a tile: 64), quantized. Blocks of the grid: those of each of n_jobs jobs, then
-// the shared MLP's; along y, tiles of NT tokens. x: rows of tokens; hidden: rows of slots; shared_hidden: rows of tokens.
+// silu(gate) · up of 32 hidden channels (a tile: 64), quantized. The grid: tiles of NT tokens, which come first so that
+// those of one expert find its weights in the second cache; blocks of each of n_jobs jobs, then the shared MLP's. x: rows of tokens; hidden: rows of slots; shared_hidden: rows of tokens.
 template <int NT>
 DEVICE void gate_up(const Mlps& m, const Job* jobs, const int* slots, int n_jobs, const Rows& x, int T,
                     const Rows& hidden, const Rows& shared_hidden) {
   constexpr int most = NT == kTile ? kTall / 4 : 1;
-  const int wide = ceil_div(m.F / kGroup, most), j = least(n_jobs, n_jobs ? blockIdx.x / wide : 0);
+  const int wide = ceil_div(m.F / kGroup, most), j = least(n_jobs, n_jobs ? blockIdx.y / wide : 0);
   const bool is_shared = j == n_jobs;
   const Job job = is_shared ? Job{0, 0, T} : jobs[j];
-  const int first = blockIdx.y * NT;
+  const int first = blockIdx.x * NT;
   if (first >= job.count) return;
-  const int g = (blockIdx.x - j * wide) * most, groups = least(most, (is_shared ? m.shared_F : m.F) / kGroup - g);
+  const int g = (blockIdx.y - j * wide) * most, groups = least(most, (is_shared ? m.shared_F : m.F) / kGroup - g);
   const int form = is_shared ? m.shared_form : m.form, stride = m.D / kGroup * run_bytes(form);
   const u8* blocks = (is_shared ? m.shared : expert_run(m, job.expert)) + static_cast<size_t>(4 * g) * stride;
   const int n = least(NT, job.count - first);
@@ -230,14 +230,14 @@ KERNEL_OF_ONE down(Mlps m, const int* ids, const float* weights, Rows hidden, Ro
 }
 
 // For many tokens, expert by expert, so that each is read once: outputs [T · A][D] of the slots, then [T][D] of the
-// shared MLP, unless it ran elsewhere. The grid: row blocks of D, jobs and the shared MLP, tiles of NT tokens.
+// shared MLP, unless it ran elsewhere. The grid: tiles of NT tokens, row blocks of D, jobs and the shared MLP.
 template <int NT>
 DEVICE void down_jobs(const Mlps& m, const Job* jobs, const int* slots, const Rows& hidden, const Rows& shared_hidden,
                       int T, float* outputs) {
-  const int n_jobs = gridDim.y - 1, b = blockIdx.x * tall<NT>();
-  const bool is_shared = static_cast<int>(blockIdx.y) == n_jobs;
-  const Job job = is_shared ? Job{0, 0, m.shared_F ? T : 0} : jobs[blockIdx.y];
-  const int first = blockIdx.z * NT, n = least(NT, job.count - first);
+  const int n_jobs = gridDim.z - 1, b = blockIdx.y * tall<NT>();
+  const bool is_shared = static_cast<int>(blockIdx.z) == n_jobs;
+  const Job job = is_shared ? Job{0, 0, m.shared_F ? T : 0} : jobs[blockIdx.z];
+  const int first = blockIdx.x * NT, n = least(NT, job.count - first);
   if (n <= 0) return;
   const int count = least(tall<NT>(), m.D / kRows - b);
   const int form = is_shared ? m.shared_form : m.form, F = is_shared ? m.shared_F : m.F;

@@ -297,7 +297,7 @@ def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
                 p.cache, at["start"], first, s.H, weights, here["partial"], part.parts,
             )  # fmt: skip
         card.launch(
-            "finish", (s.C // GROUP, n), 32 * s.H, 4 * 9 * 32,
+            "finish", (s.C // GROUP, n), 32 * s.H, 4 * GROUP * (GROUP + 2) + GROUP * GROUP,
             p.cache, at["start"], first, weights, rest, here["inverse"], here["partial"],
             part.parts, span, rows["summed"],
         )  # fmt: skip
@@ -378,7 +378,7 @@ def run_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
     if not blocks:
         return
     card.launch(
-        f"gate_up_{NT}", (blocks, -(-T // NT)),
+        f"gate_up_{NT}", (-(-T // NT), blocks),
         _threads(4, NT, s.D), _product_bytes(4, NT, s.D),
         m, at["jobs"], at["slots"], n_jobs, w.rows["normed"], T, hidden, shared_hidden,
     )  # fmt: skip
@@ -398,7 +398,7 @@ def add_experts(card: Card, p: Place, w: Workspace, T: int) -> None:
         return
     NT, widest = _at_once(T), max(s.F, m.shared_F)
     card.launch(
-        f"down_jobs_{NT}", (-(-s.D // (_tall(NT) * ROWS)), _jobs(s, T) + 1, -(-T // NT)),
+        f"down_jobs_{NT}", (-(-T // NT), -(-s.D // (_tall(NT) * ROWS)), _jobs(s, T) + 1),
         _threads(1, NT, widest), _product_bytes(1, NT, widest),
         m, at["jobs"], at["slots"], hidden, shared_hidden, T, at["outputs"],
     )  # fmt: skip

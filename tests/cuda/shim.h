@@ -21,6 +21,7 @@
 #define KERNEL_OF_ONE extern "C" void
 #define KERNEL_OF_EIGHT extern "C" void
 #define KERNEL_OF_TILES extern "C" void
+#define KERNEL_OF_HEADS extern "C" void
 #define DEVICE static inline
 
 struct uint2 { unsigned x, y; };
