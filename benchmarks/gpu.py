@@ -12,7 +12,7 @@ to be not measured, which proves nothing. Ctrl-C, or a limit that ends it, leave
 
 Bandwidths of this very card are measured through PyTorch if it is there with CUDA, else given with --card-read and
 --pcie, else assumed; claims that need them are not judged by an assumption. How many products a second our kernels do there is
-found from one step of 256 tokens with all that fits on the card, and held against longer prompts and smaller caps. llama.cpp is measured by its own `llama-bench`
+found from one step of 512 tokens with all that fits on the card, and held against longer prompts and smaller caps. llama.cpp is measured by its own `llama-bench`
 with as few layers' experts on the CPU as fit the same cap.
 
 Where bitsandbytes is installed, the largest cap is measured again at the first depth with each format of `--gpu-dense`:
@@ -122,17 +122,18 @@ class Bench:
         return speeds, False
 
     def find_arithmetic(self) -> None:
-        """The card's products a second: so many that a step of 256 tokens is predicted to take what it takes."""
+        """The card's products a second: so many that one step is predicted to take what it takes."""
         context = self.context(self.a.depths[0])
+        n = min(MOST_TOKENS, context)
         cap = self.caps(self.a.depths[0])[-1]
         engine = Engine(self.a.file, context=context, vram=cap, threads=self.a.threads, prove=False)
         model, low, high = engine.model, 1.0, 1e7
         assert isinstance(model, HybridModel)
         model.plan = replace(model.plan, stream_from=None)  # whose copies would hide the card's time
-        seconds = MOST_TOKENS / self.prefill(engine, self.clock(model), MOST_TOKENS)
+        seconds = n / self.prefill(engine, self.clock(model), n)
 
         def predicted(gmac_s: float) -> float:
-            return predict(model.plan, replace(self.speeds, card_gmac_s=gmac_s), T=MOST_TOKENS).seconds
+            return predict(model.plan, replace(self.speeds, card_gmac_s=gmac_s), T=n).seconds
 
         model.close()
         while high > 1.001 * low:

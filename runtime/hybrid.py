@@ -394,7 +394,8 @@ def _same_bits(
     model.rewind(0)
     if model.plan.stream_from is not None:
         n_layers, ids_T = _few_layers(model.plan), np.arange(min(PROOF_STREAMED, context), dtype=np.int32)
-        forward = from_empty(replace(weights, layers=weights.layers[:n_layers]))
+        config = replace(weights.config, n_layers=n_layers)
+        forward = from_empty(replace(weights, config=config, layers=weights.layers[:n_layers]))
         if not np.array_equal(model.stream(ids_T, n_layers=n_layers), forward(ids_T)):
             raise _wrong(model, "other values than the CPU where experts are streamed")
         model.rewind(0)

@@ -119,16 +119,14 @@ DEVICE void scores(const Cache& cache, const int* start, int first, int n, int T
     if (first == 0) turn_completed(cache, *start, T);
     return;
   }
-  const int blocks = ceil_div(*start + first + (row + rows - 1) / H + 1, kRows);
+  const int b = blockIdx.x * 8, count = least(8, ceil_div(*start + first + (row + rows - 1) / H + 1, kRows) - b);
+  if (count <= 0) return;
   const size_t wide = rows_stride(cache);
-  for (int b = blockIdx.x * 8; b < blocks; b += gridDim.x * 8) {
-    const int count = least(8, blocks - b);
-    const float* out = multiply<NT>(kQ8, cache.rows + b * wide, static_cast<int>(wide), count, query, rows,
-                                    [=](int i) { return first * H + row + i; });
-    for (int i = threadIdx.x; i < count * NT * kRows; i += blockDim.x) {
-      const int own = i / kRows % NT, position = (b + i / (NT * kRows)) * kRows + i % kRows;
-      if (own < rows) s[static_cast<size_t>(row + own) * stride + position] = out[i];
-    }
+  const float* out = multiply<NT>(kQ8, cache.rows + b * wide, static_cast<int>(wide), count, query, rows,
+                                  [=](int i) { return first * H + row + i; });
+  for (int i = threadIdx.x; i < count * NT * kRows; i += blockDim.x) {
+    const int own = i / kRows % NT, position = (b + i / (NT * kRows)) * kRows + i % kRows;
+    if (own < rows) s[static_cast<size_t>(row + own) * stride + position] = out[i];
   }
 }
 KERNEL_OF_EIGHT scores_8(Cache cache, const int* start, int first, int n, int T, int H, Rows query, float* s,
@@ -211,22 +209,21 @@ KERNEL_OF_EIGHT weigh_8(Cache cache, const int* start, int first, int H, Rows we
 }
 
 // The same for many tokens, n of them, their n · H rows of weights in tiles, and `span` chunks to a part: partial
-// [slice][H][parts][C]. The grid: eights of row blocks, shares of the parts, tiles of rows.
+// [slice][H][parts][C]. The grid: eights of row blocks, parts, tiles of rows.
 KERNEL_OF_TILES weigh_32(Cache cache, const int* start, int first, int n, int H, Rows weights, float* partial,
                          int parts, int span) {
   const int block = blockIdx.x * kTall, row = blockIdx.z * kTile, rows = least(kTile, n * H - row);
-  const int count = least(kTall, cache.C / kRows - block), seen = *start + first + 1, wide = span * kChunk;
+  const int count = least(kTall, cache.C / kRows - block), seen = *start + first + 1;
   const auto groups_of = [=](int i) { return (seen + (row + i) / H) / kGroup; };
-  const int groups = groups_of(rows - 1), stride = static_cast<int>(columns_stride(cache));
-  for (int part = blockIdx.y; part < ceil_div(groups, wide); part += gridDim.y) {
-    float sum[kHeld];
-    tile_sums<Q8>(cache.columns + block * columns_stride(cache), stride, count, weights, rows,
-                  [=](int i) { return row + i; }, part * wide, least(groups, (part + 1) * wide), groups_of, sum);
-    each_of_tile(sum, count, [=](int b, int i, int channel, float v) {
-      const size_t at = static_cast<size_t>(row + i) * parts + part;
-      if (i < rows) partial[at * cache.C + (block + b) * kRows + channel] = v;
-    });
-  }
+  const int from = blockIdx.y * span * kChunk, to = least(groups_of(rows - 1), from + span * kChunk);
+  if (from >= to) return;
+  float sum[kHeld];
+  tile_sums<Q8>(cache.columns + block * columns_stride(cache), static_cast<int>(columns_stride(cache)), count, weights, rows,
+                [=](int i) { return row + i; }, from, to, groups_of, sum);
+  each_of_tile(sum, count, [=](int b, int i, int channel, float v) {
+    const size_t at = static_cast<size_t>(row + i) * parts + blockIdx.y;
+    if (i < rows) partial[at * cache.C + (block + b) * kRows + channel] = v;
+  });
 }
 
 // One group of weights times one group of 32 positions.

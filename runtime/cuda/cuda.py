@@ -28,7 +28,7 @@ from kimi_lite.formats.packed import join_mlp, matrix_bytes, mlp_bytes, row_bloc
 from kimi_lite.runtime import dense, kernels
 from kimi_lite.runtime.cuda import halves
 from kimi_lite.runtime.cuda.dense_products import Torch, TorchProducts
-from kimi_lite.runtime.cuda.device import MOST_TOKENS, DeviceMemoryError, Routed
+from kimi_lite.runtime.cuda.device import DeviceMemoryError, Routed
 from kimi_lite.runtime.cuda.driver import Card
 from kimi_lite.runtime.cuda.halves import ALIGNED, Buffers, Place, Workspace, shape_of
 from kimi_lite.runtime.cuda.program import Cache, Matrix, Mlps
@@ -263,8 +263,8 @@ class CudaDevice:
         self._flush()
         self._wait_for_pinned_memory()
         self._T, self._start, self._waited = T, start, False
-        starts = w.integers("start", -(-T // MOST_TOKENS))
-        starts[:] = range(start, start + T, MOST_TOKENS)
+        starts = w.integers("start", -(-T // w.tokens))
+        starts[:] = range(start, start + T, w.tokens)
         self._card.upload(w.at["start"], starts)
         for name, values in (("x", x_TD), ("cos", cos_TR), ("sin", sin_TR)):
             pinned = w.floats(name, values.size)
@@ -321,15 +321,16 @@ class CudaDevice:
         self._way.bring(index)
 
     def run_layer(self, index: int) -> None:
-        """Take all tokens of the step through a layer, 256 at a time, once its experts have come."""
+        """Take all tokens of the step through a layer, part by part, once its experts have come."""
         self._flush()
         lacks = index in self._lacking
         if lacks:
             assert self._way is not None, "nothing was reserved for streaming"
             self._way.arrive(index)
-        for first in range(0, self._T, MOST_TOKENS):
-            T = min(MOST_TOKENS, self._T - first)
-            part = self._workspace.of(first, self._start + first + T)
+        w = self._workspace
+        for first in range(0, self._T, w.tokens):
+            T = min(w.tokens, self._T - first)
+            part = w.of(first, self._start + first + T)
             for half in _HALVES.values():
                 half(self._card, self._whole[index], part, T)
         if lacks and self._way is not None:

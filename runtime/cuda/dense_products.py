@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kimi_lite.runtime.cuda.device import MOST_TOKENS
 from kimi_lite.runtime.cuda.halves import GROUP, Shape, Workspace
 from kimi_lite.runtime.dense import backend
 from kimi_lite.runtime.kernels import Float, Matrix
@@ -52,7 +51,7 @@ class TorchProducts:
     def output(self, w: Workspace, T: int) -> None:
         """x += o of the rows in `values`, which are int8 in groups of 32."""
         s = self._known
-        rows = w.as_rows("values", MOST_TOKENS, s.H * s.V)
+        rows = w.as_rows("values", w.tokens, s.H * s.V)
         with self._torch.queued():
             q_TGg = self._torch.tensor(rows.q, "i1", (T, rows.groups, GROUP))
             scale_TG1 = self._torch.tensor(rows.scale, "f4", (T, rows.groups, 1))

@@ -30,10 +30,10 @@ class NoDeviceError(UsageError):
     """There is no card to use; the text says why."""
 
 
-MOST_TOKENS = 256  # of one step
+MOST_TOKENS = 512  # of one step
 # Below FEW tokens the products of a step take one token at a time, from there on eight, and from MANY on tiles of 32.
 FEW, MANY = 8, 64
-MOST_STREAMED = 8 * MOST_TOKENS  # of a step for which experts are brought to the device
+MOST_STREAMED = 4 * MOST_TOKENS  # of a step for which experts are brought to the device
 
 
 class DeviceMemoryError(DoesNotFitError):

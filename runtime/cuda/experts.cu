@@ -151,16 +151,16 @@ DEVICE void gate_up(const Mlps& m, const Job* jobs, const int* slots, int n_jobs
   const int g = (blockIdx.y - j * wide) * most, groups = least(most, (is_shared ? m.shared_F : m.F) / kGroup - g);
   const int form = is_shared ? m.shared_form : m.form, stride = m.D / kGroup * run_bytes(form);
   const u8* blocks = (is_shared ? m.shared : expert_run(m, job.expert)) + static_cast<size_t>(4 * g) * stride;
-  const int n = least(NT, job.count - first);
-  const auto token = [=](int t) { return is_shared ? first + t : slots[job.first + first + t] / m.A; };
+  const int n = least(NT, job.count - first), base = job.first + first;
+  const auto token = [=](int t) { return is_shared ? base + t : slots[base + t] / m.A; };
   const float* out = multiply<NT>(form, blocks, stride, 4 * groups, x, n, token);  // gate, up, gate, up: 16 rows each
 #pragma unroll(NT == kTile ? 4 : 1)
   for (int i = warp(); i < groups * n; i += warps()) {
     const int t = i / groups, b = i % groups * 4 + lane() / kRows * 2, row = lane() % kRows;
     const float gate = out[(b * NT + t) * kRows + row], up = out[((b + 1) * NT + t) * kRows + row];
     const float v = gate * sigmoid(gate) * up;
-    if (is_shared) quantize(v, shared_hidden, first + t, g + i % groups);
-    else quantize(v, hidden, slots[job.first + first + t], g + i % groups);
+    if (is_shared) quantize(v, shared_hidden, base + t, g + i % groups);
+    else quantize(v, hidden, slots[base + t], g + i % groups);
   }
 }
 KERNEL_OF_ONE gate_up_1(Mlps m, const Job* jobs, const int* slots, int n_jobs, Rows x, int T, Rows hidden,
@@ -237,7 +237,7 @@ DEVICE void down_jobs(const Mlps& m, const Job* jobs, const int* slots, const Ro
   const int n_jobs = gridDim.z - 1, b = blockIdx.y * tall<NT>();
   const bool is_shared = static_cast<int>(blockIdx.z) == n_jobs;
   const Job job = is_shared ? Job{0, 0, m.shared_F ? T : 0} : jobs[blockIdx.z];
-  const int first = blockIdx.x * NT, n = least(NT, job.count - first);
+  const int base = job.first + blockIdx.x * NT, n = least(NT, job.first + job.count - base);
   if (n <= 0) return;
   const int count = least(tall<NT>(), m.D / kRows - b);
   const int form = is_shared ? m.shared_form : m.form, F = is_shared ? m.shared_F : m.F;
@@ -246,12 +246,12 @@ DEVICE void down_jobs(const Mlps& m, const Job* jobs, const int* slots, const Ro
   const u8* blocks = run + down_at(form, F, m.D) + static_cast<size_t>(b) * stride;
   const Rows in = one_of(is_shared, shared_hidden, hidden);
   const float* out = multiply<NT>(form, blocks, stride, count, in, n, [=](int t) {
-    return is_shared ? first + t : slots[job.first + first + t];
+    return is_shared ? base + t : slots[base + t];
   });
   for (int i = threadIdx.x; i < count * NT * kRows; i += blockDim.x) {
     const int t = i / kRows % NT, row = (b + i / (NT * kRows)) * kRows + i % kRows;
     if (t >= n) continue;
-    const size_t to = is_shared ? static_cast<size_t>(T) * m.A + first + t : slots[job.first + first + t];
+    const size_t to = is_shared ? T * m.A + base + t : slots[base + t];
     outputs[to * m.D + row] = out[i];
   }
 }

@@ -1,9 +1,9 @@
 """The halves of a layer as launches: which kernel, over which grid, between which buffers.
 
-A grid never depends on a token's position, only on the number of tokens and on the context: so the launches of one
-token can be captured once and repeated. What takes a longer step than one of 256 tokens sees it through
-`Workspace.of`, 256 tokens at a time: only the residual stream and the rotations are as long as the step. For fewer
-than FEW tokens the products take one token at a time, which is what decode wants; from there on a block of threads
+A single token's grids depend on the context alone, not on its position: so the launches of one
+token can be captured once and repeated; those of more tokens are made anew, for as many positions as they see. What
+takes a longer step than one of MOST_TOKENS sees it through `Workspace.of`, part by part: only the residual stream and
+the rotations are as long as the step. For fewer than FEW tokens the products take one token at a time, which is what decode wants; from there on a block of threads
 takes eight, so that each weight is read once for eight; from MANY on, tiles of 32 on the tensor cores
 (docs/gpu-kernels.md counts what MANY is), and for scores, whose rows are heads, from half a tile on.
 
@@ -29,7 +29,6 @@ TILE, TALL = 32, 8  # kTile and kTall of products.cu: tokens and row blocks of a
 ROWS, GROUP, CHUNK = 16, 32, 256  # rows of a row block; channels of a group and of a chunk
 SLICE_BYTES = 64 << 20  # what the scores of the tokens that attend at once may take, if one needs no more
 ENOUGH_BLOCKS = 128  # of threads, to keep a card busy
-MOST_BLOCKS = 512  # along an axis that strides over positions: more than a card runs at once
 STAGED = 2048  # kStaged of attention.cu
 ALIGNED = 256
 NO_MATRIX = Matrix(0, 0, 0, 0, 0)
@@ -115,17 +114,18 @@ class Place:
 class Buffers:
     """What one step needs beside the weights and the cache, sized for the widest layer.
 
-    A step has up to 256 tokens, or 2048 if the device `streams` experts, of which it works on 256 at a time.
+    A step has up to MOST_TOKENS, or MOST_STREAMED if the device `streams` experts, of which it works on MOST_TOKENS at a
+    time; never more than the context.
     """
 
     def __init__(
         self, shapes: Sequence[Shape], context: int, vocabulary: int, *, streams: bool = False
     ) -> None:
-        T, one = MOST_TOKENS, shapes[0]
+        T, one = min(MOST_TOKENS, context), shapes[0]
         longest = min(MOST_STREAMED, _whole(context, T)) if streams else T
         D, H, C, R = one.D, one.H, one.C, one.R
         E, A, F, shared_F = (max(getattr(s, name) for s in shapes) for name in ("E", "A", "F", "shared_F"))
-        self.context, self.longest = context, longest
+        self.context, self.tokens, self.longest = context, T, longest
         one_token = Slice(context, H, C, 1, -(-context // CHUNK))
         self.rows = {  # name: rows, channels
             "normed": (T, D),
@@ -138,7 +138,7 @@ class Buffers:
         }
         # In words of four bytes. What the host writes or reads lies in pinned memory there.
         self.shared_with_host = {
-            "start": longest // MOST_TOKENS,
+            "start": longest // T,
             "x": longest * D,
             "cos": longest * R // 2,
             "sin": longest * R // 2,
@@ -217,7 +217,7 @@ class Workspace:
 
     def __init__(self, card: Card, buffers: Buffers, D: int) -> None:
         """Raises DeviceMemoryError."""
-        self.context, self.D, self.longest = buffers.context, D, buffers.longest
+        self.context, self.tokens, self.longest, self.D = buffers.context, buffers.tokens, buffers.longest, D
         self.slice_bytes = buffers.slice_bytes
         self.seen = buffers.context  # positions that the step's tokens see, at most
         on_host = buffers.shared_with_host | buffers.host_only
@@ -238,11 +238,11 @@ class Workspace:
         self.at |= {name: self.host[name].ctypes.data for name in buffers.host_only}
 
     def of(self, first: int, seen: int) -> "Workspace":
-        """The same buffers for the 256 tokens of a step from its `first` on, a multiple of 256; they see so many positions."""
-        own, each = copy.copy(self), {"start": 1, "x": MOST_TOKENS * self.D}
+        """The same buffers for a part of a step, from its token `first` on, a multiple of `tokens`; it sees so many positions."""
+        own, each = copy.copy(self), {"start": 1, "x": self.tokens * self.D}
+        each |= {name: self.tokens * self.host[name].size // (4 * self.longest) for name in ("cos", "sin")}
+        own.at = self.at | {name: self.at[name] + 4 * n * (first // self.tokens) for name, n in each.items()}
         own.seen = seen
-        each |= {name: MOST_TOKENS * self.host[name].size // (4 * self.longest) for name in ("cos", "sin")}
-        own.at = self.at | {name: self.at[name] + 4 * n * (first // MOST_TOKENS) for name, n in each.items()}
         return own
 
     def floats(self, name: str, n: int) -> Float:
@@ -273,10 +273,13 @@ def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
     heads(card, p.k_b, p.k_b_bytes, rows["nope"], s.H, T, rows["query"])
     for first, part in slices(w, s, T):
         n, here = part.tokens, part.at(at["slice"])
-        weights, rest = rows_at(here["weights"], n * s.H, part.stride), rows_at(here["rest"], n * s.H, 2 * GROUP)
+        weights, rest = (
+            rows_at(here["weights"], n * s.H, part.stride),
+            rows_at(here["rest"], n * s.H, 2 * GROUP),
+        )
         NT = TILE if 2 * n * s.H >= TILE else 8  # rows are heads: half a tile of them is worth one
         card.launch(
-            f"scores_{NT}", (min(MOST_BLOCKS, -(-part.seen // (8 * ROWS))), -(-n * s.H // NT) + 1),
+            f"scores_{NT}", (-(-part.seen // (8 * ROWS)), -(-n * s.H // NT) + 1),
             _threads(8, NT, rows["query"].groups * GROUP), _product_bytes(8, NT, rows["query"].groups * GROUP),
             p.cache, at["start"], first, n, T, s.H, rows["query"], here["s"], part.stride,
         )  # fmt: skip
@@ -287,7 +290,7 @@ def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
         span = 1 if part.parts > 1 else -(-part.seen // CHUNK)
         if T >= MANY:
             card.launch(
-                "weigh_32", (-(-s.C // (TALL * ROWS)), min(32, part.parts), -(-n * s.H // TILE)),
+                "weigh_32", (-(-s.C // (TALL * ROWS)), part.parts, -(-n * s.H // TILE)),
                 _threads(TALL, TILE, CHUNK), _product_bytes(TALL, TILE, CHUNK),
                 p.cache, at["start"], first, n, s.H, weights, here["partial"], part.parts, span,
             )  # fmt: skip
@@ -305,7 +308,7 @@ def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
     if p.dense:
         p.dense.output(w, T)
     else:
-        product(card, p.o, NO_MATRIX, w.as_rows("values", MOST_TOKENS, s.H * s.V), T, at["x"], 0, add=True)
+        product(card, p.o, NO_MATRIX, w.as_rows("values", w.tokens, s.H * s.V), T, at["x"], 0, add=True)
 
 
 def slices(w: Workspace, s: Shape, T: int) -> list[tuple[int, Slice]]:
@@ -469,7 +472,7 @@ def _shared_outputs(s: Shape, w: Workspace, T: int) -> int:
 
 
 def _hidden(s: Shape, w: Workspace) -> tuple[Rows, Rows]:
-    return w.as_rows("hidden", MOST_TOKENS * s.A, s.F), w.as_rows("shared_hidden", MOST_TOKENS, s.shared_F)
+    return w.as_rows("hidden", w.tokens * s.A, s.F), w.as_rows("shared_hidden", w.tokens, s.shared_F)
 
 
 def rows_at(address: int, n: int, K: int) -> Rows:

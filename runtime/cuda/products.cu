@@ -42,7 +42,7 @@ struct Q8 {         // w = scale · q
   DEVICE int dot(u32 w, int line, const u32* x, int sum) {
     return __dp4a(static_cast<int>(w), static_cast<int>(x[line]), sum);
   }
-  static constexpr int ahead = 2, origin = 0x4b400000;  // the bits of 1.5 · 2^23, which count ones
+  static constexpr int ahead = 4, origin = 0x4b400000;  // the bits of 1.5 · 2^23, which count ones
   static constexpr float zero = 12582912.0f;
   DEVICE void unpack(const uint2 (&w)[2], u32 (&a)[4]) { a[0] = w[0].x, a[1] = w[0].y, a[2] = w[1].x, a[3] = w[1].y; }
 };
@@ -223,8 +223,8 @@ DEVICE void add_chunk(Held<Form> (&held)[Form::ahead], Place& place, int groups,
         scale[b][0] = half_to_float(static_cast<u16>(held[i].scales[b]));
         scale[b][1] = half_to_float(static_cast<u16>(held[i].scales[b] >> 16));
       }
-      if (k + i + Form::ahead < groups + left) ask(held[i], place, i);
       add_group<Form, E>(a, scale, chunk, k + i, total);
+      if (k + i + Form::ahead < groups + left) ask(held[i], place, i);
     }
 #pragma unroll
     for (int b = 0; b < 2; ++b) place.word[b] += Form::ahead * Form::bytes, place.scales[b] += Form::ahead * Form::bytes;

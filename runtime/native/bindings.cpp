@@ -141,7 +141,13 @@ NB_MODULE(_kernels, m) {
     require(!is_packed(w.block->kind) || w.block->kind <= Kind::q8g32, std::string("rows of ") + w.block->name + " cannot be looked up");
     for (int t = 0; t < T; ++t) require(ids.data()[t] >= 0 && ids.data()[t] < w.rows, "a token id lies outside the vocabulary");
     Computing computing;
-    embed(w, ids.data(), T, y.data());
+    constexpr int kShare = 8;  // rows that a thread takes at once
+    const auto share = [&](int i, int) {
+      const int first = i * kShare;
+      embed(w, ids.data() + first, std::min(kShare, T - first), y.data() + static_cast<size_t>(first) * w.columns);
+    };
+    if (T <= kShare) share(0, 0);
+    else pool().run((T + kShare - 1) / kShare, share);
   }, "w"_a, "ids"_a, "y"_a);
   m.def("packed_as", [](const std::string& type) -> std::optional<std::string> {
     const char* name = packed_as(block_named(type.c_str()).kind);

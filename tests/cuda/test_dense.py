@@ -20,6 +20,7 @@ from kimi_lite.errors import KimiLiteWarning, UsageError
 from kimi_lite.runtime import dense
 from kimi_lite.runtime.cost import sizes_of
 from kimi_lite.runtime.cuda.cuda import CudaDevice
+from kimi_lite.runtime.cuda.device import MOST_TOKENS
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
@@ -28,7 +29,7 @@ from kimi_lite.runtime.speeds import ASSUMED
 from kimi_lite.runtime.weights import open_weights
 
 bnb = dense.backend()
-CONTEXT = 290
+CONTEXT = MOST_TOKENS + 34
 
 
 class TorchOnPaper(bnb.TorchOnCard):  # type: ignore[misc,name-defined]
@@ -106,7 +107,7 @@ def test_streamed_prompts_have_the_bits_of_the_simulated_card(
     monkeypatch.setattr("kimi_lite.runtime.hybrid.find_device", lambda: SimulatedDevice(1 << 30))
     oracle = Engine(nano_path(), context=CONTEXT, vram=None, gpu_dense="nf4")
     rng = np.random.default_rng(3)
-    for n in (20, 1, 258):  # streamed, decoded, streamed in two parts
+    for n in (20, 1, MOST_TOKENS + 2):  # streamed, decoded, streamed in two parts
         ids = [int(i) for i in rng.integers(0, 800, n)]
         np.testing.assert_array_equal(engine.append(ids), oracle.append(ids))
     assert isinstance(engine.model, HybridModel)

@@ -10,12 +10,13 @@ from like_a_card import cpu_like_a_card
 
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.cuda.cuda import CudaDevice
+from kimi_lite.runtime.cuda.device import MOST_TOKENS
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.model import rope_tables
 
 NANO = Path(__file__).parents[2] / "kimi_lite" / "nano" / "kimi-vl-nano-int4.gguf"
-CONTEXT = 290  # a full step of 256, and a second chunk of positions
+CONTEXT = MOST_TOKENS + 34  # a full step, and positions in another chunk than its own
 
 
 class OnCard:
@@ -86,6 +87,6 @@ def test_a_prompt_in_any_cut_then_greedy_decoding(
 
 def test_a_full_step_and_the_end_of_the_context(engine: Engine, on_card: OnCard) -> None:
     ids = [int(i) for i in np.random.default_rng(1).integers(0, 800, CONTEXT)]
-    on_card.append(ids[:256])
-    assert same_bits(on_card.append(ids[256:-1]), engine.append(ids[:-1]))
+    on_card.append(ids[:MOST_TOKENS])
+    assert same_bits(on_card.append(ids[MOST_TOKENS:-1]), engine.append(ids[:-1]))
     assert same_bits(on_card.append(ids[-1:]), engine.append(ids[-1:]))

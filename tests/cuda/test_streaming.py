@@ -17,7 +17,7 @@ from like_a_card import cpu_like_a_card
 from kimi_lite.errors import DoesNotFitError, KimiLiteWarning
 from kimi_lite.runtime.cost import sizes_of
 from kimi_lite.runtime.cuda.cuda import CudaDevice
-from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError
+from kimi_lite.runtime.cuda.device import MOST_TOKENS, DeviceLostError, DeviceMemoryError
 from kimi_lite.runtime.cuda.driver import PCIE_BYTES, Card
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
@@ -27,7 +27,7 @@ from kimi_lite.runtime.speeds import ASSUMED, Speeds
 from kimi_lite.runtime.weights import Weights, open_weights
 
 NANO = Path(__file__).parents[2] / "kimi_lite" / "nano" / "kimi-vl-nano-int4.gguf"
-CONTEXT = 290
+CONTEXT = MOST_TOKENS + 34
 SOME = ((), (0, 1, 2), (), (0, 2, 4, 6))  # the third layer that lacks experts takes the buffer of the first
 
 
@@ -70,7 +70,7 @@ def test_streamed_steps_have_the_bits_of_the_cpu(card: FakeDriver) -> None:
     before_all = card.used()
     engine, cpu = engines(prove=True)
     for seed, n in enumerate(
-        (20, 1, 9, 258)
+        (20, 1, 9, MOST_TOKENS + 2)
     ):  # streamed, decoded, shared with the CPU, streamed in two parts
         before = card.calls("cuStreamWaitEvent")
         assert engine.append(draw(seed, n)).tobytes() == cpu.append(draw(seed, n)).tobytes(), n
@@ -79,6 +79,15 @@ def test_streamed_steps_have_the_bits_of_the_cpu(card: FakeDriver) -> None:
     del engine
     gc.collect()
     assert card.used() == before_all
+
+
+def test_a_card_proves_streaming_by_its_first_layers_alone(
+    card: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:  # as it does where a model has more layers than let a buffer be used twice
+    monkeypatch.setattr("kimi_lite.runtime.hybrid._few_layers", lambda plan: 3)
+    engine, cpu = engines(prove=True)
+    ids = draw(5, 20)
+    assert engine.append(ids).tobytes() == cpu.append(ids).tobytes()
 
 
 def test_what_a_planner_is_told_is_what_is_taken(fake: FakeDriver, weights: Weights, plan: Plan) -> None:
@@ -93,7 +102,8 @@ def test_what_a_planner_is_told_is_what_is_taken(fake: FakeDriver, weights: Weig
         taken.append(fake.used() - before)
     sizes = plan.sizes
     longer = sizes.workspace_bytes(CONTEXT, streams=True) - sizes.workspace_bytes(CONTEXT)
-    assert longer == (512 - 256) * (sizes.layers[0].D + sizes.shapes[0].R) * 4  # x, cos and sin
+    # x, cos and sin of a second part.
+    assert longer == MOST_TOKENS * (sizes.layers[0].D + sizes.shapes[0].R) * 4
     assert taken[1] == longer + sizes.stream_bytes(SOME) == -taken[2]
     device.close()
 

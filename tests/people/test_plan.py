@@ -18,6 +18,7 @@ from kimi_lite.chat import Session
 from kimi_lite.errors import KimiLiteWarning
 from kimi_lite.plan import measure_cpu, plan_report
 from kimi_lite.runtime.cost import sizes_of
+from kimi_lite.runtime.cuda.device import MOST_TOKENS
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
@@ -60,7 +61,7 @@ def test_a_file_that_is_not_in_memory_yet_is_measured_as_if_it_were(monkeypatch:
     layer = sizes_of(weights).layers[1]
     speeds = measure_cpu(weights, Speeds())
     assert speeds.cpu_gb_s == pytest.approx(layer.n_active * layer.expert_bytes / 0.01 / 1e9)
-    assert speeds.cpu_gmac_s == pytest.approx(256 * layer.n_active * layer.expert_macs / 0.01 / 1e9)
+    assert speeds.cpu_gmac_s == pytest.approx(MOST_TOKENS * layer.n_active * layer.expert_macs / 0.01 / 1e9)
     assert speeds.copy_gb_s == pytest.approx(layer.expert_bytes / 0.01 / 1e9)
     assert replace(speeds, cpu_gb_s=40, cpu_gmac_s=600, copy_gb_s=10) == Speeds()
 
@@ -78,15 +79,15 @@ def test_without_a_card_the_plan_is_the_cpu_and_says_why() -> None:
 
 
 def test_an_assumed_card_is_marked_and_its_places_add_up() -> None:
-    arguments = ("plan", str(nano_path()), "--context", "500", "--vram", "6.84M", "--measure")
+    arguments = ("plan", str(nano_path()), "--context", "500", "--vram", "13.58M", "--measure")
     done = command(*arguments, KIMI_LITE_EXPERT_USAGE="off")
     assert done.returncode == 0, done.stderr
-    assert "card      assumed, of 6.84 MB" in done.stdout
+    assert "card      assumed, of 13.58 MB" in done.stdout
     assert ASSUMED in done.stdout
     assert "measured  nothing of the card" in done.stdout
     assert "; measured on" in done.stdout  # the CPU's part
     sizes = [float(size) for size in re.findall(r"^(?:on it)? +([\d.]+) MB ", done.stdout, re.MULTILINE)]
-    assert 6.79 < sum(sizes) <= 6.85  # what is left is less than an expert
+    assert 13.53 < sum(sizes) <= 13.59  # what is left is less than an expert
     listed = re.findall(r"layers (\S+) +experts 0-(\d)", done.stdout)
     assert [layers for layers, _ in listed] == ["1", "2-3"]  # evenly: one more in the first
     first, others = (int(last) + 1 for _, last in listed)
@@ -96,12 +97,13 @@ def test_an_assumed_card_is_marked_and_its_places_add_up() -> None:
 
 def test_assumed_speeds_change_the_prediction() -> None:
     def tok_per_s(what: str, **speeds: float) -> float:
-        report = plan_report(nano_path(), vram=6_794_000, context=500, speeds=Speeds(**speeds), measure=False)
+        said = Speeds(**speeds)
+        report = plan_report(nano_path(), vram=14_965_000, context=600, speeds=said, measure=False)
         found = re.search(rf"{what} +([\d.]+) tok/s", "\n".join(report))
         assert found
         return float(found[1])
 
-    decoding, prefill = "decoding after 0 tokens", "a prompt of 256 tokens"
+    decoding, prefill = "decoding after 0 tokens", f"a prompt of {MOST_TOKENS} tokens"
     for name in ("cpu_gb_s", "card_gb_s", "pcie_gb_s"):
         assert tok_per_s(decoding, **{name: 0.01}) < tok_per_s(decoding) / 2, name
     for name in ("launch_us", "hand_off_us"):
@@ -113,21 +115,20 @@ def test_assumed_speeds_change_the_prediction() -> None:
 def test_the_plan_says_from_where_on_experts_are_streamed_or_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def report(context: int, **speeds: float) -> str:
         lines = plan_report(
-            nano_path(), vram=6_444_000, context=context, speeds=Speeds(**speeds), measure=False
+            nano_path(), vram=14_000_000, context=context, speeds=Speeds(**speeds), measure=False
         )
         return "\n".join(lines)
 
     slow = {"cpu_gb_s": 0.5, "cpu_gmac_s": 2.0}
     monkeypatch.setattr("kimi_lite.runtime.placement.ANSWER", 1)  # nano's buffers are dear
-    streamed = report(256, **slow)
+    streamed = report(MOST_TOKENS, **slow)
     assert re.search(r"\n +from \d+ tokens of a prompt on they are streamed to the card", streamed)
     sizes = [float(size) for size in re.findall(r"^(?:on it)? +([\d.]+) MB ", streamed, re.MULTILINE)]
     assert len(sizes) == 5
-    assert 6.3 < sum(sizes) <= 6.46
-    assert "not streamed to the card for prompts: at these speeds they cost 256 tokens more" in report(
-        256, copy_gb_s=0.001
-    )
-    assert "not streamed to the card for prompts: their two buffers do not fit" in report(300)
+    assert 13.856 < sum(sizes) <= 14.016
+    too_slow = f"not streamed to the card for prompts: at these speeds they cost {MOST_TOKENS} tokens more"
+    assert too_slow in report(MOST_TOKENS, copy_gb_s=0.001)
+    assert "not streamed to the card for prompts: their two buffers do not fit" in report(MOST_TOKENS + 1)
 
 
 @pytest.mark.parametrize(
@@ -135,16 +136,20 @@ def test_the_plan_says_from_where_on_experts_are_streamed_or_why_not(monkeypatch
     [
         (8_000_000_000, r"encoded on the card, where the image tower \(3\.31 MB\) stays", "the card"),
         (
-            16_000_000,
+            22_700_000,
             r"encoded on the card; the image tower \(3\.31 MB\) passes through the .* left$",
             "the card",
         ),
         (
-            10_500_000,
+            17_200_000,
             r"up to \d+ patches, .* passing through the .* left; larger ones on the CPU$",
             "the CPU",
         ),
-        (6_794_000, r"encoded on the CPU: .* are left on the card, and the smallest takes .* MB$", "the CPU"),
+        (
+            13_535_000,
+            r"encoded on the CPU: .* are left on the card, and the smallest takes .* MB$",
+            "the CPU",
+        ),
     ],
 )
 def test_where_pictures_are_encoded_and_why(vram: int, says: str, where: str) -> None:
@@ -154,9 +159,11 @@ def test_where_pictures_are_encoded_and_why(vram: int, says: str, where: str) ->
 
 
 def test_a_simulated_card_is_planned_for_and_not_measured() -> None:
-    done = command("plan", str(nano_path()), "--context", "500", "--measure", device="simulated:6.2M,6.79M")
+    done = command(
+        "plan", str(nano_path()), "--context", "500", "--measure", device="simulated:12.94M,13.53M"
+    )
     assert done.returncode == 0, done.stderr
-    assert "a simulated card of 6.79 MB, the roomiest of 2, 6.79 MB free" in done.stdout
+    assert "a simulated card of 13.53 MB, the roomiest of 2, 13.53 MB free" in done.stdout
     assert "measured  nothing of the card" in done.stdout
 
 
@@ -165,7 +172,7 @@ def test_a_card_that_is_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> Non
         """A device that is not known to be simulated."""
 
         def __init__(self) -> None:
-            self._device = SimulatedDevice(6_794_000)
+            self._device = SimulatedDevice(14_965_000)
 
         def __getattr__(self, name: str) -> object:
             return getattr(self._device, name)
@@ -173,16 +180,16 @@ def test_a_card_that_is_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     for module in ("plan", "runtime.hybrid"):
         monkeypatch.setattr(f"kimi_lite.{module}.find_device", Card)
     speeds = Speeds(pcie_gb_s=3.21)  # which the card, asked, has not
-    report = "\n".join(plan_report(nano_path(), vram=None, context=500, speeds=speeds, measure=True))
+    report = "\n".join(plan_report(nano_path(), vram=None, context=600, speeds=speeds, measure=True))
     assert "PCIe 12 GB/s, 5 µs a kernel, 20 µs a hand-off; all assumed but PCIe, which was measured" in report
     assert "predicted with the card's speeds assumed, not measured:" in report
     assert "an assumed card" not in report
     found = re.search(
-        r"measured on (.*):\n  decoding after 0 tokens +[\d.]+ tok/s\n  a prompt of 256", report
+        rf"measured on (.*):\n  decoding after 0 tokens +[\d.]+ tok/s\n  a prompt of {MOST_TOKENS}", report
     )
     assert found
     assert re.fullmatch(
-        r"a simulated card of 6.79 MB with \d+ of 24 experts, the others on the CPU", found[1]
+        r"a simulated card of 14.96 MB with \d+ of 24 experts, the others on the CPU", found[1]
     )
 
 
@@ -237,7 +244,7 @@ def test_ask_says_the_same_on_a_card() -> None:
         return dict(json.loads(done.stdout))
 
     cpu = ask("--context", "500")
-    for vram in ("6.7M", "8G"):
+    for vram in ("13.44M", "8G"):
         assert ask("--context", "500", "--vram", vram, device="simulated:8G") == cpu
     assert ask("--context", "500", device="simulated:8G") == cpu  # found without being asked for
     said = command("ask", "Who are you?", device="simulated:8G,6G").stderr
@@ -277,7 +284,7 @@ def test_bench_says_where_it_ran() -> None:
         ("decode", 0, None),
         ("decode", 40, None),
     ]
-    table = command(*arguments, "--vram", "6.2M", device="simulated:8G").stdout
+    table = command(*arguments, "--vram", "2.82M", device="simulated:8G").stdout
     assert "of 24 experts, the others on the CPU" in table
     assert "runs on the CPU" in command(*arguments, "--vram", "0", device="simulated:8G").stdout
 
@@ -320,7 +327,7 @@ def test_a_program_that_ends_in_mid_answer_says_nothing(tmp_path: Path) -> None:
 def test_a_profile_of_use_is_made_and_planned_by(tmp_path: Path) -> None:
     usage = {"KIMI_LITE_EXPERT_USAGE": str(tmp_path / "usage")}
     assert command("ask", 'Reverse "planet".', "-q", **usage).returncode == 0
-    arguments = ("plan", str(nano_path()), "--context", "500", "--vram", "6.79M")
+    arguments = ("plan", str(nano_path()), "--context", "500", "--vram", "13.53M")
     with_profile, without = command(*arguments, **usage), command(*arguments, KIMI_LITE_EXPERT_USAGE="off")
     assert "those used most, by the profile" in with_profile.stdout
     hits = [int(re.findall(r"(\d+)% of the choices", done.stdout)[0]) for done in (with_profile, without)]

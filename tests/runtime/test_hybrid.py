@@ -24,6 +24,7 @@ from kimi_lite.errors import DoesNotFitError, KimiLiteError, KimiLiteWarning, Us
 from kimi_lite.runtime.cost import encode_s, sizes_of
 from kimi_lite.runtime.cuda import find
 from kimi_lite.runtime.cuda.device import (
+    MOST_TOKENS,
     Device,
     DeviceLostError,
     DeviceMemoryError,
@@ -104,8 +105,8 @@ def prompt(seed: int, n: int) -> list[int]:
 @pytest.mark.parametrize("n_experts", [0, 1, 9, 23, 24])
 def test_logits_have_the_same_bits_wherever_experts_lie(weights: Weights, n_experts: int) -> None:
     cpu, hybrid = cpu_like_a_card(CONTEXT), on_card(weights, n_experts)
-    # Steps that end inside, at and beyond groups of 32 positions and chunks of 256 tokens; then one by one.
-    for step, n in enumerate([1, 30, 2, 300, 31, *[1] * 6]):
+    # Steps that end inside, at and beyond groups of 32 positions and steps of MOST_TOKENS; then one by one.
+    for step, n in enumerate([1, 30, 2, MOST_TOKENS + 44, 31, *[1] * 6]):
         ids = prompt(step, n)
         assert np.array_equal(hybrid.append(ids), cpu.append(ids)), (step, n)
     for keep in (350, 17, 0):
@@ -427,14 +428,15 @@ def test_encoding_moves_the_clock_as_predicted(monkeypatch: pytest.MonkeyPatch) 
 def test_memory_taken_between_plan_and_load_is_planned_around_once(
     weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cap = cap_for(weights, 20)
+    context = 256  # so short that a margin holds less than what is taken
+    cap = cap_for(weights, 20, context)
     taken = 5 * sizes_of(weights).layers[-1].expert_bytes
     simulated(monkeypatch, lambda: SimulatedDevice(cap, taken=taken), lambda: SimulatedDevice(cap - taken))
-    engine = Engine(nano_path(), context=CONTEXT, vram=cap)
+    engine = Engine(nano_path(), context=context, vram=cap)
     assert isinstance(engine.model, HybridModel)
     assert 0 < engine.model.plan.n_resident < 15
     ids = prompt(1, 20)
-    assert np.array_equal(engine.append(ids), Engine(nano_path(), context=CONTEXT).append(ids))
+    assert np.array_equal(engine.append(ids), Engine(nano_path(), context=context).append(ids))
 
 
 def test_memory_that_is_taken_again_is_said_with_numbers(

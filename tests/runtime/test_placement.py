@@ -10,6 +10,7 @@ from kimi_lite.api import nano_path
 from kimi_lite.errors import DoesNotFitError, UsageError
 from kimi_lite.quantize.convert import quantize
 from kimi_lite.runtime.cost import LayerSize, Sizes, sizes_of
+from kimi_lite.runtime.cuda.device import MOST_STREAMED, MOST_TOKENS
 from kimi_lite.runtime.cuda.halves import Shape
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine
@@ -89,7 +90,7 @@ def test_a_plan_fills_the_card_and_no_more(gigabytes: int) -> None:
 
 def test_more_memory_is_never_slower() -> None:
     sizes, speeds = full_size(), Speeds()
-    for T in (1, 256):
+    for T in (1, MOST_TOKENS):
         speed = [predict(plan(sizes, n * 10**9), speeds, T=T).tok_per_s for n in (3, 4, 6, 8, 10, 12, 24)]
         assert speed == sorted(speed)
 
@@ -167,15 +168,17 @@ def test_predictions_agree_with_the_clock_of_the_simulated_card(
 ) -> None:
     # The clock charges for what the router chose; the prediction expects it from the profile of an earlier text. On nano
     # some experts are popular, so the profile is of the same kind of text, but not of the same text.
-    engine = Engine(nano_path(), context=1200)
+    context = 1700
+    engine = Engine(nano_path(), context=context)
     for token in draw(7, 150):
         engine.append([token])
     sizes, usage = sizes_of(weights), load_usage(engine.weights, None)
-    p = plan(sizes, room_for(sizes, n_experts, 1200), context=1200, usage=usage)
+    p = plan(sizes, room_for(sizes, n_experts, context), context=context, usage=usage)
     assert p.n_resident == n_experts
     device = SimulatedDevice(p.budget, speeds)
     model = HybridModel(weights, device, p)
-    for T, start, steps in ((1, 0, 60), (256, 60, 1), (1, 316, 60), (256, 376, 2)):
+    most = MOST_TOKENS
+    for T, start, steps in ((1, 0, 60), (most, 60, 1), (1, 60 + most, 60), (most, 120 + most, 2)):
         assert model.n == start
         before, ids = device.clock_s, draw(T + start, T * steps)
         for i in range(steps):
@@ -235,9 +238,12 @@ def test_from_break_even_on_a_streamed_prompt_is_predicted_faster_and_not_before
         by_streaming = predict(replace(p, stream_from=2), speeds, T=T).seconds
         by_the_cpu = predict_prompt(replace(p, stream_from=None), speeds, T)
         assert (by_streaming < by_the_cpu) == p.streams(T) == (p.stream_from <= T), T
-    steps = [(2048, 0), (2048, 2048), (256, 4096), (1, 4352)]  # what is left of 4353 is not worth it
-    expected = sum(predict(p, speeds, T=T, start=start).seconds for T, start in steps)
-    assert predict_prompt(p, speeds, 4353) == pytest.approx(expected)
+    later = replace(p, stream_from=MOST_TOKENS + 2)  # as where copies cost more
+    # What is left after 4096 is not worth it, in one step or two.
+    for one, rest in ((p, [(257, 4096)]), (later, [(MOST_TOKENS, 4096), (1, 4096 + MOST_TOKENS)])):
+        steps = [(2048, 0), (2048, 2048), *rest]
+        expected = sum(predict(one, speeds, T=T, start=start).seconds for T, start in steps)
+        assert predict_prompt(one, speeds, sum(T for T, _ in steps)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("gigabytes", [3, 4, 6, 8])
@@ -247,7 +253,7 @@ def test_buffers_are_as_small_as_they_can_be_and_hold_every_layer(gigabytes: int
     assert p.stream_from is not None
     expert = sizes.layers[1].expert_bytes
     missing = max(64 - len(experts) for experts in p.resident[1:])
-    rows = (2048 - 256) * 4 * (2048 + 64)  # of the residual stream and the rotations
+    rows = (MOST_STREAMED - MOST_TOKENS) * 4 * (2048 + 64)  # of the residual stream and the rotations
     assert p.stream_bytes == pytest.approx(2 * missing * expert + rows, abs=1000)
     assert taken(p) <= gigabytes * 10**9
     assert gigabytes * 10**9 - taken(p) < 3 * expert  # a buffer smaller by one would hold two more

@@ -19,7 +19,7 @@ import kimi_lite
 from kimi_lite.api import nano_path
 from kimi_lite.errors import KimiLiteWarning
 from kimi_lite.runtime.cost import sizes_of
-from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError, DeviceWrongError
+from kimi_lite.runtime.cuda.device import MOST_TOKENS, DeviceLostError, DeviceMemoryError, DeviceWrongError
 from kimi_lite.runtime.cuda.simulated import SimulatedDevice
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.hybrid import HybridModel
@@ -29,8 +29,9 @@ from kimi_lite.runtime.reference.pictures import scene
 from kimi_lite.runtime.speeds import Speeds
 from kimi_lite.runtime.weights import Weights, open_weights
 
-CONTEXT = 1400
-CARD = 64_000_000
+CONTEXT = 2200
+CARD = 100_000_000
+LONG = MOST_TOKENS + 44  # tokens that a device takes in two parts
 SLOW_CPU = Speeds(cpu_gb_s=0.5, cpu_gmac_s=2)  # on which nano's experts are worth streaming
 NONE, SOME = ((), (), (), ()), ((), (0, 1, 2), (4, 5, 6), (0, 7))
 UNEVEN = (
@@ -100,7 +101,7 @@ def ids(seed: int, n: int) -> NDArray[np.int32]:
 
 
 @pytest.mark.parametrize("resident", [NONE, SOME, UNEVEN])
-@pytest.mark.parametrize("stream_from", [2, 290, None])
+@pytest.mark.parametrize("stream_from", [2, LONG - 10, None])
 def test_prompts_in_any_cut_have_the_bits_of_the_cpu(
     weights: Weights,
     monkeypatch: pytest.MonkeyPatch,
@@ -109,13 +110,14 @@ def test_prompts_in_any_cut_have_the_bits_of_the_cpu(
 ) -> None:
     carried_out(monkeypatch, by_hand(weights, resident, stream_from), lambda: SimulatedDevice(CARD))
     hybrid, cpu = Engine(nano_path(), context=CONTEXT, vram=CARD), cpu_like_a_card(CONTEXT)
-    # Within, at and beyond a group of 32 positions and the 256 that a device works on at once; then one by one.
-    for seed, n in enumerate([1, 300, 31, 256, 513, 1, 1]):
+    # Within, at and beyond a group of 32 positions and what a device works on at once; then one by one.
+    for seed, n in enumerate([1, LONG, 31, MOST_TOKENS, 2 * MOST_TOKENS + 1, 1, 1]):
         assert np.array_equal(hybrid.append(prompt(seed, n)), cpu.append(prompt(seed, n))), (seed, n)
     for keep in (350, 17):
         hybrid.rewind(keep)
         cpu.rewind(keep)
-        assert np.array_equal(hybrid.append(prompt(keep, 330)), cpu.append(prompt(keep, 330))), keep
+        again = prompt(keep, LONG + 30)
+        assert np.array_equal(hybrid.append(again), cpu.append(again)), keep
 
 
 def test_experts_come_one_layer_ahead_and_decoding_brings_none(weights: Weights) -> None:
@@ -144,9 +146,10 @@ def test_experts_come_one_layer_ahead_and_decoding_brings_none(weights: Weights)
 
 
 def test_a_step_is_as_long_as_streaming_allows(weights: Weights) -> None:
-    plan = by_hand(weights, NONE, 300, context=8000)
-    assert [plan.step(n) for n in (1, 255, 299, 300, 2048, 5000)] == [1, 255, 256, 300, 2048, 2048]
-    assert [replace(plan, stream_from=None).step(n) for n in (1, 300, 5000)] == [1, 256, 256]
+    plan, most = by_hand(weights, NONE, LONG, context=8000), MOST_TOKENS
+    lengths = (1, most - 1, LONG - 1, LONG, 2048, 5000)
+    assert [plan.step(n) for n in lengths] == [1, most - 1, most, LONG, 2048, 2048]
+    assert [replace(plan, stream_from=None).step(n) for n in (1, LONG, 5000)] == [1, most, most]
 
 
 def test_a_picture_in_a_streamed_prompt_is_seen_as_on_the_cpu(
@@ -180,8 +183,8 @@ def test_a_card_that_fails_in_mid_stream_costs_a_warning_and_no_bit(
     cpu.append(prompt(1, 30))
     device._lost_after = lost_after
     with pytest.warns(KimiLiteWarning, match="does not answer any more; the CPU goes on and reads 30 tokens"):
-        logits_V = engine.append(prompt(2, 300))
-    assert np.array_equal(logits_V, cpu.append(prompt(2, 300)))
+        logits_V = engine.append(prompt(2, LONG))
+    assert np.array_equal(logits_V, cpu.append(prompt(2, LONG)))
     assert isinstance(engine.model, CpuModel)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -201,9 +204,9 @@ def test_an_interrupted_stream_leaves_a_card_that_goes_on(weights: Weights) -> N
     model = HybridModel(weights, device, by_hand(weights, NONE, 2))
     device.armed = True
     with pytest.raises(KeyboardInterrupt):
-        model.forward(ids(1, 300))
+        model.forward(ids(1, LONG))
     device.armed = False
-    assert np.array_equal(model.forward(ids(2, 300)), cpu.forward(ids(2, 300)))
+    assert np.array_equal(model.forward(ids(2, LONG)), cpu.forward(ids(2, LONG)))
 
 
 def test_streamed_experts_are_part_of_a_cards_proof(
@@ -291,7 +294,7 @@ def test_memory_that_runs_out_in_mid_stream_is_a_bad_day_like_others(
     engine.append(prompt(1, 40))
     cpu.append(prompt(1, 40))
     with pytest.warns(KimiLiteWarning, match="no memory for the copy; the CPU goes on and reads 40 tokens"):
-        assert np.array_equal(engine.append(prompt(2, 300)), cpu.append(prompt(2, 300)))
+        assert np.array_equal(engine.append(prompt(2, LONG)), cpu.append(prompt(2, LONG)))
 
 
 # ---- the clock and the predictions
@@ -349,7 +352,7 @@ def test_predictions_agree_with_the_clock(
     weights: Weights, resident: tuple[tuple[int, ...], ...], speeds: Speeds
 ) -> None:
     plan = by_hand(weights, resident, 2)
-    for T, start in ((60, 0), (300, 0), (1100, 200)):
+    for T, start in ((60, 0), (LONG, 0), (1100, 200)):
         step = predict(plan, speeds, T=T, start=start)
         assert step.cpu_experts == 0
         assert (
