@@ -226,53 +226,70 @@ KERNEL_OF_TILES weigh_32(Cache cache, const int* start, int first, int n, int H,
   });
 }
 
-// One group of weights times one group of 32 positions.
-DEVICE float one_group(const u32* word, float scale, const Rows& x, size_t row, int group) {
+// One group of weights times one group of 32 positions of a channel, whose steps are 32 bytes.
+DEVICE float one_group(const uint4* steps, float scale, const Rows& x, size_t row, int group) {
   const size_t at = row * x.groups + group;
-  const u32* values = reinterpret_cast<const u32*>(x.q + at * kGroup);
+  const uint4* values = reinterpret_cast<const uint4*>(x.q) + 2 * at;
   int sum = 0;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) sum = __dp4a(static_cast<int>(word[j]), static_cast<int>(values[j]), sum);
+  for (int i = 0; i < 2; ++i) {
+    const uint4 w = steps[i], v = values[i];
+    sum = __dp4a(static_cast<int>(w.x), static_cast<int>(v.x), sum);
+    sum = __dp4a(static_cast<int>(w.y), static_cast<int>(v.y), sum);
+    sum = __dp4a(static_cast<int>(w.z), static_cast<int>(v.z), sum);
+    sum = __dp4a(static_cast<int>(w.w), static_cast<int>(v.w), sum);
+  }
   return 0.0f + fmaf(static_cast<float>(sum), scale * x.scale[at], 0.0f);
 }
 
+// What the warps of `finish` share: 32 positions of 32 channels, [0] the first group's, [1] the own group's, as steps (a
+// channel's 32 and 16 bytes more, so that lanes meet fewer banks) and their scales; and the own group's values, one more
+// apart, so that neither a position nor a channel lies in one bank.
+struct Turned {
+  uint4 step[2][kGroup][3];
+  float scale[2][kGroup], value[kGroup][kGroup + 1];
+};
+
 // A weighted sum, the parts over whole groups in order and what the second digits and the own group add, over the
 // softmax's own sum; quantized for v_b. The own group is turned here, by all warps. The grid: groups of 32 channels, tokens
-// of the slice; a warp is a head. u: row t · H + h. Shared: 33 · 32 floats, 32 scales, 32 · 32 bytes.
+// of the slice; a warp is a head. u: row t · H + h. Shared: a Turned.
 KERNEL_OF_HEADS finish(Cache cache, const int* start, int first, Rows weights, Rows rest, const float* inverse,
                        const float* partial, int parts, int span, Rows u) {
   const int g = blockIdx.x, h = warp(), H = warps(), t = first + blockIdx.y;
   const int n = *start + t + 1, groups = n / kGroup, own = n % kGroup;
-  float *value = shared_floats(), *scale = value + kGroup * (kGroup + 1);  // [position][channel], one more apart: no two in a bank
-  s8* step = reinterpret_cast<s8*>(scale + kGroup);                        // [channel][position]
+  Turned& turned = *reinterpret_cast<Turned*>(shared_memory);
   for (int i = h; i < kGroup; i += H)
-    value[i * (kGroup + 1) + lane()] = i < own ? cached(cache, groups * kGroup + i, g * kGroup + lane()) : 0.0f;
+    turned.value[i][lane()] = i < own ? cached(cache, groups * kGroup + i, g * kGroup + lane()) : 0.0f;
+  if (groups) {
+    for (int i = threadIdx.x; i < 8 * kGroup; i += blockDim.x) {  // word i / 32 of channel i % 32
+      const int channel = i % kGroup, row = channel % kRows;
+      const u8* run = cache.columns + (2 * g + channel / kRows) * columns_stride(cache);
+      reinterpret_cast<u32*>(turned.step[0][channel])[i / kGroup] =
+          *reinterpret_cast<const u32*>(run + 64 * (i / kGroup) + 4 * row);
+      if (i < kGroup) turned.scale[0][channel] = half_to_float(*reinterpret_cast<const u16*>(run + 512 + 2 * row));
+    }
+  }
   __syncthreads();
   for (int i = h; i < kGroup; i += H) {
-    const float v = value[lane() * (kGroup + 1) + i];
+    const float v = turned.value[lane()][i];
     float to_steps;
     const u16 half = stored_scale(largest_magnitude(v), &to_steps);
-    step[i * kGroup + lane()] = static_cast<s8>(to_step(v, to_steps));
-    scale[i] = half_to_float(half);
+    reinterpret_cast<s8*>(turned.step[1][i])[lane()] = static_cast<s8>(to_step(v, to_steps));
+    turned.scale[1][i] = half_to_float(half);
   }
   const size_t row = static_cast<size_t>(blockIdx.y) * H + h;
   float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  u32 word[8];
   if (groups) {
     const float* totals = partial + row * parts * cache.C + g * kGroup + lane();
     const size_t wide = cache.C;
 #pragma unroll 8
     for (int i = 0; i < ceil_div(groups, span * kChunk); ++i) part[0] = part[0] + totals[i * wide];
-    const u8* run = cache.columns + (2 * g + lane() / kRows) * columns_stride(cache);
-    const int channel = lane() % kRows;
-    for (int j = 0; j < 8; ++j) word[j] = *reinterpret_cast<const u32*>(run + 64 * j + 4 * channel);
-    part[1] = one_group(word, half_to_float(*reinterpret_cast<const u16*>(run + 512 + 2 * channel)), rest, row, 0);
+    part[1] = one_group(turned.step[0][lane()], turned.scale[0][lane()], rest, row, 0);
   }
   __syncthreads();
   if (own) {
-    for (int j = 0; j < 8; ++j) word[j] = reinterpret_cast<const u32*>(step + lane() * kGroup)[j];
-    part[2] = one_group(word, scale[lane()], weights, row, groups);
-    part[3] = one_group(word, scale[lane()], rest, row, 1);
+    part[2] = one_group(turned.step[1][lane()], turned.scale[1][lane()], weights, row, groups);
+    part[3] = one_group(turned.step[1][lane()], turned.scale[1][lane()], rest, row, 1);
   }
   quantize(((part[0] + part[1]) + (part[2] + part[3])) * inverse[row], u, static_cast<size_t>(t) * H + h, g);
 }

@@ -300,7 +300,7 @@ def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
                 p.cache, at["start"], first, s.H, weights, here["partial"], part.parts,
             )  # fmt: skip
         card.launch(
-            "finish", (s.C // GROUP, n), 32 * s.H, 4 * GROUP * (GROUP + 2) + GROUP * GROUP,
+            "finish", (s.C // GROUP, n), 32 * s.H, 4 * GROUP * (2 * 12 + 2 + GROUP + 1),
             p.cache, at["start"], first, weights, rest, here["inverse"], here["partial"],
             part.parts, span, rows["summed"],
         )  # fmt: skip
