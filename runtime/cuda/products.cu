@@ -237,7 +237,7 @@ DEVICE void add_chunk(Held<Form> (&held)[Form::ahead], Place& place, int groups,
 
 // Sums over groups begin..end - 1, of token t only those below reach_of(t); begin is a chunk's. Row blocks 2 warp and
 // 2 warp + 1, the last one again where there are no more; n tokens, at most kTile, in as many eights as they need. All of a
-// block's 128 threads.
+// block's 128 threads, once a kernel: what lies in shared memory is not waited for.
 template <class Form, class RowOf, class ReachOf>
 DEVICE void tile_sums(const u8* blocks, int stride, int count, const Rows& x, int n, RowOf row_of, int begin, int end,
                       ReachOf reach_of, float (&sum)[kHeld]) {
@@ -254,7 +254,6 @@ DEVICE void tile_sums(const u8* blocks, int stride, int count, const Rows& x, in
   }
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) sum[i] = 0.0f;
-  __syncthreads();  // what lay there is not needed any more
   if (begin < end) bring(chunks[0], x, row, begin, reach);
 #pragma unroll
   for (int i = 0; i < Form::ahead; ++i) {

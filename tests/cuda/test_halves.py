@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from kimi_lite.errors import UsageError
 from kimi_lite.formats.packed import join_mlp, mlp_bytes, pack_quantized
 from kimi_lite.runtime import kernels
+from kimi_lite.runtime.cuda import halves
 from kimi_lite.runtime.cuda.cuda import CudaDevice
 from kimi_lite.runtime.cuda.device import MANY
 from kimi_lite.runtime.cuda.halves import Shape
@@ -143,17 +144,31 @@ def test_attention_has_the_cpus_bits_at_every_cut(
         start += T
 
 
+@pytest.mark.parametrize(
+    ("enough", "room"),
+    [(0, halves.SLICE_BYTES), (0, 1), (halves.ENOUGH_BLOCKS, 1)],
+    ids=["whole sums", "whole sums in slices", "chunks in slices"],
+)
 def test_attention_over_several_chunks_of_positions_and_after_going_back(
-    fake: FakeDriver, devices: list[Pair]
+    fake: FakeDriver, devices: list[Pair], monkeypatch: pytest.MonkeyPatch, enough: int, room: int
 ) -> None:
+    # With 0, a tile adds up all chunks itself, as it does where there are tiles enough for a card; with little room, only
+    # some of a step's tokens attend at once.
+    monkeypatch.setattr("kimi_lite.runtime.cuda.halves.ENOUGH_BLOCKS", enough)
+    monkeypatch.setattr("kimi_lite.runtime.cuda.halves.SLICE_BYTES", room)
     s = Shape(D=32, H=2, N=32, R=16, C=32, V=32, F=32, shared_F=32, E=2, A=1)
     pair = Pair(fake, s, layer(2, s))
     devices.append(pair)
     for seed, (start, T) in enumerate([(0, 256), (256, 250), (506, 1), (300, 9), (309, 1)]):
         pair.device.rewind(start)
+        n_launched = fake.calls("cuLaunchKernel")
         pair.begin(seed, T, start)
         pair.attend()
         pair.assert_equal()
+        if T >= MANY:  # beside them, six kernels: norm, q and kv_a, latents, k_b, v_b, o
+            n_slices, rest = divmod(fake.calls("cuLaunchKernel") - n_launched - 6, 4)
+            assert rest == 0
+            assert (n_slices > 1) == (room == 1)
 
 
 def test_steps_that_nobody_waits_for_do_not_overwrite_each_other(
