@@ -138,7 +138,8 @@ DEVICE Rows one_of(bool first, const Rows& a, const Rows& b) {
 }
 
 // silu(gate) · up of 32 hidden channels (a tile: 64), quantized. The grid: tiles of NT tokens, which come first so that
-// those of one expert find its weights in the second cache; blocks of each of n_jobs jobs, then the shared MLP's. x: rows of tokens; hidden: rows of slots; shared_hidden: rows of tokens.
+// those of one expert find its weights in the second cache; blocks of each of n_jobs jobs, then the shared MLP's. x: rows
+// of tokens; hidden: rows of slots; shared_hidden: rows of tokens.
 template <int NT>
 DEVICE void gate_up(const Mlps& m, const Job* jobs, const int* slots, int n_jobs, const Rows& x, int T,
                     const Rows& hidden, const Rows& shared_hidden) {

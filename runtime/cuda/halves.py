@@ -1,10 +1,10 @@
 """The halves of a layer as launches: which kernel, over which grid, between which buffers.
 
-A single token's grids depend on the context alone, not on its position: so the launches of one
-token can be captured once and repeated; those of more tokens are made anew, for as many positions as they see. What
-takes a longer step than one of MOST_TOKENS sees it through `Workspace.of`, part by part: only the residual stream and
-the rotations are as long as the step. For fewer than FEW tokens the products take one token at a time, which is what decode wants; from there on a block of threads
-takes eight, so that each weight is read once for eight; from MANY on, tiles of 32 on the tensor cores
+A single token's grids depend on the context alone, not on its position: so the launches of one token can be captured once
+and repeated; those of more tokens are made anew, for as many positions as they see. What takes a longer step than one of
+MOST_TOKENS sees it through `Workspace.of`, part by part: only the residual stream and the rotations are as long as the
+step. For fewer than FEW tokens the products take one token at a time, which is what decode wants; from there on a block
+of threads takes eight, so that each weight is read once for eight; from MANY on, tiles of 32 on the tensor cores
 (docs/gpu-kernels.md counts what MANY is), and for scores, whose rows are heads, from half a tile on.
 
 Dimension key:  T tokens   D hidden   H heads   N, R, C, V no-rope, rope, latent and value width   E experts
@@ -30,6 +30,7 @@ ROWS, GROUP, CHUNK = 16, 32, 256  # rows of a row block; channels of a group and
 SLICE_BYTES = 64 << 20  # what the scores of the tokens that attend at once may take, if one needs no more
 ENOUGH_BLOCKS = 128  # of threads, to keep a card busy
 STAGED = 2048  # kStaged of attention.cu
+TURNED_BYTES = 4 * GROUP * (2 * 12 + 2 + GROUP + 1)  # a Turned there: steps, scales and values of 32 channels
 ALIGNED = 256
 NO_MATRIX = Matrix(0, 0, 0, 0, 0)
 
@@ -271,16 +272,15 @@ def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
         rows["nope"], rows["query"],
     )  # fmt: skip
     heads(card, p.k_b, p.k_b_bytes, rows["nope"], s.H, T, rows["query"])
+    wide = rows["query"].groups * GROUP
     for first, part in slices(w, s, T):
         n, here = part.tokens, part.at(at["slice"])
-        weights, rest = (
-            rows_at(here["weights"], n * s.H, part.stride),
-            rows_at(here["rest"], n * s.H, 2 * GROUP),
-        )
+        weights = rows_at(here["weights"], n * s.H, part.stride)
+        rest = rows_at(here["rest"], n * s.H, 2 * GROUP)
         NT = TILE if 2 * n * s.H >= TILE else 8  # rows are heads: half a tile of them is worth one
         card.launch(
             f"scores_{NT}", (-(-part.seen // (8 * ROWS)), -(-n * s.H // NT) + 1),
-            _threads(8, NT, rows["query"].groups * GROUP), _product_bytes(8, NT, rows["query"].groups * GROUP),
+            _threads(8, NT, wide), _product_bytes(8, NT, wide),
             p.cache, at["start"], first, n, T, s.H, rows["query"], here["s"], part.stride,
         )  # fmt: skip
         card.launch(
@@ -300,7 +300,7 @@ def attend(card: Card, p: Place, w: Workspace, T: int) -> None:
                 p.cache, at["start"], first, s.H, weights, here["partial"], part.parts,
             )  # fmt: skip
         card.launch(
-            "finish", (s.C // GROUP, n), 32 * s.H, 4 * GROUP * (2 * 12 + 2 + GROUP + 1),
+            "finish", (s.C // GROUP, n), 32 * s.H, TURNED_BYTES,
             p.cache, at["start"], first, weights, rest, here["inverse"], here["partial"],
             part.parts, span, rows["summed"],
         )  # fmt: skip
@@ -481,6 +481,7 @@ def rows_at(address: int, n: int, K: int) -> Rows:
 
 
 def rows_bytes(n: int, K: int) -> int:
+    """What `rows_at` lays out."""
     return n * K + 8 * n * (K // GROUP)
 
 

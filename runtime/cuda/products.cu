@@ -114,9 +114,9 @@ DEVICE void chunk_total(int form, const u8* block, const Rows& x, const int (&to
 
 // For many tokens: eight row blocks times a tile of 32 tokens, by four warps on the tensor cores, chunk by chunk. A warp
 // has two row blocks. A chunk of the activations, which all four need, is brought to shared memory while the one before is
-// multiplied; weights go to the registers of the one warp that needs them, some groups ahead. A group
-// of a row block times eight tokens is one step of `mma`; its integer sums are exact, and each gets the float steps of the
-// order of sums in its own lane.
+// multiplied; weights go to the registers of the one warp that needs them, some groups ahead. A group of a row block times
+// eight tokens is one step of `mma`; its integer sums are exact, and each gets the float steps of the order of sums in its
+// own lane.
 //
 // Which channels meet in a step's column is free, as long as both sides agree: lane 4 g + t takes channels 8 t..8 t + 7
 // of its rows and tokens. Those are the two halves of one packed word of int4, and eight bytes in a row of a token. Which

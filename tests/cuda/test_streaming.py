@@ -81,6 +81,15 @@ def test_streamed_steps_have_the_bits_of_the_cpu(card: FakeDriver) -> None:
     assert card.used() == before_all
 
 
+def test_a_context_shorter_than_a_step(card: FakeDriver, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = 100  # the buffers of a step are no longer than that
+    short = replace(plan, context=context)
+    monkeypatch.setattr("kimi_lite.runtime.hybrid.make_plan", lambda *_, **__: short)
+    engine, cpu = Engine(NANO, context=context, vram=10**9), cpu_like_a_card(context)
+    for seed, n in enumerate((70, 1, 9, 20)):  # streamed, decoded, shared with the CPU, streamed
+        assert engine.append(draw(seed, n)).tobytes() == cpu.append(draw(seed, n)).tobytes(), n
+
+
 def test_a_card_proves_streaming_by_its_first_layers_alone(
     card: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # as it does where a model has more layers than let a buffer be used twice
