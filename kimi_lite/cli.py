@@ -458,7 +458,10 @@ def plan(
         float, typer.Option(help="Microseconds until the other side, CPU or card, knows.")
     ] = ASSUMED.hand_off_us,
     copy: Annotated[
-        float, typer.Option(help="GB/s at which one thread copies experts that are streamed to the card.")
+        float,
+        typer.Option(
+            help="GB/s at which experts that are streamed to the card are copied from the file's pages."
+        ),
     ] = ASSUMED.copy_gb_s,
 ) -> None:
     """Say what would go on a card, why, and how fast that should be.

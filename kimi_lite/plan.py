@@ -114,7 +114,7 @@ def plan_report(
     if tower and pictures:
         yield _pictures_line(tower, pictures, limit)
     yield (
-        f"speeds    CPU {speeds.cpu_gb_s:.3g} GB/s, {speeds.cpu_gmac_s:.3g} GMAC/s, copies of one thread "
+        f"speeds    CPU {speeds.cpu_gb_s:.3g} GB/s, {speeds.cpu_gmac_s:.3g} GMAC/s, copies "
         f"{speeds.copy_gb_s:.3g} GB/s{measured or '; assumed'}"
     )
     if plan is not None:
@@ -179,7 +179,7 @@ def measure_cpu(weights: Weights, speeds: Speeds) -> Speeds:
         found.append(work / _seconds_of_a_round(calls, MEASURE_S) / 1e9)
     pinned = np.empty(max(size.expert_bytes for size in sizes), np.uint8)
     stored = [source[: pinned.size] for f in layers for source in _stored(f.routed)]
-    copies = [partial(np.copyto, pinned[: source.size], source) for source in stored]
+    copies = [partial(kernels.copy, pinned[: source.size], source) for source in stored]
     copied = sum(source.size for source in stored)
     return replace(
         speeds,

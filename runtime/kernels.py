@@ -174,6 +174,11 @@ def embed(matrix: Matrix, ids_T: NDArray[np.int32]) -> Float:
     return y_TI
 
 
+def copy(to: NDArray[np.uint8], source: NDArray[np.uint8]) -> None:
+    """Bytes to another place, by all threads. Raises ValueError for different sizes."""
+    _kernels.copy(to, source)
+
+
 def rms_norm(x_TD: Float, weight_D: Float, eps: float) -> Float:
     """x / sqrt(mean(x²) + eps) · weight."""
     y_TD = np.empty_like(x_TD)

@@ -1,7 +1,7 @@
 """The speeds that predictions go by: assumed, until somebody measures them.
 
 The defaults are round numbers of no machine in particular: two channels of DDR5 as a busy desktop delivers them, eight
-cores of which one copies, a card of the smaller kind on half a PCIe 4.0 slot, what a kernel costs beside its bytes on the one
+cores, a card of the smaller kind on half a PCIe 4.0 slot, what a kernel costs beside its bytes on the one
 card that was measured (docs/gpu.md), and what a hand-off is commonly found to cost.
 """
 
@@ -22,7 +22,7 @@ class Speeds:
     pcie_gb_s: float = 12.0
     launch_us: float = 5.0  # of each kernel
     hand_off_us: float = 20.0  # from the card to the CPU, or back
-    copy_gb_s: float = 10.0  # from the file's pages to pinned memory, by one thread
+    copy_gb_s: float = 10.0  # from the file's pages to pinned memory
 
     def __post_init__(self) -> None:
         wrong = [

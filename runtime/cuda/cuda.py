@@ -468,7 +468,7 @@ class Way:
             run, half = _run(self._mlps[index], expert, "experts"), self._n % 2
             card.wait(self._copied[half])
             pinned = self.pinned[half * self._run_bytes :][: run.nbytes]
-            pinned[:] = run
+            kernels.copy(pinned, run)
             card.upload(address, pinned, aside=True)
             card.mark(self._copied[half], aside=True)
             self._n += 1

@@ -149,6 +149,16 @@ NB_MODULE(_kernels, m) {
     if (T <= kShare) share(0, 0);
     else pool().run((T + kShare - 1) / kShare, share);
   }, "w"_a, "ids"_a, "y"_a);
+  m.def("copy", [](const BytesOut& to, const Bytes& from) {
+    same(axis(to, 0, "to"), axis(from, 0, "from"), "the copy's size");
+    constexpr size_t kShare = 256 << 10;  // bytes that a thread takes at once
+    const size_t n = from.size();
+    Computing computing;
+    pool().run(static_cast<int>((n + kShare - 1) / kShare), [&](int i, int) {
+      const size_t first = i * kShare;
+      std::memcpy(to.data() + first, from.data() + first, std::min(kShare, n - first));
+    });
+  }, "to"_a, "from_"_a);
   m.def("packed_as", [](const std::string& type) -> std::optional<std::string> {
     const char* name = packed_as(block_named(type.c_str()).kind);
     return name ? std::optional<std::string>(name) : std::nullopt;

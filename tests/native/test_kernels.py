@@ -433,3 +433,18 @@ def test_wrong_shapes_are_refused_at_the_border() -> None:
         _kernels.Weights("q4g32", matrix.data[:-1].copy(), 0, 576, 16, 64)
     with pytest.raises(ValueError, match="token id lies outside"):
         kernels.embed(matrix, np.array([16], np.int32))
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("n", [0, 1, (1 << 18) - 1, 1 << 18, (3 << 18) + 5])
+def test_copies_are_whole_and_nothing_beside_them_changes(n: int, n_threads: int) -> None:
+    source = np.random.default_rng(n).integers(1, 256, n, np.uint8)
+    to = np.zeros(n + 2, np.uint8)
+    try:
+        kernels.set_threads(n_threads)
+        kernels.copy(to[1:-1], source)
+    finally:
+        kernels.set_threads(None)
+    np.testing.assert_array_equal(to, np.pad(source, 1))
+    with pytest.raises(ValueError, match="size"):
+        kernels.copy(to, source)

@@ -55,7 +55,7 @@ def test_a_file_that_is_not_in_memory_yet_is_measured_as_if_it_were(monkeypatch:
         works((id(mlp), experts_M.tobytes()))
 
     monkeypatch.setattr("kimi_lite.plan.kernels.expert_outputs", expert_outputs)
-    monkeypatch.setattr("kimi_lite.plan.np.copyto", lambda to, source: works(source.ctypes.data))
+    monkeypatch.setattr("kimi_lite.plan.kernels.copy", lambda to, source: works(source.ctypes.data))
     monkeypatch.setattr("kimi_lite.plan.time.perf_counter", lambda: seconds)
     weights = open_weights(nano_path())
     layer = sizes_of(weights).layers[1]
