@@ -65,6 +65,14 @@ class Ours:
 
         fill_cache(self.runtime, n)
 
+    def read_speed(self) -> float:
+        """GB/s of a plain read of the file's last bytes by as many threads."""
+        from kimi_lite.bench import Reader
+        from kimi_lite.runtime import kernels
+
+        with Reader(self.runtime, kernels.threads()) as reader:
+            return reader.gb_per_s()
+
     def fraction_of_read(self) -> float:
         """Bytes a second of decoding over those of a plain read in between, as `kimi-lite bench` measures them."""
         from kimi_lite.bench import decode_speed
@@ -332,7 +340,10 @@ def take_turns(engine: Engine) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         kind, _, size = line.strip().partition("_")
-        if kind == "prefill":
+        if kind == "read":
+            assert isinstance(engine, Ours)
+            speed = engine.read_speed()
+        elif kind == "prefill":
             speed = prefill(engine, int(size))
         else:
             engine.rewind(PROMPT)

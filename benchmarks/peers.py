@@ -9,7 +9,8 @@ own, for several rounds, so that a slow minute of the machine falls on all of th
 its file is read once, so that none pays for another having pushed it out of memory.
 
 Where a machine changes its speed within minutes, --turns N says more: kimi-lite and the peer that was best at a row are
-alive together, and take N turns of a second or two, of which each pair gives a ratio. Memory must hold both.
+alive together, and take N turns of a second or two, of which each pair gives a ratio. Memory must hold both. What a plain read
+reaches is measured before each pair: where a machine's memory has two speeds, the ratio of each is told apart by it.
 
 A peer is given its best: the first round tries its settings (weights repacked at load or not, flash attention, batch),
 and each row keeps the one that was fastest for it. A peer that is not installed is named, with the way to install it,
@@ -216,14 +217,17 @@ class Bench:
                     print(f"no turns for {row}: {engine} did not start beside the other", file=sys.stderr)
                     return
             bring_in(self.files["ours"])  # the peer's start may have pushed it out
-            pairs = []
+            pairs, reads = [], []
             for number in range(-1, self.arguments.turns):
+                read = ask(workers["ours"], "read")
                 order = ("ours", peer) if number % 2 == 0 else (peer, "ours")
                 speeds = {engine: ask(workers[engine], row) for engine in order}
                 if number >= 0:  # the first pair brings both in
                     pairs.append([round(speeds[engine], 3) for engine in ("ours", peer)])
+                    reads.append(round(read, 1))
+                    print(f"{row}: {pairs[-1]}, a plain read {reads[-1]} GB/s", file=sys.stderr)
             ratio = round(statistics.median(ours / theirs for ours, theirs in pairs), 3)
-            self.pairs[row] = {"peer": peer, "ratio": ratio, "pairs": pairs}
+            self.pairs[row] = {"peer": peer, "ratio": ratio, "pairs": pairs, "read_gb_per_s": reads}
             print(f"{row} by turns: {ratio} times {peer}", file=sys.stderr)
         except (BrokenPipeError, ChildProcessError):
             print(f"no turns for {row}: a worker ended; is there memory for both?", file=sys.stderr)

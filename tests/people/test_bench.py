@@ -208,11 +208,11 @@ def test_turns_are_pairs_and_a_worker_that_ends_costs_no_more_than_them(
         engine: str, *_: object, **__: object
     ) -> list[str]:  # twice as fast as the peer, which may end
         turns, speed = (9, 2.0) if engine == "ours" else (turns_of_the_peer, 1.0)
-        talk = f"print('noise')\nif {turns}: print('ready', flush=True)\nfor _ in range({turns}): input(); print({speed}, flush=True)\nif {turns}: input()"
+        talk = f"print('noise')\nif {turns}: print('ready', flush=True)\nfor _ in range({turns}): print(30.0 if input() == 'read' else {speed}, flush=True)\nif {turns}: input()"
         return [sys.executable, "-c", talk]
 
     monkeypatch.setattr(run, "command", command)
     run.take_turns("decode", "ik")
     assert says in capfd.readouterr().err
-    pairs = {"peer": "ik", "ratio": 2.0, "pairs": [[2.0, 1.0]] * 3}
+    pairs = {"peer": "ik", "ratio": 2.0, "pairs": [[2.0, 1.0]] * 3, "read_gb_per_s": [30.0] * 3}
     assert run.pairs == ({"decode": pairs} if turns_of_the_peer == 9 else {})
