@@ -107,7 +107,7 @@ def main() -> None:
     arguments = parser.parse_args()
     engine = Engine(arguments.file, context=N_PROMPT + N_DECODE + 8, vram=0)
     rows = [measure(engine, int(n)) for n in arguments.threads.split(",")]
-    n_bytes = engine.weights.token_bytes
+    n_bytes = engine.weights.step_bytes(1)
     print(f"{'threads':>7}{'serial us':>11}{'calls':>7}{'barrier us':>12}{'decode GB/s':>13}")
     for row in rows:
         serial = (row.decode_s - row.decode_inside_s) * 1e6

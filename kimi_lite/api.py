@@ -55,6 +55,8 @@ class Stats:
     gpu_dense: str | None = (
         None  # the format in which bitsandbytes multiplied the dense weights on a card, if it did
     )
+    guessed: int = 0  # tokens that were guessed from what repeats itself, and checked
+    guessed_right: int = 0  # of them, those that the answer went on with: each saved a step
 
     @property
     def decode_tok_per_s(self) -> float:
@@ -324,6 +326,7 @@ class Model:
         first = None
         produced: list[int] = []
         n_prompt, n_reused = len(prompt), None
+        guessed = guessed_right = 0
         reason: FinishReason = "cancelled"
         budget = thinking_budget
         while True:
@@ -349,6 +352,7 @@ class Model:
                     closed, budget = True, None
                     break
             tokens.close()  # type: ignore[attr-defined]
+            guessed, guessed_right = guessed + engine.n_guessed, guessed_right + engine.n_right
             if not closed:
                 break
             # Close the chain in good form and go on: the mark becomes part of what the model has said.
@@ -374,6 +378,8 @@ class Model:
             sum(picture.n_tokens for picture in _pictures(messages[-1])),
             encode_s,
             engine.gpu_dense,
+            guessed,
+            guessed_right,
         )
         yield Event("done", reason=reason, stats=stats)
 

@@ -149,7 +149,7 @@ def measure(
         placement=engine.placement,
         layers=config.n_layers,
         load_s=round(load_s, 3),
-        weight_bytes_per_token=engine.weights.token_bytes,
+        weight_bytes_per_token=engine.weights.step_bytes(1),
         cache_bytes_per_token=LatentCache.bytes_per_token(config),
         machine=machine(),
         versions={
@@ -197,7 +197,9 @@ def decode_speed(engine: Engine, depth: int, n: int) -> Speed:
             engine.append([token])
             seconds.append(time.perf_counter() - start)
     p10, p50, p90 = _percentiles([1 / s for s in seconds])
-    moved = engine.weights.token_bytes + (depth + n // 2) * LatentCache.bytes_per_token(engine.weights.config)
+    moved = engine.weights.step_bytes(1) + (depth + n // 2) * LatentCache.bytes_per_token(
+        engine.weights.config
+    )
     read, used = statistics.median(reading), moved * p50 / 1e9
     traffic = moved, round(used, 2), round(read, 2), round(used / read, 3)
     return Speed("decode", kernels.threads(), depth, n, p50, p10, p90, *traffic, memory.peak)

@@ -87,6 +87,8 @@ class Printer:
             f"{stats.prompt_tokens} prompt tokens ({stats.reused} reused, {stats.prefill_tok_per_s:.0f} tok/s), "
             f"{stats.tokens} tokens at {stats.decode_tok_per_s:.1f} tok/s, context {stats.context_used}/{stats.context}"
         )
+        if stats.guessed:
+            line += f", {stats.guessed_right} of {stats.guessed} guesses right"
         if stats.gpu_dense:
             line += f", dense weights in {stats.gpu_dense} by bitsandbytes"
         self.err.write(f"{DIM}{line}{PLAIN}\n" if self._dim else f"{line}\n")

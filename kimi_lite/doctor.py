@@ -39,6 +39,9 @@ def machine_report() -> Iterator[str]:
         yield f"          this processor has no {BEST_ISA}, for which the fastest kernels are written"
     card, graphics = _graphics()
     yield graphics
+    yield "guesses   text that repeats itself is guessed and checked in one step, on the CPU" + (
+        "; not in use on a card (--vram 0 is the CPU)" if card else ""
+    )
     yield _gpu_dense()
     directory = default_directory()
     where = "on the card as far as its memory has room, else " if card else ""
@@ -127,7 +130,7 @@ def file_report(path: Path) -> Iterator[str]:
     yield f"pictures  {_image_side(weights)}"
     per_token = LatentCache.bytes_per_token(c)
     yield f"context   {c.context_length} tokens, {per_token / 1e3:.1f} kB of cache each"
-    yield f"decoding  reads {weights.token_bytes / 1e9:.3f} GB a token"
+    yield f"decoding  reads {weights.step_bytes(1) / 1e9:.3f} GB a token"
     counts, sizes = Counter[str](), Counter[str]()
     for name, tensor in file.tensors.items():
         kind = packed.get(name, tensor.type)

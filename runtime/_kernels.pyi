@@ -108,7 +108,15 @@ class Layers:
     ) -> None: ...
 
 def run_layers(
-    layers: Layers, first: int, end: int, x: Floats, cos: Floats, sin: Floats, start: int, expanded: bool
+    layers: Layers,
+    first: int,
+    end: int,
+    x: Floats,
+    cos: Floats,
+    sin: Floats,
+    start: int,
+    expanded: bool,
+    asking: int,
 ) -> None: ...
 
 # The image tower's own steps; see runtime/native/vision.h.

@@ -12,6 +12,7 @@ only: the cache is computed again on the CPU from the tokens that it stood for, 
 goes on with the file's own weights, which the warning says.
 """
 
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from kimi_lite.runtime import kernels, vision
 from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError, DeviceWrongError
 from kimi_lite.runtime.hybrid import HybridModel, place
 from kimi_lite.runtime.kernels import Float
+from kimi_lite.runtime.lookup import STEPS, PromptLookup
 from kimi_lite.runtime.model import CpuModel, OnLayer, Spliced
 from kimi_lite.runtime.sampling import Sampler, SamplingOptions
 from kimi_lite.runtime.template import IMAGE_PAD
@@ -65,6 +67,7 @@ class BaseEngine(ABC):
         self.pad_id = vocab.specials.get(IMAGE_PAD, -1)
         self.finish_reason = ""
         self.n_reused = 0  # prompt tokens that the last prefill found in the cache
+        self.n_guessed = self.n_right = 0  # tokens that the last answer was guessed to go on with, and did
 
     @property
     def seen(self) -> list[object]:
@@ -87,6 +90,14 @@ class BaseEngine(ABC):
     ) -> list[Float]:
         """Embedding rows [M, D] of pictures, as `vision.encode` gives them."""
         return vision.encode(tower, canvases, on_progress)
+
+    def look_up(self, room: int) -> PromptLookup | None:
+        """What guesses an answer of so many tokens after the cached ones; None where `check` takes no guesses."""
+        return None
+
+    def check(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """One step of a token and guesses behind it, after the cached ones; the logits [T, V] that follow each."""
+        return self.append(ids)[None]
 
     def answered(self) -> None:  # noqa: B027
         """An answer has ended, however it did."""
@@ -176,32 +187,56 @@ class BaseEngine(ABC):
         """Tokens of the answer, without the stop token. Closing the iterator cancels between tokens.
 
         `constraint` says what may come next, and hears what came. Afterwards `finish_reason` is "stop", "length" (max_tokens), "context" (no room left) or "cancelled".
+
+        Where tokens are guessed (lookup.py), a step leaves logits for several; each is drawn when it is asked for, and only if
+        all guesses in front of it were right, so an answer is what it would be without them.
         """
-        self.finish_reason = "cancelled"
+        self.finish_reason, self.n_guessed, self.n_right = "cancelled", 0, 0
+        known, guesses = 0, list[int]()  # tokens that the cache holds for good, and those behind them
         try:
             sampler = Sampler(options, self.n_named)
-            logits_V = self.prefill(prompt, on_progress, pictures)
-            n = 0
+            rows_KV = self.prefill(prompt, on_progress, pictures)[None]
+            known = len(self.tokens)
+            left, at_last = self.context - known, "context"
+            if max_tokens is not None and max_tokens <= left:
+                left, at_last = max_tokens, "length"
+            lookup = self.look_up(left)
             while True:
-                token = sampler.draw(logits_V, self.tokens, constraint.allowed() if constraint else None)
-                if token in self.stop_ids:
-                    self.finish_reason = "stop"
-                    return
-                if constraint:
-                    constraint.accept(token)
-                yield token
-                n += 1
-                if constraint and constraint.complete:
-                    self.finish_reason = "stop"
-                    return
-                if max_tokens is not None and n >= max_tokens:
-                    self.finish_reason = "length"
-                    return
-                if len(self.tokens) + 1 >= self.context:
-                    self.finish_reason = "context"
-                    return
-                logits_V = self.append([token])
+                for logits_V, guess in zip(rows_KV, [*guesses, None], strict=True):
+                    so_far = self.tokens[:known] if guesses else self.tokens
+                    token = sampler.draw(logits_V, so_far, constraint.allowed() if constraint else None)
+                    if token in self.stop_ids:
+                        self.finish_reason = "stop"
+                        return
+                    if constraint:
+                        constraint.accept(token)
+                    yield token
+                    left -= 1
+                    if constraint and constraint.complete:
+                        self.finish_reason = "stop"
+                        return
+                    if left <= 0:
+                        self.finish_reason = at_last
+                        return
+                    if lookup:
+                        lookup.add(token)
+                    if token != guess:
+                        break
+                    known += 1
+                    self.n_right += 1
+                if lookup and guesses:
+                    lookup.checked(len(guesses), known - len(self.tokens) + len(guesses))
+                    self.rewind(known)
+                guesses = lookup.guess(left - 1) if lookup else []
+                started = time.perf_counter()
+                rows_KV = self.check([token, *guesses])
+                if lookup:
+                    lookup.took(len(rows_KV), time.perf_counter() - started)
+                known += 1
+                self.n_guessed += len(guesses)
         finally:
+            if guesses:
+                self.rewind(known)
             self.answered()
 
     @property
@@ -242,6 +277,7 @@ class Engine(BaseEngine):
         self.image_side = self.weights.image_side
         kernels.set_threads(threads)
         self.model: CpuModel | HybridModel = place(self.weights, self.context, vram, prove, gpu_dense)
+        self.guessing = True  # an answer is the same without; see lookup.py
         self._prove = prove
         self._tower_off_card = False  # what the card gave was wrong, or it has no kernels
         self._said_no_room = False
@@ -279,6 +315,23 @@ class Engine(BaseEngine):
                 self._tower_off_card = True
                 warnings.warn(f"{error}; the CPU encodes pictures", KimiLiteWarning, stacklevel=3)
         return vision.encode(tower, canvases, on_progress)
+
+    def look_up(self, room: int) -> PromptLookup | None:
+        """On the CPU alone: a card's step gives logits for its last token only."""
+        if not self.guessing or not isinstance(self.model, CpuModel):
+            return None
+        one = self.weights.step_bytes(1)
+        costs = {n: self.weights.step_bytes(n) / one for n in STEPS}
+        return PromptLookup(self.tokens, room, len(self.vocab.ranks), costs)
+
+    def check(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        if len(ids) == 1:  # the model may have no other way
+            return super().check(ids)
+        assert isinstance(self.model, CpuModel)
+        logits_TV = self.model.check(np.asarray(ids, np.int32))
+        self.tokens += ids
+        self.places += [None] * len(ids)
+        return logits_TV
 
     def answered(self) -> None:
         """Which experts the answer used is remembered for the next plan."""

@@ -371,12 +371,14 @@ def run_layers(
     sin_TR: Float,
     start: int,
     expanded: bool = False,
+    asking: int = 1,
 ) -> None:
     """`attend` and `feed_forward` of the layers from `first` up to `end`, one after the other.
 
-    The last of all gives its output for the last token only, for no other's is ever read; its attention is absorbed.
+    The last of all gives its output for the last `asking` tokens only, for no other's is read; unless those are all, its
+    attention is absorbed.
     """
-    _kernels.run_layers(layers, first, end, x_TD, cos_TR, sin_TR, start, expanded)
+    _kernels.run_layers(layers, first, end, x_TD, cos_TR, sin_TR, start, expanded, asking)
 
 
 use_isa(os.environ.get("KIMI_LITE_ISA"), "KIMI_LITE_ISA")

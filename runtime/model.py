@@ -7,7 +7,7 @@ heads are made from the cache for the time of a layer: a long prompt's fewest pr
 `expands` chooses by the number of tokens alone. Within a form, sums have one fixed order (docs/kernels.md), and a token
 has the same bits in whatever pass it comes.
 
-Dimension key:  T tokens   D hidden   R rope   V vocabulary   M image tokens
+Dimension key:  T tokens   K of them whose logits are asked for   D hidden   R rope   V vocabulary   M image tokens
 """
 
 from collections.abc import Callable
@@ -52,6 +52,15 @@ class CpuModel:
 
         `pictures` gives embedding rows to the positions of image tokens: (positions [M] in this step, rows [M, D]).
         """
+        return self._run(ids_T, pictures, on_layer, 1).reshape(-1)
+
+    def check(self, ids_T: NDArray[np.int32]) -> Float:
+        """`forward`, with the logits that follow each of the tokens, float32 [T, V]."""
+        return self._run(ids_T, None, None, len(ids_T))
+
+    def _run(
+        self, ids_T: NDArray[np.int32], pictures: Spliced | None, on_layer: OnLayer | None, asking: int
+    ) -> Float:
         weights, cache, T = self.weights, self.cache, len(ids_T)
         c, L = weights.config, len(weights.layers)
         assert cache.n + T <= cache.context, f"{T} tokens after {cache.n} exceed {cache.context}"
@@ -61,12 +70,12 @@ class CpuModel:
         at_once = L if T <= BRIEF else 1
         for first in range(0, L, at_once):
             end = first + at_once
-            kernels.run_layers(self._layers, first, end, x_TD, cos_TR, sin_TR, cache.n, expanded)
+            kernels.run_layers(self._layers, first, end, x_TD, cos_TR, sin_TR, cache.n, expanded, asking)
             if on_layer:
                 on_layer(end)
         cache.n += T
-        last_1D = kernels.rms_norm(x_TD[-1:], weights.norm_D, c.rms_eps)
-        return kernels.linear(weights.head, last_1D).reshape(-1)
+        asked_KD = kernels.rms_norm(x_TD[-asking:], weights.norm_D, c.rms_eps)
+        return kernels.linear(weights.head, asked_KD)
 
     def rewind(self, n: int) -> None:
         """Keep the first n cached positions."""

@@ -51,9 +51,15 @@ class Weights:
     norm_D: Float
     head: Matrix  # [V, D]
     n_bytes: int  # of the file
-    token_bytes: int  # of weights, read for one decoded token
+    fixed_bytes: int  # of weights that every step reads
+    routed_bytes: int  # of all routed experts
     packed_bytes: int  # held in memory of their own, because they were packed at load
     image_side: GgufFile | None = None  # the file itself, if it holds the image side too
+
+    def step_bytes(self, n_tokens: int) -> int:
+        """Of weights, read by a step: n tokens that choose A of E experts independently meet E (1 - (1 - A/E)^n) of them."""
+        c = self.config
+        return self.fixed_bytes + round(self.routed_bytes * (1 - (1 - c.n_active / c.n_experts) ** n_tokens))
 
 
 def open_weights(path: Path, *, pack: bool = True) -> Weights:
@@ -102,7 +108,6 @@ def open_weights(path: Path, *, pack: bool = True) -> Weights:
     read.finish()
     routed = sum(read.bytes[n] for n in read.bytes if "_exps" in n)
     fixed = sum(read.bytes.values()) - routed - read.bytes["token_embd.weight"]
-    token_bytes = fixed + routed * c.n_active // c.n_experts
     for key in [k for k in file.metadata if k.startswith("tokenizer.")]:
         del file.metadata[key]  # some 20 MB that `vocab` now holds in its own form
     return Weights(
@@ -114,7 +119,8 @@ def open_weights(path: Path, *, pack: bool = True) -> Weights:
         norm,
         head,
         path.stat().st_size,
-        token_bytes,
+        fixed,
+        routed,
         sum(read.packed_bytes.values()),
         file if image_side else None,
     )

@@ -145,15 +145,19 @@ struct OneToken {
 
 void attention(const LatentCache& cache, const float* q, const float* qr, int start, int T, int H, float scale, float* u) {
   const int C = cache.C, R = cache.R;
-  if (T == 1) {  // all threads on one token
-    static OneToken token;
+  if (T <= kTile) {  // so few that all threads share each
+    static OneToken tokens[kTile];
     constexpr int step = 4;
-    token.begin(cache, H, start);
-    pool().run(H, [&](int h, int) { token.ask(h, q, qr); });
-    pool().run((token.row_blocks() + step - 1) / step,
-               [&](int i, int) { token.compare(i * step, std::min((i + 1) * step, token.row_blocks())); });
-    pool().run(H, [&](int h, int) { token.weigh(h, scale); });
-    pool().run(C / kGroup, [&](int pair, int) { token.sum(pair, u); });
+    for (int t = 0; t < T; ++t) tokens[t].begin(cache, H, start + t);
+    const int parts = (tokens[T - 1].row_blocks() + step - 1) / step, pairs = C / kGroup;  // of a token's positions and channels
+    const auto at = [H](const float* x, int t, int width) { return x + static_cast<size_t>(t) * H * width; };
+    pool().run(T * H, [&](int i, int) { tokens[i / H].ask(i % H, at(q, i / H, C), at(qr, i / H, R)); });
+    pool().run(T * parts, [&](int i, int) {
+      const int from = i % parts * step;
+      tokens[i / parts].compare(from, std::min(from + step, tokens[i / parts].row_blocks()));
+    });
+    pool().run(T * H, [&](int i, int) { tokens[i / H].weigh(i % H, scale); });
+    pool().run(T * pairs, [&](int i, int) { tokens[i / pairs].sum(i % pairs, u + static_cast<size_t>(i / pairs) * H * C); });
     return;
   }
   pool().run(T, [&](int t, int) {

@@ -357,10 +357,13 @@ NB_MODULE(_kernels, m) {
              new (self) Layers(std::move(layers));
            },
            "attention"_a, "feed_forward"_a, "caches"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());
-  m.def("run_layers", [](const Layers& layers, int first, int end, const Out& x, const Floats& cos, const Floats& sin, int start, bool expanded) {
+  m.def("run_layers", [](const Layers& layers, int first, int end, const Out& x, const Floats& cos, const Floats& sin, int start, bool expanded,
+                         int asking) {
     require(0 <= first && first <= end && end <= static_cast<int>(layers.all.size()), "there are not so many layers");
     for (int i = first; i < end; ++i) checked_tokens(*layers.all[i].attention, *layers.all[i].cache, x, cos, sin, start);
+    const int T = axis(x, 0, "x");
+    require(1 <= asking && asking <= T, "so many tokens cannot be asked for");
     Computing computing;
-    run_layers(layers, first, end, x.data(), axis(x, 0, "x"), cos.data(), sin.data(), start, expanded);
-  }, "layers"_a, "first"_a, "end"_a, "x"_a, "cos"_a, "sin"_a, "start"_a, "expanded"_a);
+    run_layers(layers, first, end, x.data(), T, cos.data(), sin.data(), start, expanded, asking);
+  }, "layers"_a, "first"_a, "end"_a, "x"_a, "cos"_a, "sin"_a, "start"_a, "expanded"_a, "asking"_a);
 }

@@ -135,7 +135,7 @@ void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
 // Calls task(from, to) for all row blocks of down, several at a time.
 template <typename Task>
 void each_down(int D, int T, const Task& task) {
-  const int blocks = blocks_of(D), step = T == 1 ? blocks_of_one(blocks) : kPair;
+  const int blocks = blocks_of(D), step = T <= kTile ? blocks_of_one(blocks) : kPair;
   pool().run((blocks + step - 1) / step, [&](int i, int) { task(i * step, std::min((i + 1) * step, blocks)); });
 }
 

@@ -295,13 +295,13 @@ void feed_forward_layer(const FeedForwardLayer& l, float* x, int T, bool counts)
   mixture(l.routed, chosen_ids, chosen_weights, A, &l.shared, h, T, D, x);
 }
 
-void run_layers(const Layers& layers, int first, int end, float* x, int T, const float* cos, const float* sin, int start, bool expanded) {
+void run_layers(const Layers& layers, int first, int end, float* x, int T, const float* cos, const float* sin, int start, bool expanded,
+                int asking) {
   for (int i = first; i < end; ++i) {
     const Layer& layer = layers.all[i];
-    const bool last = T > 1 && i + 1 == static_cast<int>(layers.all.size());
-    const int asking = last ? 1 : T;
-    attention_layer(*layer.attention, x, T, cos, sin, *layer.cache, start, expanded && !last, asking);
-    feed_forward_layer(*layer.feed_forward, x + static_cast<size_t>(T - asking) * layer.attention->q.columns, asking, T == 1);
+    const int answered = i + 1 == static_cast<int>(layers.all.size()) ? asking : T;
+    attention_layer(*layer.attention, x, T, cos, sin, *layer.cache, start, expanded && answered == T, answered);
+    feed_forward_layer(*layer.feed_forward, x + static_cast<size_t>(T - answered) * layer.attention->q.columns, answered, T == 1);
   }
 }
 

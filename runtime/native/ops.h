@@ -127,6 +127,7 @@ struct Layer {
   const LatentCache* cache;
 };
 struct Layers { std::vector<Layer> all; };
-// Layers first..end. What the model's last one gives for other tokens than the last nobody reads, so only its cache hears of those.
-void run_layers(const Layers& layers, int first, int end, float* x, int T, const float* cos, const float* sin, int start, bool expanded);
+// Layers first..end. Of the model's last one, only what it gives for the last `asking` tokens is read, so only its cache hears of others.
+void run_layers(const Layers& layers, int first, int end, float* x, int T, const float* cos, const float* sin, int start, bool expanded,
+                int asking);
 }  // namespace kimi
