@@ -21,6 +21,8 @@ from kimi_lite.errors import DoesNotFitError
 from kimi_lite.formats.config import TextConfig
 from kimi_lite.runtime import kernels
 
+BLOCK = 16  # positions of a row block
+
 
 class LatentCache:
     """Room for `context` positions, of which the first `n` are filled."""
@@ -37,6 +39,8 @@ class LatentCache:
                 f"a context of {context} tokens needs {config.n_layers * sum(sizes) / 1e9:.1f} GB of memory, which the system "
                 f"does not give ({error.strerror}); ask for a shorter one with --context"
             ) from error
+        self._rows = rows
+        self._block_bytes = kernels.latent_cache_bytes(BLOCK, C, R)[0]
         self.layers = [
             kernels.latent_cache(rows[i], columns[i], context, C, R) for i in range(config.n_layers)
         ]
@@ -45,6 +49,17 @@ class LatentCache:
         """Forget all positions from n on."""
         assert 0 <= n <= self.n, f"rewind to {n} of {self.n} positions"
         self.n = n
+
+    def rows(self, first: int, end: int) -> list[NDArray[np.uint8]]:
+        """Of each layer, the row blocks of 16 positions that hold the positions first..end, as they lie."""
+        where = slice(first // BLOCK * self._block_bytes, -(-end // BLOCK) * self._block_bytes)
+        return [rows[where] for rows in self._rows]
+
+    def adopt(self, first: int, end: int) -> None:
+        """The rows of first..end have been filled from elsewhere; they are the last positions now."""
+        for layer in self.layers:
+            kernels.turn_columns(layer, first, end)
+        self.n = end
 
     @staticmethod
     def bytes_per_token(config: TextConfig) -> int:

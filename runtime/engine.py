@@ -26,17 +26,18 @@ from kimi_lite.errors import KimiLiteWarning, UsageError
 from kimi_lite.formats.config import TextConfig
 from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.formats.vocab import Vocab
-from kimi_lite.runtime import kernels, vision
+from kimi_lite.runtime import image_cache, kernels, vision
 from kimi_lite.runtime.cuda.device import DeviceLostError, DeviceMemoryError, DeviceWrongError
 from kimi_lite.runtime.hybrid import HybridModel, place
 from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.lookup import STEPS, PromptLookup
 from kimi_lite.runtime.model import CpuModel, OnLayer, Spliced
+from kimi_lite.runtime.prefix_cache import PrefixCache
 from kimi_lite.runtime.sampling import Sampler, SamplingOptions
 from kimi_lite.runtime.template import IMAGE_PAD
 from kimi_lite.runtime.tokenizer import Tokenizer
 from kimi_lite.runtime.usage import default_directory, save_usage
-from kimi_lite.runtime.vision import EncodedImage, VisionWeights
+from kimi_lite.runtime.vision import EncodedImage, Place, VisionWeights
 from kimi_lite.runtime.weights import open_weights
 
 if TYPE_CHECKING:  # llguidance is imported for those answers that are constrained
@@ -45,7 +46,6 @@ if TYPE_CHECKING:  # llguidance is imported for those answers that are constrain
 DEFAULT_CONTEXT = 32768
 
 Progress = Callable[[int, int], None]  # prompt tokens done, in all
-Place = tuple[EncodedImage, int] | None  # the picture and the row that an image token stands for
 
 
 class BaseEngine(ABC):
@@ -98,6 +98,10 @@ class BaseEngine(ABC):
     def check(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """One step of a token and guesses behind it, after the cached ones; the logits [T, V] that follow each."""
         return self.append(ids)[None]
+
+    def recall(self, prompt: Sequence[int], places: Sequence[Place], n: int) -> int:
+        """Fill more of the cache than the n tokens of the prompt that it holds, from what was kept; how many it holds then."""
+        return n
 
     def answered(self) -> None:  # noqa: B027
         """An answer has ended, however it did."""
@@ -162,7 +166,7 @@ class BaseEngine(ABC):
                 break
             shared += 1
         self.rewind(shared)
-        self.n_reused = shared
+        shared = self.n_reused = self.recall(prompt, places, shared)
         return self.append(prompt[shared:], on_progress, places[shared:])
 
     def _places(self, prompt: Sequence[int], pictures: Sequence[EncodedImage]) -> list[Place]:
@@ -278,6 +282,7 @@ class Engine(BaseEngine):
         kernels.set_threads(threads)
         self.model: CpuModel | HybridModel = place(self.weights, self.context, vram, prove, gpu_dense)
         self.guessing = True  # an answer is the same without; see lookup.py
+        self.prefixes = PrefixCache(path, image_cache.default_directory())
         self._prove = prove
         self._tower_off_card = False  # what the card gave was wrong, or it has no kernels
         self._said_no_room = False
@@ -333,8 +338,22 @@ class Engine(BaseEngine):
         self.places += [None] * len(ids)
         return logits_TV
 
+    def recall(self, prompt: Sequence[int], places: Sequence[Place], n: int) -> int:
+        """Pictures that were read before, on the CPU alone: a card reads them as fast as a disk would."""
+        if isinstance(self.model, CpuModel):
+            for span in self.prefixes.spans(prompt[:-1], places[:-1]):
+                if span.end > n:
+                    if not self.prefixes.restore(span, self.model.cache):
+                        break
+                    n = span.end
+            self.tokens[:], self.places[:] = prompt[:n], places[:n]
+        return n
+
     def answered(self) -> None:
-        """Which experts the answer used is remembered for the next plan."""
+        """Pictures that the answer read are kept, and which experts it used is remembered for the next plan."""
+        if isinstance(self.model, CpuModel):
+            for span in self.prefixes.spans(self.tokens, self.places):
+                self.prefixes.keep(span, self.model.cache)
         save_usage(self.weights, default_directory())
 
     def forward(self, ids: Sequence[int], places: Sequence[Place], on_layer: OnLayer) -> NDArray[np.float32]:

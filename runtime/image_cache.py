@@ -16,14 +16,13 @@ import contextlib
 import hashlib
 import os
 import struct
-import tempfile
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_lite.runtime.directories import cache_directory
+from kimi_lite.runtime.directories import cache_directory, make_room, written
 
 MAGIC = b"KLIMAGE1"
 HEAD = struct.Struct("<8sII32s")
@@ -60,20 +59,11 @@ class ImageCache:
         if self.directory is None or rows_MD.nbytes > self.disk_bytes:
             return
         with contextlib.suppress(OSError):
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.directory.chmod(0o700)
             payload = rows_MD.tobytes()
-            head = HEAD.pack(MAGIC, *rows_MD.shape, hashlib.sha256(payload).digest())
-            # Written aside and renamed, so that no reader meets half a file; mkstemp makes it 0600.
-            handle, name = tempfile.mkstemp(dir=self.directory, suffix=".part")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(head + payload)
-                os.replace(name, self.directory / f"{key}.rows")
-            except OSError:
-                os.unlink(name)
-                raise
-            self._make_room()
+            with written(self.directory / f"{key}.rows") as file:
+                file.write(HEAD.pack(MAGIC, *rows_MD.shape, hashlib.sha256(payload).digest()) + payload)
+            self.directory.chmod(0o700)
+            make_room(self.directory, ".rows", self.disk_bytes)
 
     def _remember(self, key: str, rows_MD: Rows) -> None:
         self._memory[key] = rows_MD
@@ -98,20 +88,3 @@ class ImageCache:
         if magic != MAGIC or len(payload) != 2 * M * D or hashlib.sha256(payload).digest() != digest:
             return None
         return np.frombuffer(payload, np.float16).reshape(M, D)
-
-    def _make_room(self) -> None:
-        assert self.directory is not None
-        found = []
-        for path in self.directory.iterdir():
-            if path.suffix not in (".rows", ".part"):
-                continue  # not ours
-            with contextlib.suppress(OSError):  # another process was faster
-                status = path.stat()
-                found.append((status.st_mtime, status.st_size, path))
-        total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
-            if total <= self.disk_bytes:
-                break
-            with contextlib.suppress(OSError):
-                path.unlink()
-                total -= size

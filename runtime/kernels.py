@@ -232,6 +232,11 @@ def remember(cache: "_kernels.LatentCache", rows_TX: Float, start: int) -> None:
     _kernels.remember(cache, rows_TX, start)
 
 
+def turn_columns(cache: "_kernels.LatentCache", first: int, end: int) -> None:
+    """Make the columns of those whole groups of 32 positions that first..end completes, from the rows."""
+    _kernels.turn_columns(cache, first, end)
+
+
 def latent_attention(
     cache: "_kernels.LatentCache", q_THC: Float, qr_THR: Float, start: int, scale: float
 ) -> Float:

@@ -28,10 +28,11 @@ from kimi_lite.formats.config import TextConfig
 from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.formats.vocab import Vocab
 from kimi_lite.runtime import kernels
-from kimi_lite.runtime.engine import BaseEngine, Place
+from kimi_lite.runtime.engine import BaseEngine
 from kimi_lite.runtime.llama_bindings import ALL_LAYERS, IK_LLAMA, LLAMA
 from kimi_lite.runtime.llama_bindings import bindings as open_bindings
 from kimi_lite.runtime.model import OnLayer
+from kimi_lite.runtime.vision import Place
 
 MOST = 512  # layers or experts that llama.cpp has room for
 

@@ -17,16 +17,14 @@ Dimension key:  L layers with routed experts   E routed experts
 
 import contextlib
 import hashlib
-import os
 import struct
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_lite.runtime.directories import cache_directory
+from kimi_lite.runtime.directories import cache_directory, written
 from kimi_lite.runtime.weights import Weights
 
 MAGIC = b"KLUSAGE1"
@@ -70,16 +68,8 @@ def save_usage(weights: Weights, directory: Path | None) -> None:
     body = counts_LE.astype("<u8").tobytes()
     head = HEAD.pack(MAGIC, *counts_LE.shape, hashlib.sha256(body).digest())
     with contextlib.suppress(OSError):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Were it to stay, it would go with the old ones.
-        handle, temporary = tempfile.mkstemp(".usage", "writing-", directory)
-        try:
-            with os.fdopen(handle, "wb") as out:
-                out.write(head + body)
-            os.replace(temporary, directory / entry_name(weights))
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with written(directory / entry_name(weights)) as out:
+            out.write(head + body)
         for used_E in live:
             used_E[:] = 0
         entries = sorted(directory.glob("*.usage"), key=lambda path: path.stat().st_mtime, reverse=True)

@@ -60,6 +60,9 @@ class EncodedImage(ImagePart):
     digest: str
 
 
+Place = tuple[EncodedImage, int] | None  # the picture and the row that an image token stands for
+
+
 @dataclass(frozen=True)
 class Linear:
     """A matrix and its bias."""

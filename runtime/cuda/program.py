@@ -15,17 +15,15 @@ import ctypes
 import ctypes.util
 import hashlib
 import importlib.util
-import os
 import re
 import sys
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from kimi_lite.errors import KimiLiteError
-from kimi_lite.runtime.directories import cache_directory
+from kimi_lite.runtime.directories import cache_directory, written
 
 FILES = ("arithmetic.cu", "products.cu", "attention.cu", "experts.cu", "vision.cu")  # in the order of reading
 # The CPU engine's bits: no contraction, IEEE division and roots, subnormal numbers kept.
@@ -285,13 +283,5 @@ def _write(path: Path | None, cubin: bytes) -> None:
     """Trouble with the disk costs a compilation at the next start, nothing else."""
     if path is None:
         return
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(cubin).digest() + cubin)
-            os.replace(name, path)
-        except OSError:
-            os.unlink(name)
-            raise
+    with contextlib.suppress(OSError), written(path) as file:
+        file.write(hashlib.sha256(cubin).digest() + cubin)

@@ -18,10 +18,14 @@ void remember(const LatentCache& cache, const float* latent_and_key, int T, int 
   };
   if (T < 4) for (int t = 0; t < T; ++t) store(t, 0);
   else pool().run(T, store);
-  const int first = start / kGroup, whole = (start + T) / kGroup - first;  // groups that are now complete
-  pool().run(whole, [&](int i, int) {
-    const int g = first + i;
-    kernels().turn_rows(cache.rows, cache.rows_stride(), g * kGroup, kGroup, C, cache.columns + static_cast<size_t>(g) * kQ8Run,
+  turn_columns(cache, start, start + T);
+}
+
+void turn_columns(const LatentCache& cache, int first, int end) {
+  const int from = first / kGroup;
+  pool().run(end / kGroup - from, [&](int i, int) {
+    const int g = from + i;
+    kernels().turn_rows(cache.rows, cache.rows_stride(), g * kGroup, kGroup, cache.C, cache.columns + static_cast<size_t>(g) * kQ8Run,
                         cache.columns_stride());
   });
 }

@@ -249,6 +249,11 @@ NB_MODULE(_kernels, m) {
     Computing computing;
     remember(cache, rows.data(), T, start);
   }, "cache"_a, "rows"_a, "start"_a);
+  m.def("turn_columns", [](const LatentCache& cache, int first, int end) {
+    require(0 <= first && first <= end && end <= cache.context, "the cache has no such positions");
+    Computing computing;
+    turn_columns(cache, first, end);
+  }, "cache"_a, "first"_a, "end"_a);
   m.def("attention", [](const LatentCache& cache, const Floats& q, const Floats& qr, int start, float scale, const Out& u) {
     const int T = axis(q, 0, "q"), H = axis(q, 1, "q");
     same(axis(q, 2, "q"), cache.C, "q's width");

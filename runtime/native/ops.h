@@ -93,6 +93,8 @@ struct LatentCache {
 };
 // Stores T positions from `start` on; row t is the latent and the rotated key, one after the other.
 void remember(const LatentCache& cache, const float* latent_and_key, int T, int start);
+// The columns of those whole groups of 32 positions that first..end completes, from the rows.
+void turn_columns(const LatentCache& cache, int first, int end);
 // Absorbed attention: token t stands at start + t and sees the positions up to itself. q [T][H][C], qr [T][H][R].
 void attention(const LatentCache& cache, const float* q, const float* qr, int start, int T, int H, float scale, float* u);
 // The same in the expanded form, with a head's own keys and values: q [T][H][q_width], of which the first N are read; o [T][H][V].

@@ -1,6 +1,7 @@
 """Pictures through every entrance, from a file on disk to nano's answer, as a person asks."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,14 +75,17 @@ def test_ask_tells_what_a_picture_cost(pictures: dict[str, Path]) -> None:
     assert b"9 image tokens in" in command("ask", "--image", pictures["red"], COLOUR).stderr
 
 
-def test_a_second_process_encodes_nothing(pictures: dict[str, Path], own_cache: Path) -> None:
-    first = command("ask", "-q", "--image", pictures["red"], COLOUR)
-    (entry,) = own_cache.iterdir()
-    written = entry.stat().st_ino
-    second = command("ask", "-q", "--image", pictures["red"], "What shape is it?")
-    assert first.stdout == b"red\n"
-    assert second.stdout == b"circle\n"
-    assert [p.stat().st_ino for p in own_cache.iterdir()] == [written]
+def test_a_second_process_encodes_and_reads_nothing_again(pictures: dict[str, Path], own_cache: Path) -> None:
+    first = command("ask", "--image", pictures["red"], COLOUR)
+    written = {entry.name: entry.stat().st_ino for entry in own_cache.iterdir()}
+    assert sorted(name.partition(".")[2] for name in written) == ["latents", "rows"]
+    second = command("ask", "--image", pictures["red"], "What shape is it?")
+    assert (first.stdout, second.stdout) == (b"red\n", b"circle\n")
+    assert b"(0 reused" in first.stderr
+    found = re.search(rb"\((\d+) reused", second.stderr)
+    assert found is not None
+    assert int(found[1]) > 9  # the picture's tokens, and those in front of it
+    assert {entry.name: entry.stat().st_ino for entry in own_cache.iterdir()} == written
     model = kimi_lite.load()
     model.ask(COLOUR, images=[pictures["red"]])
     assert model.encoder is not None
