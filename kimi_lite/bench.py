@@ -77,6 +77,9 @@ class Report:
     placement: str
     layers: int
     load_s: float
+    large_pages: (
+        float | None
+    )  # the share of the mapped file that lies in pages of 2 MB, where the system tells
     weight_bytes_per_token: int
     cache_bytes_per_token: int
     machine: dict[str, Any]
@@ -149,6 +152,7 @@ def measure(
         placement=engine.placement,
         layers=config.n_layers,
         load_s=round(load_s, 3),
+        large_pages=large_pages(path),
         weight_bytes_per_token=engine.weights.step_bytes(1),
         cache_bytes_per_token=LatentCache.bytes_per_token(config),
         machine=machine(),
@@ -304,6 +308,22 @@ def memory_now(process: psutil.Process) -> Memory:
     return Memory(full.uss, max(0, full.rss - full.uss))
 
 
+def large_pages(path: Path, maps: Path = Path("/proc/self/smaps")) -> float | None:
+    """The share of what this process has mapped of a file that lies in pages of 2 MB; None where that is not known."""
+    mapped, large, ours = 0, 0, False
+    if not maps.exists():
+        return None
+    for line in maps.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if "-" in name:  # where the next map begins
+            ours = line.endswith(str(path.resolve()))
+        elif ours and name == "Rss":
+            mapped += int(value.split()[0])
+        elif ours and name == "FilePmdMapped":
+            large += int(value.split()[0])
+    return round(large / mapped, 3) if mapped else None
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and system."""
     info = Path("/proc/cpuinfo")
@@ -326,6 +346,9 @@ def table(report: Report) -> Iterator[str]:
         f"{report.cache_bytes_per_token / 1e3:.1f} kB for each token before it"
     )
     yield f"runs on {report.placement}"
+    if report.large_pages is not None:
+        slower = "" if report.large_pages > 0.9 else "; decoding is slower with small ones (docs/kernels.md)"
+        yield f"{report.large_pages:.0%} of the mapped file lie in large pages{slower}"
     yield f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, {m['system']}"
     yield f"kimi-lite {version['kimi-lite']} with {report.isa}, Python {version['python']}, numpy {version['numpy']}"
     yield ""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from kimi_lite.errors import KimiLiteWarning, UsageError
@@ -282,6 +283,9 @@ class Engine(BaseEngine):
         kernels.set_threads(threads)
         self.model: CpuModel | HybridModel = place(self.weights, self.context, vram, prove, gpu_dense)
         self.guessing = True  # an answer is the same without; see lookup.py
+        mapped = self.weights.packed_bytes == 0 and isinstance(self.model, CpuModel)
+        if mapped and psutil.virtual_memory().available > self.weights.n_bytes:
+            self.weights.file.bring_in()
         self.prefixes = PrefixCache(path, image_cache.default_directory())
         self._prove = prove
         self._tower_off_card = False  # what the card gave was wrong, or it has no kernels

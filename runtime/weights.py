@@ -54,7 +54,12 @@ class Weights:
     fixed_bytes: int  # of weights that every step reads
     routed_bytes: int  # of all routed experts
     packed_bytes: int  # held in memory of their own, because they were packed at load
-    image_side: GgufFile | None = None  # the file itself, if it holds the image side too
+    file: GgufFile
+
+    @property
+    def image_side(self) -> GgufFile | None:
+        """The file, if it holds the image side too."""
+        return self.file if holds_image_side(self.file) else None
 
     def step_bytes(self, n_tokens: int) -> int:
         """Of weights, read by a step: n tokens that choose A of E experts independently meet E (1 - (1 - A/E)^n) of them."""
@@ -79,8 +84,7 @@ def open_weights(path: Path, *, pack: bool = True) -> Weights:
     if vocab.size != config.vocab_size:
         raise ModelFileError(f"{path}: {vocab.size} tokens are named, but the model has {config.vocab_size}")
     read = _Tensors(file, pack)
-    image_side = holds_image_side(file)
-    if image_side:  # read by runtime/vision, when the first picture comes
+    if holds_image_side(file):  # read by runtime/vision, when the first picture comes
         read.skip(*(name for name in file.tensors if of_image_side(name)))
     c = config
     D = c.hidden_size
@@ -122,7 +126,7 @@ def open_weights(path: Path, *, pack: bool = True) -> Weights:
         fixed,
         routed,
         sum(read.packed_bytes.values()),
-        file if image_side else None,
+        file,
     )
 
 

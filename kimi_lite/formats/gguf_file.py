@@ -10,14 +10,20 @@ tensor's extent against the file, so a damaged or hostile file ends in one sente
 views of the map. The writer declares all tensors first, then takes their bytes in order and in pieces, into a
 temporary file beside the target that gets its name only when it is complete.
 
+Where the system can, files are mapped in large pages (2 MB): decoding is a tenth faster with them than with 512 times as many
+small ones. Linux makes them when a file is read through a map that asks for them, if the file system knows how (ext4 since 6.16, XFS).
+A file that is in memory already stays in whatever pages it came in, so the writer lets go of what it has written.
+
 Source: the GGUF specification (ggml project); checked against the `gguf` package in both directions.
 """
 
+import contextlib
 import mmap
 import os
 import shutil
 import struct
 import tempfile
+import threading
 import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +40,7 @@ from kimi_lite.formats.ggml_types import BY_NAME, BY_NUMBER
 MAGIC, VERSION = b"GGUF", 3
 MAX_COUNT = 1 << 20  # tensors or metadata entries; the real file has 430 and 45
 MAX_DIMENSIONS = 4
+LARGE_PAGE = 2 << 20
 STRING, ARRAY = 8, 9
 SCALARS: dict[int, str] = {  # GGUF's value types, as struct codes
     0: "<B",
@@ -184,6 +191,9 @@ class GgufFile:
                         f"{path}: {size} bytes are too few for a GGUF file; download it again"
                     )
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                if hasattr(mmap, "MADV_HUGEPAGE"):
+                    with contextlib.suppress(OSError):  # a kernel without large pages
+                        self.map.madvise(mmap.MADV_HUGEPAGE)
         except FileNotFoundError:
             raise ModelFileError(f"{path}: not found") from None
         except IsADirectoryError:
@@ -228,6 +238,16 @@ class GgufFile:
                     f"the tensor {name!r} needs {n_bytes} bytes at {base + offset}, but the file has {size} in all"
                 )
             self.tensors[name] = GgufTensor(name, type_name, shape, whole[base + offset :][:n_bytes])
+
+    def bring_in(self) -> threading.Thread:
+        """Begin to read the whole file into memory, in order: sooner than if its pages came one by one, as they are used.
+
+        Where it is in memory already, that is a tenth of a second of one thread.
+        """
+        whole = np.frombuffer(self.map, np.uint8)
+        reader = threading.Thread(target=np.add.reduce, args=(whole[::LARGE_PAGE],), daemon=True)
+        reader.start()
+        return reader
 
     def forget(self, tensor: GgufTensor) -> None:
         """Let go of the memory that a tensor's pages take; they come back from the file if they are read again."""
@@ -366,6 +386,8 @@ class GgufWriter:
                 )
                 self._file.flush()
                 os.fsync(self._file.fileno())
+                if hasattr(os, "posix_fadvise"):  # not in memory any more: it shall come back in large pages
+                    os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 self._file.close()
                 mask = os.umask(0)
                 os.umask(mask)

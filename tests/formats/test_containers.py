@@ -1,6 +1,9 @@
 """GGUF, safetensors and packed layouts: byte literals, the reference packages in both directions, damaged files."""
 
 import contextlib
+import ctypes
+import mmap
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +18,7 @@ from safetensors.torch import load_file
 
 from kimi_lite.errors import ModelFileError
 from kimi_lite.formats.ggml_types import BY_NAME, BY_NUMBER
-from kimi_lite.formats.gguf_file import GgufFile, GgufWriter, TensorSpec
+from kimi_lite.formats.gguf_file import LARGE_PAGE, GgufFile, GgufWriter, TensorSpec
 from kimi_lite.formats.packed import (
     QUANTIZED,
     join_mlp,
@@ -171,6 +174,36 @@ def test_random_damage_never_escapes(tmp_path_factory: pytest.TempPathFactory, d
     path.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
     with contextlib.suppress(ModelFileError):
         GgufFile(path)
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without large pages"
+)
+def test_a_file_is_mapped_for_large_pages_and_brought_in_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    n = (9 << 20) // 4
+    with GgufWriter(path, {}, [TensorSpec("t", "F32", (n,))]) as out:
+        out.write(np.ones(n, np.float32))
+    file = GgufFile(path)
+    whole = np.frombuffer(file.map, np.uint8)
+    smaps = Path("/proc/self/smaps").read_text().split(str(path), 1)[1]
+    assert "hg" in smaps.split("VmFlags:", 1)[1].splitlines()[0].split()
+    file.bring_in().join()
+    resident = (ctypes.c_ubyte * -(-whole.size // mmap.PAGESIZE))()
+    address = ctypes.c_void_p(whole.ctypes.data)
+    assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(whole.size), resident) == 0
+    assert all(page & 1 for page in resident[:: LARGE_PAGE // mmap.PAGESIZE])
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no such advice")
+def test_what_was_written_does_not_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: calls.append(("fsync", handle)))
+    monkeypatch.setattr(os, "posix_fadvise", lambda *a: calls.append(a))
+    with GgufWriter(tmp_path / "x.gguf", {}, [TensorSpec("t", "I8", (5,))]) as out:
+        out.write(np.zeros(5, np.int8))
+    (_, handle), advice = calls  # only what is on the disk can be let go of
+    assert advice == (handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def test_a_writer_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from peer_worker import repeat_state
 from peers import PEERS, Bench, Setting, deepest, missing_peer, ratios, repacking_fits
 
 from kimi_lite.api import nano_path
-from kimi_lite.bench import fill_cache
+from kimi_lite.bench import fill_cache, large_pages
 from kimi_lite.runtime.cache import LatentCache
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.model import CpuModel
@@ -68,6 +69,22 @@ def test_the_table_has_a_line_for_each_row() -> None:
         assert any(word in line for line in lines)
     assert [line.split()[1] for line in lines if line[:7].strip() == "1"] == ["prefill"] * 2 + ["decode"] * 2
     assert done.stderr == ""  # a model was named, and nobody watches
+
+
+def test_the_share_in_large_pages_is_that_of_the_models_own_maps(tmp_path: Path) -> None:
+    model, maps = tmp_path / "model.gguf", tmp_path / "smaps"
+    assert large_pages(model, maps) is None  # not Linux
+
+    def mapped(what: object, rss: int, large: int) -> str:
+        head = f"7f58fce00000-7f5b21a18000 r--s 00000000 fe:00 2146368   {what}\n"
+        return head + f"Size: 9999 kB\nRss:   {rss} kB\nFilePmdMapped:  {large} kB\nVmFlags: rd mr me ms hg\n"
+
+    maps.write_text(mapped("/lib/x.so", 500, 500) + mapped(model, 6000, 4096) + mapped("[heap]", 7, 0))
+    assert large_pages(model, maps) == 0.683
+    maps.write_text(mapped("/lib/x.so", 500, 500))
+    assert large_pages(model, maps) is None
+    maps.write_text(mapped(model, 3000, 2048) + mapped(model, 1000, 0))
+    assert large_pages(model, maps) == 0.512
 
 
 def test_without_sizes_the_small_models_context_is_enough() -> None:

@@ -12,6 +12,7 @@ from numpy_model import NumpyModel
 from tolerance import gamma
 
 from kimi_lite.errors import DoesNotFitError, ModelFileError, UsageError
+from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.pack import pack
 from kimi_lite.quantize.convert import quantize
 from kimi_lite.runtime import kernels
@@ -142,6 +143,20 @@ def test_a_gguf_that_memory_cannot_hold_packed_is_refused_with_numbers(
     with pytest.raises(DoesNotFitError, match=r"takes 0\.\d GB; 0\.0 GB are free.*kimi-lite pack"):
         Engine(files["q8_0"])
     Engine(files["int4"])  # needs no room
+
+
+def test_a_file_that_is_mapped_is_brought_in_where_memory_has_room(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brought: list[Path] = []
+    monkeypatch.setattr(GgufFile, "bring_in", lambda file: brought.append(file.path))
+    Engine(files["int4"])
+    Engine(files["q8_0"])  # packed at load, so all of it was read
+    assert brought == [files["int4"]]
+    too_little = SimpleNamespace(available=files["int4"].stat().st_size)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: too_little)
+    Engine(files["int4"])
+    assert len(brought) == 1
 
 
 @pytest.mark.parametrize("to", ["int4", "q4_0", "bf16"])
