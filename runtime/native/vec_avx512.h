@@ -75,10 +75,15 @@ static inline L lcode(L a) {
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNonLinear))), a);
 }
 static inline int32_t four(const int8_t* x) { int32_t r; __builtin_memcpy(&r, x, 4); return r; }
-static inline I dot_u7(I acc, L w, const int8_t* x) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four(x))); }
+// Four bytes of activations, broadcast by the instruction that multiplies them. GCC would load them into a register first, and
+// move products and the rounding of sums among each other, which costs Zen 4 four cycles of 86 for a group of eight tokens.
+static inline I dot_u7(I acc, L w, const int8_t* x) {
+  asm volatile("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*reinterpret_cast<const int32_t*>(x)));
+  return acc;
+}
 static inline I dot_s8(I acc, L w, const int8_t* x) {
   // dpbusd wants unsigned weights: w + 128. The caller takes 128 * (sum of activations) off again, exactly.
-  return _mm512_dpbusd_epi32(acc, _mm512_xor_si512(w, _mm512_set1_epi8(-128)), _mm512_set1_epi32(four(x)));
+  return dot_u7(acc, _mm512_xor_si512(w, _mm512_set1_epi8(-128)), x);
 }
 static inline I dot_s8_positive(I acc, L w, const int8_t* x) { return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(four(x)), w); }
 static constexpr int32_t bias_s8 = 128;
