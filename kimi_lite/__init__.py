@@ -28,10 +28,13 @@ __all__ = [
     "ModelFileError",
     "SamplingOptions",
     "Stats",
+    "TokenLogprob",
     "UsageError",
     "load",
 ]
-_HOMES = dict.fromkeys(("Answer", "Conversation", "Event", "Model", "Stats", "load"), "kimi_lite.api")
+_HOMES = dict.fromkeys(
+    ("Answer", "Conversation", "Event", "Model", "Stats", "TokenLogprob", "load"), "kimi_lite.api"
+)
 _HOMES["SamplingOptions"] = "kimi_lite.runtime.sampling"
 
 

@@ -19,13 +19,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kimi_lite.errors import KimiLiteWarning, ModelFileError, UsageError
 from kimi_lite.formats.gguf_file import mmproj_beside
 from kimi_lite.images import MAX_PICTURES, Picture, load_pictures
 from kimi_lite.runtime.engine import BaseEngine, Engine
 from kimi_lite.runtime.image_cache import ImageCache, default_directory
 from kimi_lite.runtime.placement import parse_size
-from kimi_lite.runtime.sampling import SamplingOptions
+from kimi_lite.runtime.sampling import Likelihood, SamplingOptions, likelihood
 from kimi_lite.runtime.template import Message, render
 from kimi_lite.runtime.vision import EncodedImage, ImageEncoder
 from kimi_lite.text_stream import CLOSE, OPEN, TextStream
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
     from kimi_lite.runtime.constraint import Constraint
 
+MOST_LOGPROBS = 100  # alternatives beside a token
 NANO = "kimi-vl-nano-int4.gguf"
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 
@@ -69,13 +73,27 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token of a reply and its log-probability: what the model itself gave it, before temperature, filters and grammars.
+
+    `top` lists the likeliest tokens at its place with theirs, the likeliest first. A token may be part of a character, so it is bytes.
+    """
+
+    id: int
+    bytes: bytes
+    logprob: float
+    top: "tuple[TokenLogprob, ...]" = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
-    """A piece of output. The last event is "done", with `reason` and `stats`."""
+    """A piece of output. The last event is "done", with `reason`, `stats`, and `logprobs` if they were asked for."""
 
     kind: Literal["thinking", "answer", "done"]
     text: str = ""
     reason: FinishReason | None = None
     stats: Stats | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +101,7 @@ class Answer:
     """A whole reply. `text` is empty if it was cut off inside its thinking.
 
     `data` is the text read as JSON, if a schema was given and the reply is complete: of a pydantic model, an instance, unless
-    the model's own checks refuse it.
+    the model's own checks refuse it. `logprobs` are those of all tokens that the model drew, thinking and marks included, if asked for.
     """
 
     text: str
@@ -91,6 +109,7 @@ class Answer:
     reason: FinishReason
     stats: Stats
     data: Any = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass
@@ -127,6 +146,7 @@ class Model:
         stop: Sequence[str] = (),
         schema: object = None,
         regex: str | None = None,
+        logprobs: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         on_image_progress: Callable[[float], None] | None = None,
     ) -> Iterator[Event]:
@@ -140,6 +160,7 @@ class Model:
             schema: the answer is JSON of this schema, a dict or its JSON text, or of this pydantic model. Thinking stays
                 free, and an answer that a limit cuts off is a piece of JSON.
             regex: the answer matches this expression as a whole (Rust's syntax).
+            logprobs: the last event lists every token with its log-probability, and beside it so many of the likeliest tokens.
             on_progress: called with prompt tokens done and in all.
             on_image_progress: called with the share of new pictures that is encoded.
 
@@ -163,6 +184,7 @@ class Model:
                 on_progress,
                 encode_s,
                 constraint,
+                logprobs,
             ):
                 kept = True
                 if event.kind != "done":
@@ -188,6 +210,7 @@ class Model:
         stop: Sequence[str] = (),
         schema: object = None,
         regex: str | None = None,
+        logprobs: int | None = None,
     ) -> Answer:
         """One question outside the conversation, answered whole. Raises what `chat` raises."""
         constraint = self._constraint(schema, regex)
@@ -196,14 +219,15 @@ class Model:
         encode_s = time.perf_counter() - started if images else 0.0
         said: dict[str, list[str]] = {"thinking": [], "answer": []}
         for event in self._run(
-            prompt, options, max_tokens, thinking_budget, stop, None, encode_s, constraint
+            prompt, options, max_tokens, thinking_budget, stop, None, encode_s, constraint, logprobs
         ):
             if event.kind == "done":
                 assert event.reason is not None
                 assert event.stats is not None
                 answer = "".join(said["answer"])
                 data = read_data(schema, answer, event.reason)
-                return Answer(answer, "".join(said["thinking"]), event.reason, event.stats, data)
+                thinking = "".join(said["thinking"])
+                return Answer(answer, thinking, event.reason, event.stats, data, event.logprobs)
             said[event.kind].append(event.text)
         raise AssertionError("an answer ended without its last event")
 
@@ -313,11 +337,14 @@ class Model:
         on_progress: Callable[[int, int], None] | None,
         encode_s: float,
         constraint: "Constraint | None",
+        logprobs: int | None,
     ) -> Iterator[Event]:
         engine, options = self.engine, options or SamplingOptions()
         pictures = [part for message in messages for part in _pictures(message)]
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"max_tokens is {max_tokens}; expected at least 1")
+        if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
+            raise UsageError(f"logprobs is {logprobs}; expected 0 to {MOST_LOGPROBS}")
         if any(not s for s in stop):
             raise UsageError("a stop text is empty; it would end every answer at once")
         prompt = render(messages, engine.tokenizer)
@@ -327,6 +354,11 @@ class Model:
         produced: list[int] = []
         n_prompt, n_reused = len(prompt), None
         guessed = guessed_right = 0
+        drawn: list[Likelihood] = []
+
+        def note(logits_V: NDArray[np.float32], token: int) -> None:
+            drawn.append(likelihood(logits_V, token, logprobs or 0, engine.n_named))
+
         reason: FinishReason = "cancelled"
         budget = thinking_budget
         while True:
@@ -338,6 +370,7 @@ class Model:
                 on_progress=on_progress,
                 pictures=pictures,
                 constraint=constraint,
+                on_draw=None if logprobs is None else note,
             )
             closed = False
             for token in tokens:
@@ -381,7 +414,13 @@ class Model:
             guessed,
             guessed_right,
         )
-        yield Event("done", reason=reason, stats=stats)
+        found = None if logprobs is None else tuple(map(self._token_logprob, drawn))
+        yield Event("done", reason=reason, stats=stats, logprobs=found)
+
+    def _token_logprob(self, drawn: Likelihood) -> TokenLogprob:
+        spelt = self.engine.tokenizer.decode_bytes
+        top = tuple(TokenLogprob(token, spelt([token]), logprob) for token, logprob in drawn.top)
+        return TokenLogprob(drawn.token, spelt([drawn.token]), drawn.logprob, top)
 
 
 def load(

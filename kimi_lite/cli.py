@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kimi_lite.errors import UsageError
 from kimi_lite.runtime.speeds import ASSUMED
+
+if TYPE_CHECKING:
+    from kimi_lite.api import TokenLogprob
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -135,6 +138,12 @@ def ask(
     as_json: Annotated[
         bool, typer.Option("--json", help="Answer, thinking, reason and statistics as one JSON object.")
     ] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            help="With --json: every token with its log-probability, and so many of the likeliest beside it."
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the answer and errors.")] = False,
 ) -> None:
     """Ask one question and print the answer.
@@ -142,6 +151,8 @@ def ask(
     Exit code 7: the answer was cut off by --max-tokens or the context before it was complete.
     """
     images = image or []
+    if logprobs is not None and not as_json:
+        raise UsageError("--logprobs are part of what --json prints; give both")
     if images.count("-") > 1:
         raise UsageError("--image - reads standard input, which holds one picture; it was given twice")
     if "-" not in images and not sys.stdin.isatty() and (piped := _stdin()):
@@ -185,6 +196,7 @@ def ask(
             thinking_budget=thinking_budget,
             schema=schema,
             regex=regex,
+            logprobs=logprobs,
             on_progress=None if quiet else on_progress,
             on_image_progress=None if quiet else printer.image_progress,
         )
@@ -197,7 +209,7 @@ def ask(
     assert done is not None
     assert done.stats is not None
     if as_json:
-        reply = {
+        reply: dict[str, object] = {
             "schema": "kimi-lite/1",
             "answer": printer.answer,
             "thinking": printer.thinking,
@@ -209,6 +221,10 @@ def ask(
             reply["data"] = read_data(schema, printer.answer, done.reason)
         if done.stats.gpu_dense:
             reply["gpu_dense"] = done.stats.gpu_dense
+        if done.logprobs is not None:
+            reply["logprobs"] = [
+                {**_logprob(token), "top": list(map(_logprob, token.top))} for token in done.logprobs
+            ]
         print(json.dumps(reply, ensure_ascii=False))
     elif not quiet:
         printer.statistics(done.stats)
@@ -219,6 +235,16 @@ def ask(
         limit = "--max-tokens" if done.reason == "length" else "--context"
         print(f"kimi-lite: the reply was cut off {where}; raise {limit}", file=sys.stderr)
         raise typer.Exit(7)
+
+
+def _logprob(token: "TokenLogprob") -> dict[str, object]:
+    """Bytes as well as text: a token may be part of a character."""
+    return {
+        "id": token.id,
+        "text": token.bytes.decode(errors="replace"),
+        "bytes": list(token.bytes),
+        "logprob": token.logprob,
+    }
 
 
 def _say_placement(placement: str) -> None:

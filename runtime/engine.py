@@ -188,10 +188,11 @@ class BaseEngine(ABC):
         on_progress: Progress | None = None,
         pictures: Sequence[EncodedImage] = (),
         constraint: "Constraint | None" = None,
+        on_draw: Callable[[NDArray[np.float32], int], None] | None = None,
     ) -> Iterator[int]:
         """Tokens of the answer, without the stop token. Closing the iterator cancels between tokens.
 
-        `constraint` says what may come next, and hears what came. Afterwards `finish_reason` is "stop", "length" (max_tokens), "context" (no room left) or "cancelled".
+        `constraint` says what may come next, and hears what came; `on_draw` hears the logits [V] and the token drawn from them. Afterwards `finish_reason` is "stop", "length" (max_tokens), "context" (no room left) or "cancelled".
 
         Where tokens are guessed (lookup.py), a step leaves logits for several; each is drawn when it is asked for, and only if
         all guesses in front of it were right, so an answer is what it would be without them.
@@ -215,6 +216,8 @@ class BaseEngine(ABC):
                         return
                     if constraint:
                         constraint.accept(token)
+                    if on_draw:
+                        on_draw(logits_V, token)
                     yield token
                     left -= 1
                     if constraint and constraint.complete:

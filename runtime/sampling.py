@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_lite.errors import UsageError
+from kimi_lite.errors import ModelFileError, UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +44,33 @@ class SamplingOptions:
 FAINT = (1e-5, 1e-10, 1e-20, 0.0)
 
 
+NOT_NUMBERS = (
+    "the model's output is not a number any more, so the file's weights are damaged or were converted wrongly; "
+    "download it again, or quantize the checkpoint anew"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """How likely the model found a token, by itself: before temperature, penalties, bias, filters and grammars."""
+
+    token: int
+    logprob: float  # natural logarithm of its probability
+    top: tuple[tuple[int, float], ...]  # the likeliest tokens at this place and theirs, the likeliest first
+
+
+def likelihood(logits_V: NDArray[np.float32], token: int, n_top: int, n_tokens: int) -> Likelihood:
+    """Of a drawn token among the first `n_tokens`, those that mean something; on a tie the lower id goes first."""
+    scores_V = logits_V[:n_tokens].astype(np.float64)
+    scores_V -= scores_V.max()
+    scores_V -= np.log(np.exp(scores_V).sum())
+    n_top = min(n_top, n_tokens)
+    least = np.partition(scores_V, -n_top)[-n_top] if n_top else np.inf
+    near = np.flatnonzero(scores_V >= least)
+    first = near[np.argsort(-scores_V[near], kind="stable")][:n_top]
+    return Likelihood(token, float(scores_V[token]), tuple((int(i), float(scores_V[i])) for i in first))
+
+
 class Sampler:
     """Draws tokens for one answer."""
 
@@ -58,8 +85,13 @@ class Sampler:
         so_far: Sequence[int],
         allowed_V: NDArray[np.bool_] | None = None,
     ) -> int:
-        """The next token, given the logits, the tokens of prompt and answer so far, and which may come at all."""
+        """The next token, given the logits, the tokens of prompt and answer so far, and which may come at all.
+
+        Raises ModelFileError where logits are not numbers: whatever was drawn from them would look like an answer.
+        """
         o, scores_V = self.options, logits_V[: self.n_tokens].astype(np.float64)
+        if not np.isfinite(scores_V.max()):  # nor is the largest, as soon as one of them is not a number
+            raise ModelFileError(NOT_NUMBERS)
         if so_far and (o.repetition_penalty != 1 or o.presence_penalty):
             seen = np.fromiter(set(so_far), np.int64)
             seen = seen[seen < self.n_tokens]
