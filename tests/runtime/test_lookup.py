@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import kimi_lite
 from kimi_lite.quantize.convert import quantize
 from kimi_lite.runtime.constraint import Constraint
 from kimi_lite.runtime.engine import Engine
@@ -18,6 +19,7 @@ from kimi_lite.runtime.sampling import SamplingOptions
 from kimi_lite.runtime.weights import open_weights
 
 GREEDY = SamplingOptions()
+QUESTION = 'Reverse "planet".'
 CHEAP = dict.fromkeys(STEPS, 1.0)  # a step of any length takes as long as one token's: guess all that can be
 BYTES = {2: 1.48, 4: 2.30, 8: 3.52}  # of the published model
 
@@ -46,12 +48,14 @@ class Always(PromptLookup):
 class Told(PromptLookup):
     """Knows the answer, and tells it with a mistake now and then."""
 
-    def __init__(self, tokens: Sequence[int], answer: Sequence[int]) -> None:
-        super().__init__(tokens, len(answer) + 1, 600, CHEAP)
-        self._answer, self._start, self._draw = answer, len(tokens), random.Random(1)
+    def __init__(self, tokens: Sequence[int], room: int, answer: Sequence[int]) -> None:
+        super().__init__(tokens, room, 600, CHEAP)
+        self._room, self._answer = room, answer
+        self._start, self._draw = len(tokens), random.Random(1)
 
     def guess(self, most: int) -> list[int]:
         at = self._n - self._start
+        assert most == self._room - at - 1  # behind the newest token, which is drawn but not run
         ahead = list(self._answer[at : at + min(most, self._draw.choice((0, 1, 3, 7)))])
         if ahead and self._draw.random() < 0.6:
             wrong = self._draw.randrange(len(ahead))
@@ -67,6 +71,10 @@ def guessing(
     if kind:
         engine.look_up = lambda room: kind(engine.tokens, room)  # type: ignore[method-assign]
     return engine
+
+
+def told(answer: Sequence[int]) -> Callable[[Sequence[int], int], PromptLookup]:
+    return lambda tokens, room: Told(tokens, room, answer)
 
 
 def always(tokens: Sequence[int], room: int) -> PromptLookup:
@@ -103,7 +111,7 @@ def test_an_answer_is_the_same_with_guesses_and_without(
     for seed in range(6):
         ids, plain = prompt(seed, 60), guessing(files["int4"], None)
         expected = list(plain.generate(ids, options, max_tokens=60))
-        guessed = guessing(files["int4"], lambda tokens, room, expected=expected: Told(tokens, expected))  # type: ignore[misc]
+        guessed = guessing(files["int4"], told(expected))
         assert list(guessed.generate(ids, options, max_tokens=60)) == expected
         assert (guessed.finish_reason, plain.n_guessed) == (plain.finish_reason, 0)
         assert guessed.tokens[:60] == ids
@@ -133,31 +141,50 @@ def test_an_answer_in_a_grammar_is_the_same_too(files: dict[str, Path]) -> None:
 
 
 def test_limits_hold_to_the_token_amid_guesses(files: dict[str, Path]) -> None:
-    ids = prompt(2, 30, below=4)
+    ids, guessed = prompt(2, 30), 0
     whole = list(guessing(files["int4"], None).generate(ids, GREEDY, max_tokens=40))
     assert len(whole) == 40  # it does not end by itself
     for n in range(1, 25):
-        limited = guessing(files["int4"], always)
+        limited = guessing(files["int4"], told(whole))
         assert list(limited.generate(ids, GREEDY, max_tokens=n)) == whole[:n]
         assert limited.finish_reason == "length"
-        small = guessing(files["int4"], always, context=30 + n)
+        small = guessing(files["int4"], told(whole), context=30 + n)
         assert list(small.generate(ids, GREEDY)) == whole[:n]
         assert small.finish_reason == "context"
         assert len(small.tokens) < small.context
+        guessed += small.n_guessed
+    assert guessed > 50
 
 
 def test_an_answer_that_is_closed_amid_guesses_leaves_only_what_was_said(files: dict[str, Path]) -> None:
-    ids = prompt(2, 30, below=4)
+    ids, guessed = prompt(2, 30), 0
     whole = list(guessing(files["int4"], None).generate(ids, GREEDY, max_tokens=40))
     for n in range(1, 20):
-        engine = guessing(files["int4"], always)
+        engine = guessing(files["int4"], told(whole))
         stream = engine.generate(ids, GREEDY, max_tokens=40)
         assert list(itertools.islice(stream, n)) == whole[:n]
         stream.close()  # type: ignore[attr-defined]
         assert engine.finish_reason == "cancelled"
         assert len(engine.tokens) <= 30 + n
         assert engine.tokens == [*ids, *whole][: len(engine.tokens)]
+        guessed += engine.n_guessed
+        engine.guessing = False
+        del engine.look_up
         assert list(engine.generate(ids + whole[:n], GREEDY, max_tokens=5)) == whole[n : n + 5]
+    assert guessed > 50
+
+
+def test_statistics_count_guesses() -> None:
+    model = kimi_lite.load(vram=0)
+    engine = model.engine
+    drawn = model.ask(QUESTION, logprobs=0).logprobs
+    assert drawn is not None
+    ids = [token.id for token in drawn]
+    engine.look_up = lambda room: Told(engine.tokens, room, ids)  # type: ignore[method-assign]
+    answer = model.ask(QUESTION, logprobs=0)
+    assert answer.logprobs == drawn
+    assert (answer.stats.guessed, answer.stats.guessed_right) == (engine.n_guessed, engine.n_right)
+    assert 0 < engine.n_right < engine.n_guessed
 
 
 def test_a_real_answer_says_how_many_guesses_were_right(files: dict[str, Path]) -> None:

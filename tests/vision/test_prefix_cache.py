@@ -1,5 +1,6 @@
 """A picture is read once: what the latent cache held behind it is found again, and no damage to it does harm."""
 
+import hashlib
 import stat
 from pathlib import Path
 
@@ -82,9 +83,14 @@ def test_what_is_found_has_the_bits_of_what_was_computed(files: dict[str, Path],
     computed.answered()
     assert np.array_equal(found.prefill(ids, pictures=[image(50)]), logits_V)
     assert (computed.n_reused, found.n_reused) == (0, 60)
+    again = Engine(files["a"])  # the question ends with the picture, whose last token must be run
+    again.prefill(ids[:60], pictures=[image(50)])
+    assert again.n_reused == 0
     # and all that is cached is the same: rows, columns, and those of a group that the question completes
     rest = [5] * 40
     assert np.array_equal(found.append(rest), computed.append(rest))
+    found.prefill([*ids, *rest, 6], pictures=[image(50)])
+    assert found.n_reused == 115  # what is in memory goes further than what is on the disk
 
 
 def test_nothing_of_another_prompt_picture_or_model_is_taken(files: dict[str, Path]) -> None:
@@ -96,6 +102,10 @@ def test_nothing_of_another_prompt_picture_or_model_is_taken(files: dict[str, Pa
         engine.prefill(prompt(engine, 75), pictures=[image(50)])
         engine.answered()
         assert engine.n_reused == reused, name
+    engine, image_50 = Engine(files["a"]), image(50)
+    ids = prompt(engine, 75)
+    engine.prefill([ids[0] + 1, *ids[1:]], pictures=[image_50])
+    assert engine.n_reused == 0
 
 
 def test_of_two_pictures_the_first_may_be_known_and_the_second_new() -> None:
@@ -108,7 +118,7 @@ def test_of_two_pictures_the_first_may_be_known_and_the_second_new() -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["cut", "flipped", "empty", "longer", "other version", "head only", "gone"]
+    "damage", ["cut", "flipped", "empty", "longer", "other version", "head only", "short", "gone"]
 )
 def test_a_damaged_entry_costs_a_prefill_and_nothing_else(directory: Path, damage: str) -> None:
     expected, _ = ask(ASKED, 1)
@@ -125,6 +135,9 @@ def test_a_damaged_entry_costs_a_prefill_and_nothing_else(directory: Path, damag
         "head only": data[: HEAD.size],
     }
     path.write_bytes(cuts.get(damage, data))
+    if damage == "short":  # but true to its digest
+        body = data[HEAD.size : -8]
+        path.write_bytes(data[: HEAD.size - 32] + hashlib.sha256(body).digest() + body)
     if damage == "gone":
         path.unlink()
     again, _ = ask(ASKED, 1)
