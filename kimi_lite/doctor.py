@@ -1,5 +1,6 @@
 """Reports: what this machine offers and what is in use, and what a model file holds."""
 
+import mmap
 import platform
 from collections import Counter
 from collections.abc import Iterator
@@ -37,6 +38,10 @@ def machine_report() -> Iterator[str]:
         yield f"          not the fastest: KIMI_LITE_ISA holds it at {kernels.isa()}, {isas[0]} would run"
     elif isas[0] != BEST_ISA:
         yield f"          this processor has no {BEST_ISA}, for which the fastest kernels are written"
+    if hasattr(mmap, "MADV_HUGEPAGE") and Path("/sys/kernel/mm/transparent_hugepage").exists():
+        yield "pages     large ones are asked for; kimi-lite bench MODEL says which share of a file lies in them"
+    else:
+        yield "pages     not in use: large ones, which this system has none of for files; they would decode a tenth faster"
     card, graphics = _graphics()
     yield graphics
     yield "guesses   text that repeats itself is guessed and checked in one step, on the CPU" + (

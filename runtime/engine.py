@@ -12,6 +12,7 @@ only: the cache is computed again on the CPU from the tokens that it stood for, 
 goes on with the file's own weights, which the warning says.
 """
 
+import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -358,7 +359,7 @@ class Engine(BaseEngine):
 
     def answered(self) -> None:
         """Pictures that the answer read are kept, and which experts it used is remembered for the next plan."""
-        if isinstance(self.model, CpuModel):
+        if isinstance(self.model, CpuModel) and not sys.is_finalizing():
             for span in self.prefixes.spans(self.tokens, self.places):
                 self.prefixes.keep(span, self.model.cache)
         save_usage(self.weights, default_directory())

@@ -239,6 +239,8 @@ def test_doctor_and_info_speak() -> None:
     doctor = command("doctor").stdout
     assert "kernels" in doctor
     assert "not in use" in doctor
+    for line in ("pages ", "guesses "):
+        assert f"\n{line}" in doctor
     assert "not the fastest" in command("doctor", KIMI_LITE_ISA="scalar").stdout
     info = command("info", str(Path(kimi_lite.__file__).parent / "nano" / "kimi-vl-nano-int4.gguf")).stdout
     assert "q4g32" in info
