@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from full_shape import append_line
 from quality import asked_for, log_softmax
 
 from kimi_lite.quantize.convert import quantize
@@ -71,8 +72,7 @@ def main() -> None:
                 }
                 print(json.dumps(record))
                 if arguments.json:
-                    with arguments.json.open("a") as out:
-                        out.write(json.dumps(record) + "\n")
+                    append_line(arguments.json, record)
 
 
 if __name__ == "__main__":

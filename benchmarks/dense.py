@@ -11,7 +11,6 @@ kimi-lite quantize writes, whose own dense weights are also rounded a second tim
 model the rows are short and the tables (1 kB a matrix) weigh more than at full size, so both are given.
 """
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,7 @@ from pathlib import Path
 import bitsandbytes
 import numpy as np
 import torch
+from full_shape import append_line
 from numpy.typing import NDArray
 from quality import asked_for, compared, questions
 
@@ -144,8 +144,7 @@ def main() -> None:
                     **found,
                     "versions": {"bitsandbytes": bitsandbytes.__version__, "torch": torch.__version__},
                 }
-                with a.json.open("a") as out:
-                    out.write(json.dumps(record) + "\n")
+                append_line(a.json, record)
 
 
 if __name__ == "__main__":

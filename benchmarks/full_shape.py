@@ -17,6 +17,7 @@ import argparse
 import json
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,12 @@ def tile(kind: str, columns: int, rng: np.random.Generator) -> NDArray[np.uint8]
     if kind == "Q4_K":  # the minimum centres the values
         blocks[:, 2:4] = (d * np.float16(7.5)).view(np.uint8).reshape(-1, 2)
     return blocks.reshape(-1)
+
+
+def append_line(path: Path, record: Mapping[str, object]) -> None:
+    """One line more in a results file."""
+    with path.open("a") as out:
+        out.write(json.dumps(record) + "\n")
 
 
 def make(kind: str, path: Path) -> None:

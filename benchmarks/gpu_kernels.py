@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_shape import commit
+from full_shape import append_line, commit
 from gpu import card_facts
 from torch.profiler import ProfilerActivity, profile
 
@@ -96,8 +96,7 @@ def main() -> None:
     }
     print(json.dumps(record))
     if a.json:
-        with a.json.open("a") as out:
-            out.write(json.dumps(record) + "\n")
+        append_line(a.json, record)
 
 
 if __name__ == "__main__":

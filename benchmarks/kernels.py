@@ -8,13 +8,12 @@ round measures everything in turn; the best round counts, because what disturbs 
 """
 
 import argparse
-import json
 import time
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-from full_shape import commit
+from full_shape import append_line, commit
 
 from kimi_lite.bench import machine
 from kimi_lite.formats.packed import matrix_bytes
@@ -70,8 +69,7 @@ def main() -> None:
             "commit": commit(),
             **machine(),
         }
-        with a.json.open("a") as out:
-            out.write(json.dumps(record) + "\n")
+        append_line(a.json, record)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from full_shape import append_line
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -149,8 +150,7 @@ def main() -> None:
     }
     print(json.dumps(report, indent=1))
     if arguments.json:
-        with arguments.json.open("a") as out:
-            out.write(json.dumps(report) + "\n")
+        append_line(arguments.json, report)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ have nothing to do with each other, which is the dearest case. Turns with and wi
 """
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from full_shape import commit, make
+from full_shape import append_line, commit, make
 from numpy.typing import NDArray
 
 from kimi_lite.bench import machine, warm_up
@@ -129,8 +128,7 @@ def main() -> None:
             "commit": commit(),
             **machine(),
         }
-        with a.json.open("a") as out:
-            out.write(json.dumps(record) + "\n")
+        append_line(a.json, record)
 
 
 if __name__ == "__main__":

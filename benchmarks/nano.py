@@ -15,6 +15,8 @@ from pathlib import Path
 
 os.environ["KIMI_LITE_IMAGE_CACHE"] = "off"
 
+from full_shape import append_line
+
 import kimi_lite
 from kimi_lite.runtime.reference.evaluate import MAX_TOKENS, held_out
 from kimi_lite.runtime.reference.tasks import Sample
@@ -64,8 +66,7 @@ def main() -> None:
     }
     print(json.dumps(record))
     if arguments.json:
-        with arguments.json.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_line(arguments.json, record)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ tensors every token reads between 4 and 8 bits. bf16 shows what the runtime's ow
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from full_shape import append_line
 
 import kimi_lite
 from kimi_lite.quantize import plan
@@ -127,8 +127,7 @@ def main() -> None:
             f"99th percentile {found['kl_p99']:.4f}   top-1 {found['top1']:.3%}"
         )
         if arguments.json:
-            with arguments.json.open("a") as out:
-                out.write(json.dumps(record) + "\n")
+            append_line(arguments.json, record)
 
 
 if __name__ == "__main__":

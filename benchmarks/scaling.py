@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from full_shape import append_line
 
 from kimi_lite.runtime import _kernels, kernels
 from kimi_lite.runtime.engine import Engine
@@ -131,8 +132,7 @@ def main() -> None:
     }
     print(json.dumps(record))
     if arguments.json:
-        with arguments.json.open("a") as out:
-            out.write(json.dumps(record) + "\n")
+        append_line(arguments.json, record)
 
 
 if __name__ == "__main__":

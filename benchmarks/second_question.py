@@ -8,7 +8,6 @@ weights at full size the answer means nothing, and the work is that of the real 
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from full_shape import commit, make
+from full_shape import append_line, commit, make
 from PIL import Image
 
 from kimi_lite.bench import machine
@@ -76,8 +75,7 @@ def main() -> None:
             "commit": commit(),
             **machine(),
         }
-        with a.json.open("a") as out:
-            out.write(json.dumps(record) + "\n")
+        append_line(a.json, record)
 
 
 if __name__ == "__main__":
