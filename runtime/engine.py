@@ -37,6 +37,7 @@ from kimi_lite.runtime.model import CpuModel, OnLayer, Spliced
 from kimi_lite.runtime.prefix_cache import PrefixCache
 from kimi_lite.runtime.sampling import Sampler, SamplingOptions
 from kimi_lite.runtime.template import IMAGE_PAD
+from kimi_lite.runtime.tensors import of_image_side
 from kimi_lite.runtime.tokenizer import Tokenizer
 from kimi_lite.runtime.usage import default_directory, save_usage
 from kimi_lite.runtime.vision import EncodedImage, Place, VisionWeights
@@ -289,7 +290,7 @@ class Engine(BaseEngine):
         self.guessing = True  # an answer is the same without; see lookup.py
         mapped = self.weights.packed_bytes == 0 and isinstance(self.model, CpuModel)
         if mapped and psutil.virtual_memory().available > self.weights.n_bytes:
-            self.weights.file.bring_in()
+            self.weights.file.bring_in(lambda name: not of_image_side(name))
         self.prefixes = PrefixCache(path, image_cache.default_directory())
         self._prove = prove
         self._tower_off_card = False  # what the card gave was wrong, or it has no kernels

@@ -149,7 +149,7 @@ def test_a_file_that_is_mapped_is_brought_in_where_memory_has_room(
     files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     brought: list[Path] = []
-    monkeypatch.setattr(GgufFile, "bring_in", lambda file: brought.append(file.path))
+    monkeypatch.setattr(GgufFile, "bring_in", lambda file, wanted: brought.append(file.path))
     Engine(files["int4"])
     Engine(files["q8_0"])  # packed at load, so all of it was read
     assert brought == [files["int4"]]
