@@ -291,7 +291,7 @@ class Engine(BaseEngine):
         mapped = self.weights.packed_bytes == 0 and isinstance(self.model, CpuModel)
         if mapped and psutil.virtual_memory().available > self.weights.n_bytes:
             self.weights.file.bring_in(lambda name: not of_image_side(name))
-        self.prefixes = PrefixCache(path, image_cache.default_directory())
+        self.prefixes = PrefixCache(self.weights.file.map, image_cache.default_directory())
         self._prove = prove
         self._tower_off_card = False  # what the card gave was wrong, or it has no kernels
         self._said_no_room = False

@@ -16,6 +16,7 @@ directory, or `off`.
 
 import contextlib
 import hashlib
+import mmap
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -47,7 +48,8 @@ class Span:
 class PrefixCache:
     """Of one model. Trouble with the disk never reaches the caller: it costs a prefill."""
 
-    def __init__(self, model: Path, directory: Path | None, disk_bytes: int = DISK_BYTES) -> None:
+    def __init__(self, model: mmap.mmap, directory: Path | None, disk_bytes: int = DISK_BYTES) -> None:
+        """`model` is its file, mapped: what is mapped can be read even after somebody has moved the file away."""
         self._model, self._directory, self._disk_bytes = model, directory, disk_bytes
         self._identity = b""
 
@@ -107,11 +109,9 @@ class PrefixCache:
 
     def _model_identity(self) -> bytes:
         if not self._identity:
-            size = self._model.stat().st_size
+            size = len(self._model)
             digest = hashlib.sha256(b"%d" % size)
-            with self._model.open("rb") as file:
-                for place in np.linspace(0, max(size - SAMPLE_BYTES, 0), SAMPLES, dtype=np.int64):
-                    file.seek(int(place))
-                    digest.update(file.read(SAMPLE_BYTES))
+            for place in np.linspace(0, max(size - SAMPLE_BYTES, 0), SAMPLES, dtype=np.int64):
+                digest.update(self._model[int(place) : int(place) + SAMPLE_BYTES])
             self._identity = digest.digest()
         return self._identity

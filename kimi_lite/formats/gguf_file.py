@@ -395,7 +395,8 @@ class GgufWriter:
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 if hasattr(os, "posix_fadvise"):  # not in memory any more: it shall come back in large pages
-                    os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    with contextlib.suppress(OSError):  # advice, which a file system may not know
+                        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 self._file.close()
                 mask = os.umask(0)
                 os.umask(mask)

@@ -10,6 +10,7 @@ from PIL import Image
 
 import kimi_lite
 from kimi_lite.api import Answer, nano_path
+from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.quantize.convert import quantize
 from kimi_lite.runtime import kernels, prefix_cache
 from kimi_lite.runtime.cache import LatentCache
@@ -171,7 +172,7 @@ def test_the_disk_is_bounded_private_and_the_least_recently_used_go(directory: P
     assert isinstance(engine.model, CpuModel)
     cache = engine.model.cache
     one = sum(rows.size for rows in cache.rows(0, 100)) + HEAD.size
-    kept = PrefixCache(nano_path(), directory, disk_bytes=3 * one)
+    kept = PrefixCache(GgufFile(nano_path()).map, directory, disk_bytes=3 * one)
     spans: list[Span] = []
     for age in range(4):
         if age == 3:  # the first is used now
@@ -184,7 +185,7 @@ def test_the_disk_is_bounded_private_and_the_least_recently_used_go(directory: P
     assert {path.stem for path in directory.iterdir()} == {spans[i].key for i in (0, 2, 3)}
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()} == {0o600}
-    small = PrefixCache(nano_path(), directory / "small", disk_bytes=one // 2)
+    small = PrefixCache(GgufFile(nano_path()).map, directory / "small", disk_bytes=one // 2)
     small.keep(span, cache)
     assert not (directory / "small").exists()
 
@@ -199,8 +200,17 @@ def test_a_directory_that_cannot_be_written_costs_nothing_but_time(
     assert (again.text, again.stats.reused) == (first.text, 0)
 
 
+def test_a_model_file_that_was_moved_away_is_still_known(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(nano_path().read_bytes())
+    model = kimi_lite.load(path, vram=0)
+    path.unlink()
+    assert model.ask(ASKED, images=[picture(1)], max_tokens=24).stats.reused == 0
+    assert ask(ASKED, 1)[0].stats.reused > 0  # the same bytes elsewhere
+
+
 def test_a_picture_that_was_cut_off_is_no_span(tmp_path: Path) -> None:
-    kept = PrefixCache(nano_path(), tmp_path)
+    kept = PrefixCache(GgufFile(nano_path()).map, tmp_path)
     places: list[Place] = [None, *((image(10), i) for i in range(10)), None]
     assert [(span.first, span.end) for span in kept.spans(range(12), places)] == [(0, 11)]
     assert list(kept.spans(range(10), places[:10])) == []
