@@ -31,7 +31,7 @@ from kimi_lite.runtime.vision import Place
 
 MAGIC = b"KLPREFX1"
 HEAD = struct.Struct("<8sII32s")
-RESULT_VERSION = 1  # of the latents' bits and of how they lie; a new one never reads an old one's entries
+RESULT_VERSION = 2  # of the latents' bits and of how they lie; a new one never reads an old one's entries
 DISK_BYTES = 1 << 30
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a model's file, evenly spaced, tell it from another
 

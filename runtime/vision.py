@@ -47,7 +47,7 @@ BLOCK = ("ln1", "attn_qkv", "attn_out", "ln2", "ffn_up", "ffn_down")
 ROWS = 512  # worked on at once: whole blocks of keys, and few enough to stay in the processor's cache
 BATCH_ROWS = 4096  # of pictures that are encoded together
 PACK_ROWS = 256  # rows of a matrix that are floats at one moment while it is packed
-RESULT_VERSION = 1  # raised whenever the same picture may give other bits
+RESULT_VERSION = 2  # raised whenever the same picture may give other bits
 
 Progress = Callable[[float], None]  # the share that is done
 

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from numpy_model import activation_scale
+
 from kimi_lite.runtime.cuda.driver import Card
 from kimi_lite.runtime.cuda.program import Rows
 
@@ -34,10 +36,9 @@ def int8_rows(x_XK: F32) -> tuple[NDArray[np.int8], F32, NDArray[np.int32]]:
     """Quantized rows by their definition: values, scales, and -8 times the sums."""
     grouped_XG32 = x_XK.reshape(len(x_XK), -1, 32)
     most_XG = np.abs(grouped_XG32).max(-1)
-    with np.errstate(divide="ignore"):
-        inverse_XG = np.where(most_XG > 0, np.float32(127) / most_XG, np.float32(0))
-    q_XG32 = np.rint(grouped_XG32 * inverse_XG[..., None])
-    return q_XG32.astype(np.int8), most_XG / np.float32(127), -8 * q_XG32.astype(np.int32).sum(-1)
+    scale_XG = activation_scale(most_XG.astype(np.float64)).astype(np.float32)
+    q_XG32 = np.rint(grouped_XG32 / scale_XG[..., None])
+    return q_XG32.astype(np.int8), scale_XG, -8 * q_XG32.astype(np.int32).sum(-1)
 
 
 def fetched(card: Card, rows: Rows, n: int) -> tuple[NDArray[np.int8], F32, NDArray[np.int32]]:

@@ -158,10 +158,16 @@ def norm(x: F64, w: F64, eps: float) -> F64:
     return np.asarray(x / np.sqrt((x**2).mean() + eps) * w)
 
 
+def activation_scale(largest: NDArray[Any]) -> NDArray[Any]:
+    """The least powers of two of which 127 reach the largest values; 1 where they are zero."""
+    fraction, exponent = np.frexp(largest / 127)  # fraction · 2^exponent, 0.5 ≤ fraction < 1
+    return np.where(largest > 0, np.exp2(np.where(fraction == 0.5, exponent - 1, exponent)), 1.0)
+
+
 def int8_groups(x_I: F64) -> F64:
     x = x_I.reshape(-1, 32)
-    scale = np.abs(x).max(1, keepdims=True) / 127
-    return np.asarray(np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)) * scale).reshape(-1)
+    scale = activation_scale(np.abs(x).max(1, keepdims=True))
+    return np.asarray(np.rint(x / scale) * scale).reshape(-1)
 
 
 def padded(x: F64) -> F64:

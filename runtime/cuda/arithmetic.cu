@@ -163,6 +163,8 @@ DEVICE float lane_sum(float v) {
   return v;
 }
 
+DEVICE float two_to(int e) { return __int_as_float((e + 127) << 23); }
+
 // e^x by the polynomial of kernels_inl.h, operation for operation.
 DEVICE float exponential(float x) {
   x = x > -87.0f ? x : -87.0f;
@@ -177,7 +179,7 @@ DEVICE float exponential(float x) {
   p = fmaf(p, r, 0.5f);
   p = fmaf(p, r, 1.0f);
   p = fmaf(p, r, 1.0f);
-  return p * __int_as_float((static_cast<int>(n) + 127) << 23);
+  return p * two_to(static_cast<int>(n));
 }
 
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exponential(0.0f - x)); }
@@ -191,14 +193,18 @@ struct Rows {
   int groups;
 };
 
+// The least e for which 127 * 2^e is not below a positive float: what its mantissa has above 127's carries into the exponent.
+DEVICE int exponent_of(float most) { return ((__float_as_int(most) + 0x1ffff) >> 23) - 133; }
+
 // One group, a lane each channel. Returns what the rounding lost.
 DEVICE float quantize(float v, const Rows& to, size_t row, int group) {
   const float most = largest_magnitude(v);
-  const float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
-  const int q = static_cast<int>(rintf(v * inverse));
+  const bool some = most > 1e-30f;
+  const int e = some ? exponent_of(most) : 0;
+  const int q = static_cast<int>(rintf(v * (some ? two_to(-e) : 0.0f)));
   const int sum = sum_of(q);
   const size_t at = row * to.groups + group;
-  const float scale = most / 127.0f;
+  const float scale = two_to(e) + (most - most);  // which is 0, or not a number
   to.q[at * kGroup + lane()] = static_cast<s8>(q);
   if (lane() == 0) {
     to.scale[at] = scale;

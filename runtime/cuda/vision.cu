@@ -45,7 +45,7 @@ DEVICE float power_of_two(float x) {
   p = fmaf(p, f, 0x1.c6b08ep-5f);
   p = fmaf(p, f, 0x1.ebfbep-3f);
   p = fmaf(p, f, 0x1.62e43p-1f);
-  return fmaf(p, f, 1.0f) * __int_as_float((static_cast<int>(n) + 127) << 23);
+  return fmaf(p, f, 1.0f) * two_to(static_cast<int>(n));
 }
 
 DEVICE u32 two_values(float low, float high) {  // each rounded to 16 bits, ties to even

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "ops.h"
+#include "row_blocks.h"
 
 namespace kimi {
 namespace {
@@ -33,24 +33,19 @@ struct Expanded {
 
 // k_b turned round: [C, N] becomes q8g32 [N, C], for each head.
 std::vector<Weights> turned(const std::vector<Weights>& k_b) {
-  static Buffer<float> one, rows;
   static Buffer<uint8_t> packed;
   const int H = static_cast<int>(k_b.size()), C = k_b[0].rows, N = k_b[0].columns, groups = C / kGroup;
-  float* unit = one.get(static_cast<size_t>(N) * N);
-  std::fill_n(unit, static_cast<size_t>(N) * N, 0.0f);
-  for (int i = 0; i < N; ++i) unit[static_cast<size_t>(i) * N + i] = 1.0f;
-  float* y = rows.get(static_cast<size_t>(N) * C);
   const size_t stride = static_cast<size_t>(groups) * kQ8Run, size = N / kRows * stride;
   uint8_t* out = packed.get(H * size);
+  pool().run(H, [&](int h, int) {
+    static thread_local Buffer<float> buffer;
+    float* rows = buffer.get(static_cast<size_t>(N) * C);
+    for (int b = 0; b < C / kRows; ++b) turned_block(k_b[h], b, rows + b * kRows, C);
+    for (int n = 0; n < N; ++n)
+      kernels().store_row(rows + static_cast<size_t>(n) * C, groups, out + h * size + n / kRows * stride, n % kRows);
+  });
   std::vector<Weights> all;
-  for (int h = 0; h < H; ++h) {
-    linear(k_b[h], unit, N, y);
-    pool().run(N / kRows, [&](int b, int) {
-      for (int r = 0; r < kRows; ++r)
-        kernels().store_row(y + (static_cast<size_t>(b) * kRows + r) * C, groups, out + h * size + b * stride, r);
-    });
-    all.push_back({&block_named("q8g32"), out + h * size, stride, N, C});
-  }
+  for (int h = 0; h < H; ++h) all.push_back({&block_named("q8g32"), out + h * size, stride, N, C});
   return all;
 }
 

@@ -6,6 +6,7 @@
 //   y[t][o] = sum over chunks of 8 groups, in order, of
 //             sum over the chunk's groups, in order, of  fma(float(isum), w_scale * x_scale, acc)
 //   isum    = exact int32 dot product of 32 (or 16) stored weights and int8 activations
+//   x_scale = a power of two, so the product of the scales is exact
 //
 // These files see shapes and layouts, never the model. They allocate nothing and throw nothing.
 #pragma once
@@ -36,8 +37,9 @@ struct PanelRun {             // 32 channels of 16 rows
 };
 static_assert(sizeof(PanelRun) == 512 + 4 * 3 * kRows, "PanelRun has no padding");
 
-// Activations of W tokens (8, 4, 2 or 1) are a tile: for each group of 32 channels, W x 32 int8 values, W float scales,
-// W times -8 x (sum of the values), W times the same of the first 16 channels. One pointer walks a tile.
+// Activations of W tokens (8, 4, 2 or 1) are a tile: for each group of 32 channels, W x 32 int8 values, W scales as floats (2^e, or
+// e where multiplying by it is cheaper), W times -8 x (sum of the values), W times the same of the first 16 channels. One pointer
+// walks a tile.
 constexpr int kTokenGroup = 32 + 4 + 4 + 4;  // bytes of one token's group
 
 // The layouts, the three kinds of panels, and q8g32 times activations of which none is negative.
@@ -58,10 +60,12 @@ struct Kernels {
   const char* name;
   bool (*runs_here)();        // the processor and the operating system support it
   BlocksKernel blocks[static_cast<int>(Form::count)];
-  // One token's floats into lane `lane` of a tile of W: scale = absmax / 127, q = nearest even of x / scale; a group with
-  // nothing above 1e-30 is zeros.
+  // One token's floats into lane `lane` of a tile of W: scale = the least power of two that takes a group's largest value to at
+  // most 127, q = nearest even of x / scale. A group with nothing above 1e-30 is zeros with the scale 1; one with an infinite
+  // value, or with values that are no numbers only, has a scale that is not a number.
   void (*quantize)(const float* x, int groups, uint8_t* tile, int W, int lane);
-  float (*dot)(const float* a, const float* b, int n);  // n a multiple of 16, as below
+  // out[i * stride + j] = dot product of a[i] and b[j], n floats each; n is a multiple of 16 here and below.
+  void (*dots)(const float* const* a, int n_a, const float* const* b, int n_b, int n, float* out, size_t stride);
   void (*half_to_float)(const uint16_t* x, int n, float* out);
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
   void (*silu_mul)(const float* gate, const float* up, int n, float* out);
@@ -80,8 +84,8 @@ struct Kernels {
   // channel block b becomes one q8g32 run of 16 channels by 32 positions at out + b * out_stride, with scales of 1. Position
   // i's own scale is scale[i], absmax / 127; of the 32, those past n are 0.
   void (*turn_values)(const float* x, size_t stride, int n, int V, uint8_t* out, size_t out_stride, float* scale);
-  // `blocks` of one token, one block after the other: how AMD's memory is best read, if the stream is long. Null but for AVX-512.
-  BlocksKernel one_stream[static_cast<int>(Form::count)];
+  // A row block's weights as floats, turned round: row r's channel k to out[k * stride + r].
+  void (*turned[static_cast<int>(Form::count)])(const uint8_t* w, int groups, float* out, size_t stride);
 
   // `blocks` for n neighbours, at most kPair, `block_stride` bytes apart, whose floats are neighbours too.
   void side_by_side(Form form, const uint8_t* w, size_t block_stride, int n, const uint8_t* tile, int groups, int W, float* out,
@@ -95,7 +99,7 @@ struct Kernels {
 
 extern const Kernels kScalar;
 #if defined(__x86_64__) || defined(_M_X64)
-extern const Kernels kAvx2, kAvxVnni, kAvx512Vnni256, kAvx512Vnni;
+extern const Kernels kAvx2, kAvxVnni, kAvx512Vnni256, kAvx512Vnni, kZen4;
 #elif defined(__aarch64__) || defined(_M_ARM64)
 extern const Kernels kNeon;
 #endif

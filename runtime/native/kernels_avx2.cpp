@@ -16,4 +16,4 @@ bool runs_here() {
 }
 }  // namespace
 
-const kimi::Kernels kimi::kAvx2 = KIMI_TABLE("avx2", runs_here, {});
+const kimi::Kernels kimi::kAvx2 = KIMI_TABLE("avx2", runs_here);

@@ -15,4 +15,4 @@ bool runs_here() {
 }
 }  // namespace
 
-const kimi::Kernels kimi::kAvx512Vnni256 = KIMI_TABLE("avx512vnni256", runs_here, {});
+const kimi::Kernels kimi::kAvx512Vnni256 = KIMI_TABLE("avx512vnni256", runs_here);

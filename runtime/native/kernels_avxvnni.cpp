@@ -17,4 +17,4 @@ bool runs_here() {
 }
 }  // namespace
 
-const kimi::Kernels kimi::kAvxVnni = KIMI_TABLE("avxvnni", runs_here, {});
+const kimi::Kernels kimi::kAvxVnni = KIMI_TABLE("avxvnni", runs_here);

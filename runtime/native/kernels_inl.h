@@ -5,19 +5,38 @@
 
 static inline V vsigmoid(V x) { return vdiv(vset(1.0f), vadd(vset(1.0f), vexp(vsub(vset(0.0f), x)))); }
 
-// One token's groups into a tile. The quotient is at most 127 (1 + 2^-23), so it never rounds to 128. Below about 4e-37 the
-// inverse would be infinite.
+static inline float two_to(int32_t e) {
+  const int32_t bits = (e + 127) << 23;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+#ifndef KIMI_EXPONENTS
+static inline float kept(int32_t e) { return two_to(e); }  // what a tile keeps of a scale; `vscale` multiplies by it
+#endif
+
+// The least e for which 127 * 2^e is not below a positive float, 127 being 1.984375 * 2^6: what a mantissa has above that carries
+// into the exponent.
+static inline int32_t exponent_of(float absmax) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &absmax, 4);
+  return ((bits + 0x1ffff) >> 23) - 133;
+}
+
+// One token's groups into a tile.
 static void quantize(const float* x, int groups, uint8_t* tile, int W, int lane) {
   for (int g = 0; g < groups; ++g, x += kGroup, tile += W * kTokenGroup) {
     const V a = vload(x), b = vload(x + 16);
     const float absmax = lane_max(vmax(vabs(a), vabs(b)));
-    const V inverse = vset(absmax > 1e-30f ? 127.0f / absmax : 0.0f);
+    const bool some = absmax > 1e-30f;
+    const int32_t e = some ? exponent_of(absmax) : 0;
+    const V inverse = vset(some ? two_to(-e) : 0.0f);
     int8_t* q = reinterpret_cast<int8_t*>(tile) + lane * kGroup;
     const int32_t low = -8 * store_int8(q, vround(vmul(a, inverse)));
     const int32_t whole = low - 8 * store_int8(q + 16, vround(vmul(b, inverse)));
     float* scales = reinterpret_cast<float*>(tile + W * kGroup);
     int32_t* sums = reinterpret_cast<int32_t*>(scales + W);
-    scales[lane] = absmax / 127.0f;
+    scales[lane] = kept(e) + (absmax - absmax);  // which is 0, or not a number
     sums[lane] = whole;
     sums[W + lane] = low;
   }
@@ -34,6 +53,35 @@ static float dot(const float* a, const float* b, int n) {
   V acc = vset(0.0f);
   for (int k = 0; k < n; k += 16) acc = vfma(vload(a + k), vload(b + k), acc);
   return lane_sum(acc);
+}
+
+// All pairs of A rows and B rows, each in the order of `dot`: its sum waits for itself, so several go at once.
+template <int A, int B>
+static inline void dots_of(const float* const* a, const float* const* b, int n, float* out, size_t stride) {
+  V acc[A][B];
+  for (int i = 0; i < A; ++i)
+    for (int j = 0; j < B; ++j) acc[i][j] = vset(0.0f);
+  for (int k = 0; k < n; k += 16) {
+    V y[B];
+    for (int j = 0; j < B; ++j) y[j] = vload(b[j] + k);
+    for (int i = 0; i < A; ++i) {
+      const V x = vload(a[i] + k);
+      for (int j = 0; j < B; ++j) acc[i][j] = vfma(x, y[j], acc[i][j]);
+    }
+  }
+  for (int i = 0; i < A; ++i)
+    for (int j = 0; j < B; ++j) out[i * stride + j] = lane_sum(acc[i][j]);
+}
+
+static void dots(const float* const* a, int n_a, const float* const* b, int n_b, int n, float* out, size_t stride) {
+  const auto row = [&]<int A>(int i) {
+    int j = 0;
+    for (; j + kDots <= n_b; j += kDots) dots_of<A, kDots>(a + i, b + j, n, out + i * stride + j, stride);
+    for (; j < n_b; ++j) dots_of<A, 1>(a + i, b + j, n, out + i * stride + j, stride);
+  };
+  int i = 0;
+  for (; i + kDots <= n_a; i += kDots) row.template operator()<kDots>(i);
+  for (; i < n_a; ++i) row.template operator()<1>(i);
 }
 
 static void half_to_float(const uint16_t* x, int n, float* out) {
@@ -62,7 +110,7 @@ static void axpy(float a, const float* x, int n, float* y) {
 }
 
 static void residual(const float* x, const uint8_t* tile, int W, int lane, float* out) {
-  const V scale = vset(-reinterpret_cast<const float*>(tile + W * kGroup)[lane]);
+  const V scale = vscale(vset(-1.0f), vset(reinterpret_cast<const float*>(tile + W * kGroup)[lane]));
   for (int k = 0; k < kGroup; k += 16) vstore(out + k, vfma(scale, load_int8(tile + lane * kGroup + k), vload(x + k)));
 }
 
@@ -142,6 +190,6 @@ static void turn_values(const float* x, size_t stride, int n, int C, uint8_t* ou
   {products::call<products::Q4>, products::call<products::Q8>, products::call<products::Q5>, products::call<products::I4>, \
    products::call<products::Q4K>, products::call<products::Q6K>, products::call<products::Panel<false, false>>,        \
    products::call<products::Panel<true, false>>, products::call<products::Panel<false, true>>, products::call<products::Q8Positive>}
-#define KIMI_TABLE(name, runs_here, streams)                                                                                   \
+#define KIMI_TABLE(name, runs_here)                                                                                      \
   {name, runs_here, KIMI_FORMS(blocks),                                                                                \
-   quantize, dot, half_to_float, rms_norm, silu_mul, sigmoid, axpy, residual, softmax, store_row, turn_rows, turn_values, streams}
+   quantize, dots, half_to_float, rms_norm, silu_mul, sigmoid, axpy, residual, softmax, store_row, turn_rows, turn_values, KIMI_FORMS(turned)}

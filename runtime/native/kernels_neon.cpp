@@ -21,4 +21,4 @@ bool runs_here() {
 }
 }  // namespace
 
-const kimi::Kernels kimi::kNeon = KIMI_TABLE("neon", runs_here, {});
+const kimi::Kernels kimi::kNeon = KIMI_TABLE("neon", runs_here);

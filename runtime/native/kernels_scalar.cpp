@@ -10,4 +10,4 @@ using namespace kimi;
 bool always() { return true; }
 }  // namespace
 
-const kimi::Kernels kimi::kScalar = KIMI_TABLE("scalar", always, {});
+const kimi::Kernels kimi::kScalar = KIMI_TABLE("scalar", always);

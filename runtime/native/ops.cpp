@@ -8,13 +8,26 @@
 namespace kimi {
 namespace {
 
-const Kernels* const kBestFirst[] = {
+// Those that run here, the best first.
+std::vector<const Kernels*> find_usable() {
+  std::vector<const Kernels*> all = {
 #if defined(__x86_64__) || defined(_M_X64)
-    &kAvx512Vnni, &kAvxVnni, &kAvx512Vnni256, &kAvx2,
+      &kZen4, &kAvx512Vnni, &kAvxVnni, &kAvx512Vnni256, &kAvx2,
 #elif defined(__aarch64__) || defined(_M_ARM64)
-    &kNeon,
+      &kNeon,
 #endif
-    &kScalar};
+      &kScalar};
+#if defined(__x86_64__) || defined(_M_X64)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_is("amd")) std::swap(all[0], all[1]);
+#endif
+  std::erase_if(all, [](const Kernels* k) { return !k->runs_here(); });
+  return all;
+}
+const std::vector<const Kernels*>& usable() {
+  static const std::vector<const Kernels*> all = find_usable();
+  return all;
+}
 
 std::unique_ptr<Pool> the_pool;
 
@@ -81,22 +94,17 @@ void head_products(const std::vector<Weights>& w, const float* x, size_t x_token
 
 const Kernels* chosen = nullptr;
 
-const Kernels& choose_kernels() {
-  for (const Kernels* k : kBestFirst)
-    if (k->runs_here()) return *(chosen = k);
-  return *(chosen = &kScalar);
-}
+const Kernels& choose_kernels() { return *(chosen = usable().front()); }
 
 std::vector<const char*> usable_kernels() {
   std::vector<const char*> names;
-  for (const Kernels* k : kBestFirst)
-    if (k->runs_here()) names.push_back(k->name);
+  for (const Kernels* k : usable()) names.push_back(k->name);
   return names;
 }
 
 void use_kernels(const char* name) {
-  for (const Kernels* k : kBestFirst)
-    if (std::strcmp(k->name, name) == 0 && k->runs_here()) {
+  for (const Kernels* k : usable())
+    if (std::strcmp(k->name, name) == 0) {
       chosen = k;
       return;
     }
@@ -196,20 +204,22 @@ void rms_norm(const float* x, const float* weight, int T, int D, float eps, floa
 void route(const float* x, const float* router, const float* bias, int T, int D, int E, int A, float scale,
            int32_t* ids, float* weights) {
   static Buffer<float> buffer;
+  constexpr int kTogether = 4, kShare = 8;  // tokens that meet an expert's row at once; experts of a task of few tokens
   const int padded = (E + 15) / 16 * 16;
   float* scores = buffer.get(static_cast<size_t>(T) * padded);
-  // A token's scores are one task each for many tokens; for a few, the experts are dealt out.
-  const int step = T < pool().n_threads() ? 8 : padded, steps = (padded + step - 1) / step;
-  pool().run(T * steps, [&](int i, int) {
-    const int t = i / steps, from = i % steps * step;
-    for (int e = from; e < std::min(from + step, padded); ++e)
-      scores[static_cast<size_t>(t) * padded + e] =
-          e < E ? kernels().dot(x + static_cast<size_t>(t) * D, router + static_cast<size_t>(e) * D, D) : 0.0f;
-  });
-  std::vector<int32_t> order(E);
-  for (int t = 0; t < T; ++t) {
+  std::vector<const float*> rows(E);
+  for (int e = 0; e < E; ++e) rows[e] = router + static_cast<size_t>(e) * D;
+  const auto compare = [&](int t, int n, int from, int to) {
+    const float* tokens[kTogether];
+    for (int i = 0; i < n; ++i) tokens[i] = x + static_cast<size_t>(t + i) * D;
+    kernels().dots(tokens, n, rows.data() + from, to - from, D, scores + static_cast<size_t>(t) * padded + from, padded);
+  };
+  const auto choose = [&](int t) {
+    static thread_local std::vector<int32_t> order;
     float* score = scores + static_cast<size_t>(t) * padded;
+    std::fill(score + E, score + padded, 0.0f);
     kernels().sigmoid(score, padded, score);
+    order.resize(E);
     for (int e = 0; e < E; ++e) order[e] = e;
     std::partial_sort(order.begin(), order.begin() + A, order.end(), [&](int a, int b) {
       const float sa = score[a] + bias[a], sb = score[b] + bias[b];
@@ -222,7 +232,22 @@ void route(const float* x, const float* router, const float* bias, int T, int D,
       ids[t * A + i] = order[i];
       weights[t * A + i] = score[order[i]] / (sum + 1e-20f) * scale;
     }
+  };
+  if (T < pool().n_threads()) {  // the experts are dealt out
+    const int steps = (E + kShare - 1) / kShare;
+    pool().run(T * steps, [&](int i, int) {
+      const int from = i % steps * kShare;
+      compare(i / steps, 1, from, std::min(from + kShare, E));
+    });
+    for (int t = 0; t < T; ++t) choose(t);
+    return;
   }
+  const int step = T < kTogether * pool().n_threads() ? 1 : kTogether;
+  pool().run((T + step - 1) / step, [&](int i, int) {
+    const int first = i * step, end = std::min(first + step, T);
+    compare(first, end - first, 0, E);
+    for (int t = first; t < end; ++t) choose(t);
+  });
 }
 
 void attention_layer(const AttentionLayer& l, float* x, int T, const float* cos, const float* sin,

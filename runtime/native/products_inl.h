@@ -215,10 +215,10 @@ static inline void tile_product(const uint8_t* const (&w)[S], const uint8_t* con
         const int t = i / vectors, k = i % vectors, r = k % kVectors * kLanes;
         const V xs = vset(scale[t]);
         if (in_turn<F, NT, S>) sums.low[i] = iadd(sums.low[i], sums.high[i]);
-        acc[i] = vfma(itof(sums.low[i]), vmul(ws[k], xs), acc[i]);
-        if (F::halves) acc[i] = vfma(itof(sums.high[i]), vmul(F::scale(w[k / kVectors], g, 1, r), xs), acc[i]);
+        acc[i] = vfma(itof(sums.low[i]), vscale(ws[k], xs), acc[i]);
+        if (F::halves) acc[i] = vfma(itof(sums.high[i]), vscale(F::scale(w[k / kVectors], g, 1, r), xs), acc[i]);
         if (F::offsets)
-          acc[i] = vfma(vset(-0.125f * static_cast<float>(sum[t])), vmul(F::offset(w[k / kVectors], g, r), xs), acc[i]);
+          acc[i] = vfma(vset(-0.125f * static_cast<float>(sum[t])), vscale(F::offset(w[k / kVectors], g, r), xs), acc[i]);
       }
     }
     KIMI_UNROLL
@@ -260,11 +260,34 @@ static void blocks(const void* const* w, const void* const* next, int n, const u
   if (W == 8) side_by_side<F, 8, kOfFew, 1>(w, next, n, tile, groups, out, stride);
   else if (W == 4) side_by_side<F, 4, kOfFew>(w, next, n, tile, groups, out, stride);
   else if (W == 2) side_by_side<F, 2, kOfFew>(w, next, n, tile, groups, out, stride);
-  else side_by_side<F, 1, kOfOne>(w, next, n, tile, groups, out, stride);
+  else if (n > kPair) side_by_side<F, 1, kOfOne>(w, next, n, tile, groups, out, stride);
+  else side_by_side<F, 1, kOfPair>(w, next, n, tile, groups, out, stride);
+}
+
+template <class F, int j>
+static inline void turned_line(const uint8_t* run, int r, const V (&scale)[2], V offset, float* out, size_t stride) {
+  const L line = F::template line<j>(run, r);
+  const V bias = vset(F::is_signed || F::shift < 0 ? 0.0f : static_cast<float>(8 << (F::shift < 0 ? 0 : F::shift)));
+  const auto put = [&](int c, V q) {
+    const V w = vmul(scale[F::halves && j >= 4], vsub(q, bias));
+    vstore(out + (4 * j + c) * stride + r, F::offsets ? vadd(w, offset) : w);
+  };
+  put(0, lbyte<0>(line)), put(1, lbyte<1>(line)), put(2, lbyte<2>(line)), put(3, lbyte<3>(line));
 }
 
 template <class F>
-static void one_stream(const void* const* w, const void* const* next, int n, const uint8_t* tile, int groups, int, float* const* out,
-                       size_t stride) {
-  side_by_side<F, 1, Reading{1, 4096, 128, 2}>(w, next, n, tile, groups, out, stride);
+static void turned(const uint8_t* w, int groups, float* out, size_t stride) {
+  for (int g = 0; g < groups; ++g, out += kGroup * stride)
+    for (int r = 0; r < kRows; r += kLanes) {
+      const uint8_t* run = F::run(w, g);
+      const V scale[2] = {F::scale(w, g, 0, r), F::scale(w, g, F::halves, r)}, offset = F::offset(w, g, r);
+      turned_line<F, 0>(run, r, scale, offset, out, stride);
+      turned_line<F, 1>(run, r, scale, offset, out, stride);
+      turned_line<F, 2>(run, r, scale, offset, out, stride);
+      turned_line<F, 3>(run, r, scale, offset, out, stride);
+      turned_line<F, 4>(run, r, scale, offset, out, stride);
+      turned_line<F, 5>(run, r, scale, offset, out, stride);
+      turned_line<F, 6>(run, r, scale, offset, out, stride);
+      turned_line<F, 7>(run, r, scale, offset, out, stride);
+    }
 }

@@ -5,13 +5,14 @@
 namespace kimi {
 namespace {
 
-bool on_amd() {
-#if defined(__x86_64__) || defined(_M_X64)
-  static const bool is = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
-  return is;
-#else
-  return false;
-#endif
+// Row block b of a ggml type that has no packed layout, decoded.
+const PanelRun* panel_of(const Weights& w, int b) {
+  PanelRun* panel = scratch.panel.get(w.columns / kGroup);
+  decode_panel(*w.block, w.data, w.rows, w.columns, b * kRows, panel);
+  return panel;
+}
+Form panel_form(const Weights& w) {
+  return w.block->halves ? Form::panel_halves : w.block->offsets ? Form::panel_offsets : Form::panel;
 }
 
 // Row block b of w, whose layout is not packed, times all tokens: out[i * stride + row].
@@ -21,26 +22,27 @@ void row_block(const Weights& w, int b, const Operand& x, float* out, size_t str
     case Kind::F16:
     case Kind::BF16: {
       const size_t row_bytes = static_cast<size_t>(w.columns) * w.block->bytes;
-      float* weights = scratch.row.get(w.columns);
-      for (int r = 0; r < kRows; ++r) {
-        const int row = b * kRows + r;
-        const uint8_t* stored = w.data + row * row_bytes;
-        if (row < w.rows && w.block->kind == Kind::F16)
-          kernels().half_to_float(reinterpret_cast<const uint16_t*>(stored), w.columns, weights);
-        else if (row < w.rows)
-          decode_float_row(w.block->kind, stored, w.columns, weights);
-        for (int i = 0; i < x.n; ++i)
-          out[i * stride + r] = row < w.rows ? kernels().dot(weights, x.x + x.tokens[i] * x.x_stride, w.columns) : 0;
+      const int n = std::min(kRows, w.rows - b * kRows);
+      float* weights = scratch.row.get(static_cast<size_t>(n) * w.columns);
+      const float* rows[kRows];
+      for (int r = 0; r < n; ++r) {
+        const uint8_t* stored = w.data + (b * kRows + r) * row_bytes;
+        float* row = weights + static_cast<size_t>(r) * w.columns;
+        if (w.block->kind == Kind::F16) kernels().half_to_float(reinterpret_cast<const uint16_t*>(stored), w.columns, row);
+        else decode_float_row(w.block->kind, stored, w.columns, row);
+        rows[r] = row;
       }
+      const float** tokens = scratch.tokens.get(x.n);
+      for (int i = 0; i < x.n; ++i) tokens[i] = x.x + x.tokens[i] * x.x_stride;
+      kernels().dots(tokens, x.n, rows, n, w.columns, out, stride);
+      for (int i = 0; i < x.n; ++i) std::fill(out + i * stride + n, out + i * stride + kRows, 0.0f);
       return;
     }
     default: {
-      PanelRun* panel = scratch.panel.get(w.columns / kGroup);
-      decode_panel(*w.block, w.data, w.rows, w.columns, b * kRows, panel);
-      const Form form = w.block->halves ? Form::panel_halves : w.block->offsets ? Form::panel_offsets : Form::panel;
+      const PanelRun* panel = panel_of(w, b);
       Blocks blocks;
       blocks.add(panel, panel, out);
-      blocks.multiply(form, x, stride);
+      blocks.multiply(panel_form(w), x, stride);
     }
   }
 }
@@ -49,13 +51,28 @@ void row_block(const Weights& w, int b, const Operand& x, float* out, size_t str
 
 void Blocks::multiply(Form form, const Operand& x, size_t stride) const {
   const size_t size = token_bytes(x.columns);
-  const BlocksKernel streamed = x.n == 1 && n > kPair && on_amd() ? kernels().one_stream[static_cast<int>(form)] : nullptr;
-  const BlocksKernel kernel = streamed ? streamed : kernels().blocks[static_cast<int>(form)];
+  const BlocksKernel kernel = kernels().blocks[static_cast<int>(form)];
   for (int first = 0, W; first < x.n; first += W) {
     W = tile_width(x.n, first);
     float* to[kMostBlocks];
     for (int i = 0; i < n; ++i) to[i] = out[i] + first * stride;
     kernel(these, next, n, x.tiles + first * size, x.columns / kGroup, W, to, stride);
+  }
+}
+
+void turned_block(const Weights& w, int b, float* out, size_t stride) {
+  const int groups = w.columns / kGroup;
+  if (is_packed(w.block->kind)) {
+    kernels().turned[static_cast<int>(packed_form(w))](w.data + b * w.stride, groups, out, stride);
+  } else if (is_float(w)) {
+    float* row = scratch.row.get(w.columns);
+    for (int r = 0; r < kRows; ++r) {
+      decode_float_row(w.block->kind, w.data + static_cast<size_t>(b * kRows + r) * w.columns * w.block->bytes, w.columns, row);
+      for (int k = 0; k < w.columns; ++k) out[k * stride + r] = row[k];
+    }
+  } else {
+    const PanelRun* panel = panel_of(w, b);
+    kernels().turned[static_cast<int>(panel_form(w))](reinterpret_cast<const uint8_t*>(panel), groups, out, stride);
   }
 }
 

@@ -1,5 +1,5 @@
 // Row blocks times activations: what every product of a matrix comes down to inside one task. ops.cpp and experts.cpp cut the
-// work into such tasks; nothing else includes this.
+// work into such tasks; expanded.cpp turns matrices round with it.
 #pragma once
 #include "ops.h"
 
@@ -22,6 +22,7 @@ struct Operand {
 struct Scratch {  // per thread
   Buffer<PanelRun> panel;
   Buffer<float> row, out, more;
+  Buffer<const float*> tokens;
   Buffer<uint8_t> tile;
 };
 inline thread_local Scratch scratch;
@@ -44,6 +45,8 @@ struct Blocks {
   void multiply(Form form, const Operand& x, size_t stride) const;
 };
 
+// The 16 rows of row block b as floats, turned round: channel k of row r to out[k * stride + r]. w has no rows beyond its blocks.
+void turned_block(const Weights& w, int b, float* out, size_t stride);
 // How many of so many row blocks a task of one token takes: as many as go side by side, if that leaves each thread a few tasks.
 int blocks_of_one(int blocks);
 // 0, 1, ... n - 1. Only the calling thread asks, between tasks.

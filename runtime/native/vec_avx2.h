@@ -11,6 +11,7 @@ static inline V vmul(V x, V y) { return TWO(_mm256_mul_ps, x, y); }
 static inline V vdiv(V x, V y) { return TWO(_mm256_div_ps, x, y); }
 static inline V vmax(V x, V y) { return TWO(_mm256_max_ps, x, y); }
 static inline V vmin(V x, V y) { return TWO(_mm256_min_ps, x, y); }
+static inline V vscale(V x, V power) { return vmul(x, power); }
 static inline V vfma(V x, V y, V z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 static inline V vabs(V x) { return TWO(_mm256_andnot_ps, vset(-0.0f), x); }
 static inline V vround(V x) {
@@ -84,5 +85,6 @@ static inline L lload(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
 }
+static constexpr int kDots = 2;
 #define KIMI_PRODUCT_VECTOR "vec_avx2_products.h"
 #undef TWO

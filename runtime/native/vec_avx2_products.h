@@ -9,6 +9,7 @@ static inline void vstore(float* p, V x) { _mm256_storeu_ps(p, x); }
 static inline V vadd(V x, V y) { return _mm256_add_ps(x, y); }
 static inline V vsub(V x, V y) { return _mm256_sub_ps(x, y); }
 static inline V vmul(V x, V y) { return _mm256_mul_ps(x, y); }
+static inline V vscale(V x, V power) { return vmul(x, power); }
 static inline V vfma(V x, V y, V z) { return _mm256_fmadd_ps(x, y, z); }
 static inline V vhalf(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 static inline __m128i eight_bytes(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
@@ -32,6 +33,9 @@ template <int j> static inline L ltwo(L x) {
 }
 static inline L lcode(L x) {
   return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNonLinear))), x);
+}
+template <int c> static inline V lbyte(L x) {
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 24 - 8 * c), 24));
 }
 static inline L four_channels(const int8_t* x) { int32_t r; __builtin_memcpy(&r, x, 4); return _mm256_set1_epi32(r); }
 #if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
@@ -71,4 +75,4 @@ static inline I dot_s8_positive(I acc, L w, const int8_t* x) { return widen_add(
 static constexpr int32_t bias_s8 = 0;
 #endif
 static constexpr int kBatch = 4;
-static constexpr Reading kOfOne{2, 1024, 64, 3}, kOfFew{1, 4096, 64, 2};  // Zen 3; four streams spill sums
+static constexpr Reading kOfOne{2, 1024, 64, 3}, kOfPair = kOfOne, kOfFew{1, 4096, 64, 2};  // Zen 3; four streams spill sums

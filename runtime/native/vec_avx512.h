@@ -12,6 +12,13 @@ static inline V vdiv(V x, V y) { return _mm512_div_ps(x, y); }
 static inline V vmax(V x, V y) { return _mm512_max_ps(x, y); }
 static inline V vmin(V x, V y) { return _mm512_min_ps(x, y); }
 static inline V vfma(V x, V y, V z) { return _mm512_fmadd_ps(x, y, z); }
+#ifdef KIMI_ZEN4  // two of four units multiply, others scale; Intel's two do both, scaling in two steps
+#define KIMI_EXPONENTS
+static inline float kept(int32_t e) { return static_cast<float>(e); }
+static inline V vscale(V x, V power) { return _mm512_scalef_ps(x, power); }
+#else
+static inline V vscale(V x, V power) { return vmul(x, power); }
+#endif
 static inline V vabs(V x) { return _mm512_abs_ps(x); }
 static inline V vround(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline V vpow2(V n) {
@@ -74,6 +81,9 @@ template <int j> static inline L ltwo(L a) {
 static inline L lcode(L a) {
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNonLinear))), a);
 }
+template <int c> static inline V lbyte(L a) {
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a, 24 - 8 * c), 24));
+}
 static inline int32_t four(const int8_t* x) { int32_t r; __builtin_memcpy(&r, x, 4); return r; }
 // Four bytes of activations, broadcast by the instruction that multiplies them. GCC would load them into a register first, and
 // move products and the rounding of sums among each other, which costs Zen 4 four cycles of 86 for a group of eight tokens.
@@ -87,5 +97,11 @@ static inline I dot_s8(I acc, L w, const int8_t* x) {
 }
 static inline I dot_s8_positive(I acc, L w, const int8_t* x) { return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(four(x)), w); }
 static constexpr int32_t bias_s8 = 128;
+static constexpr int kDots = 4;
 static constexpr int kBatch = 8;  // 8 x (total, acc, integer sum) and a line: 28 of 32 registers
-static constexpr Reading kOfOne{8, 4096, 64, 2}, kOfFew{2, 4096, 64, 2};  // measured on Emerald Rapids; on Zen 4
+static constexpr Reading kOfFew{2, 4096, 64, 2}, kOfPair = kOfFew;
+#ifdef KIMI_ZEN4
+static constexpr Reading kOfOne{1, 4096, 128, 2};
+#else
+static constexpr Reading kOfOne{8, 4096, 64, 2};  // measured on Emerald Rapids
+#endif

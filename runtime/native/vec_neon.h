@@ -9,6 +9,7 @@ static inline void vstore(float* p, V a) { EACH vst1q_f32(p + 4 * k, a.v[k]); }
 static inline V vadd(V a, V b) { EACH a.v[k] = vaddq_f32(a.v[k], b.v[k]); return a; }
 static inline V vsub(V a, V b) { EACH a.v[k] = vsubq_f32(a.v[k], b.v[k]); return a; }
 static inline V vmul(V a, V b) { EACH a.v[k] = vmulq_f32(a.v[k], b.v[k]); return a; }
+static inline V vscale(V a, V power) { return vmul(a, power); }
 static inline V vdiv(V a, V b) { EACH a.v[k] = vdivq_f32(a.v[k], b.v[k]); return a; }
 static inline V vfma(V a, V b, V c) { EACH c.v[k] = vfmaq_f32(c.v[k], a.v[k], b.v[k]); return c; }
 // a > b ? a : b, as the other instruction sets have it; NEON's own maximum treats what is not a number otherwise.
@@ -86,6 +87,11 @@ static inline L lcode(L a) {
   EACH a.v[k] = vreinterpretq_u8_s8(vqtbl1q_s8(codes, a.v[k]));
   return a;
 }
+template <int c> static inline V lbyte(L a) {
+  V r;
+  EACH r.v[k] = vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(vreinterpretq_s32_u8(a.v[k]), 24 - 8 * c), 24));
+  return r;
+}
 static inline I dot_s8(I acc, L w, const int8_t* x) {
   int32_t four;
   __builtin_memcpy(&four, x, 4);
@@ -96,6 +102,7 @@ static inline I dot_s8(I acc, L w, const int8_t* x) {
 static inline I dot_u7(I acc, L w, const int8_t* x) { return dot_s8(acc, w, x); }  // at most 127: signed all the same
 static inline I dot_s8_positive(I acc, L w, const int8_t* x) { return dot_s8(acc, w, x); }
 static constexpr int32_t bias_s8 = 0;
+static constexpr int kDots = 2;
 static constexpr int kBatch = 4;  // a vector is four registers, of which there are 32
-static constexpr Reading kOfOne{2, 1024, 64, 3}, kOfFew{1, 4096, 64, 2};  // not measured
+static constexpr Reading kOfOne{2, 1024, 64, 3}, kOfPair = kOfOne, kOfFew{1, 4096, 64, 2};  // not measured
 #undef EACH

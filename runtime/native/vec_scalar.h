@@ -10,6 +10,7 @@ static inline V vadd(V a, V b) { EACH a.v[k] += b.v[k]; return a; }
 static inline V vsub(V a, V b) { EACH a.v[k] -= b.v[k]; return a; }
 static inline V vmul(V a, V b) { EACH a.v[k] *= b.v[k]; return a; }
 static inline V vdiv(V a, V b) { EACH a.v[k] /= b.v[k]; return a; }
+static inline V vscale(V a, V power) { return vmul(a, power); }  // by a power of two, as a tile keeps it
 static inline V vfma(V a, V b, V c) { EACH c.v[k] = __builtin_fmaf(a.v[k], b.v[k], c.v[k]); return c; }
 static inline V vmax(V a, V b) { EACH a.v[k] = a.v[k] > b.v[k] ? a.v[k] : b.v[k]; return a; }
 static inline V vmin(V a, V b) { EACH a.v[k] = a.v[k] < b.v[k] ? a.v[k] : b.v[k]; return a; }
@@ -95,6 +96,8 @@ static inline L lor(L a, L b) { for (int k = 0; k < 64; ++k) a.b[k] |= b.b[k]; r
 template <int j> static inline L lbit(L a) { for (int k = 0; k < 64; ++k) a.b[k] = static_cast<uint8_t>((a.b[k] >> j & 1) << 4); return a; }
 template <int j> static inline L ltwo(L a) { for (int k = 0; k < 64; ++k) a.b[k] = static_cast<uint8_t>((a.b[k] >> 2 * j & 3) << 4); return a; }
 static inline L lcode(L a) { for (int k = 0; k < 64; ++k) a.b[k] = static_cast<uint8_t>(kNonLinear[a.b[k]]); return a; }
+// Byte c of each row's four, as a signed number.
+template <int c> static inline V lbyte(L a) { V r; EACH r.v[k] = static_cast<float>(static_cast<int8_t>(a.b[4 * k + c])); return r; }
 // acc[row] += dot of the row's 4 weights (unsigned, at most 127) and the 4 activations at x.
 static inline I dot_u7(I acc, L w, const int8_t* x) {
   EACH for (int c = 0; c < 4; ++c) acc.v[k] += static_cast<int32_t>(w.b[4 * k + c]) * x[c];
@@ -108,6 +111,6 @@ static inline I dot_s8(I acc, L w, const int8_t* x) {
 // The same where no activation is negative, without that bias.
 static inline I dot_s8_positive(I acc, L w, const int8_t* x) { return dot_s8(acc, w, x); }
 static constexpr int32_t bias_s8 = 0;  // dot_s8 gives the sum plus bias_s8 * (sum of the activations)
-static constexpr int kBatch = 8;
-static constexpr Reading kOfOne{1, 1024, 64, 3}, kOfFew{1, 4096, 64, 2};
+static constexpr int kBatch = 8, kDots = 2;
+static constexpr Reading kOfOne{1, 1024, 64, 3}, kOfPair = kOfOne, kOfFew{1, 4096, 64, 2};
 #undef EACH

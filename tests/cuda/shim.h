@@ -250,6 +250,11 @@ inline void mma_8x8x16(int& d0, int& d1, uint32_t a, uint32_t b) {
   d0 = dotted(d0, all.a[g], all.b[2 * t], 16);
   d1 = dotted(d1, all.a[g], all.b[2 * t + 1], 16);
 }
+inline int __float_as_int(float f) {
+  int bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
+}
 inline float __int_as_float(int bits) {
   float f;
   std::memcpy(&f, &bits, 4);

@@ -100,20 +100,26 @@ void run(const Kernels& k, bool emulated = false) {
         blocks[i] = i % 3 ? other.data() : weights.data();
         to[i] = out + (kMostBlocks - 1 - i) * kRows;
       }
-      for (int n : {kMostBlocks - 1, kMostBlocks})
-        for (bool streamed : {false, true}) {
-          if (streamed && width > 1) continue;
-          const BlocksKernel kernel = streamed && k.one_stream[form] ? k.one_stream[form] : k.blocks[form];
-          std::fill(std::begin(out), std::end(out), 0.0f);
-          kernel(blocks, blocks, n, tile.data(), G, width, to, kMostBlocks * kRows);
-          say(k, names[form], out, sizeof(float) * width * kMostBlocks * kRows, streamed ? " in one stream" : " side by side");
-        }
+      for (int n : {kMostBlocks - 1, kMostBlocks}) {
+        std::fill(std::begin(out), std::end(out), 0.0f);
+        k.blocks[form](blocks, blocks, n, tile.data(), G, width, to, kMostBlocks * kRows);
+        say(k, names[form], out, sizeof(float) * width * kMostBlocks * kRows, " side by side");
+      }
+      std::vector<float> turned(static_cast<size_t>(I) * kRows);
+      k.turned[form](weights.data(), G, turned.data(), kRows);
+      say(k, names[form], turned.data(), sizeof(float) * turned.size(), " turned round");
     }
   std::vector<uint8_t> tile(static_cast<size_t>(W) * G * kTokenGroup);
   for (int t = 0; t < W; ++t) k.quantize(x.data() + t * I, G, tile.data(), W, t);
+  for (int g = 0; g < G; ++g)  // but for the scales, which a tile may keep as exponents; `residual` multiplies by them
+    std::memset(tile.data() + (g * kTokenGroup + kGroup) * W, 0, sizeof(float) * W);
   say(k, "quantize", tile.data(), tile.size());
-  const float d = k.dot(x.data(), x.data() + I, I);
-  say(k, "dot", &d, sizeof d);
+  for (int t = 0; t < W; ++t) k.quantize(x.data() + t * I, G, tile.data(), W, t);
+  const float* tokens[W];
+  for (int t = 0; t < W; ++t) tokens[t] = x.data() + t * I;
+  float dots[5][7];
+  k.dots(tokens, 5, tokens + 1, 7, I, dots[0], 7);
+  say(k, "dots", dots, sizeof dots);
   std::vector<uint16_t> halves(I);
   for (uint16_t& h : halves) h = static_cast<uint16_t>(draw() & 0xfbff);
   k.half_to_float(halves.data(), I, y.data());
@@ -126,8 +132,9 @@ void run(const Kernels& k, bool emulated = false) {
   say(k, "sigmoid", y.data(), 4 * I);
   k.axpy(0.7f, x.data(), I, y.data());
   say(k, "axpy", y.data(), 4 * I);
-  k.residual(x.data(), tile.data(), W, 0, y.data());
-  say(k, "residual", y.data(), 4 * kGroup);
+  for (int g = 0; g < G; ++g)
+    for (int t = 0; t < W; ++t) k.residual(x.data() + t * I + g * kGroup, tile.data() + g * W * kTokenGroup, W, t, y.data() + t * I + g * kGroup);
+  say(k, "residual", y.data(), 4 * W * I);
   std::vector<float> s(x.begin(), x.begin() + 128);
   const float total = k.softmax(s.data(), 101, 3.0f);
   say(k, "softmax", s.data(), 4 * s.size());
@@ -198,6 +205,7 @@ int main() {
   run(kAvxVnni, kAvx2.runs_here());
   run(kAvx512Vnni256);
   run(kAvx512Vnni);
+  run(kZen4);
   run(kVisionAvx2, kAvx2);
   run(kVisionAvx512Vnni, kAvx512Vnni);
 #elif defined(__aarch64__)
