@@ -217,7 +217,7 @@ int run(long n) {
 def peak_int8(isa: str, threads: int) -> float | None:
     """Billions of int8 multiply-adds a second that the processor can do at all: ten independent chains of vpdpbusd on
     every thread, compiled here. None without that instruction or a compiler."""
-    if isa != "avx512vnni":
+    if isa not in ("avx512vnni", "zen4"):
         return None
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "peak.c", Path(folder) / "peak.so"

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from numpy_model import activation_scale
 
 from kimi_lite.runtime.cuda.driver import Card

@@ -53,7 +53,9 @@ def test_packed_products_follow_the_formula(isa: str, layout: str, O: int, I: in
 
 @pytest.mark.parametrize("T", [1, 8])
 def test_activations_are_rounded_by_the_least_power_of_two_that_holds_them(isa: str, T: int) -> None:
-    unit = Matrix("q8g32", pack_quantized(np.eye(32, dtype=np.int8), np.ones((32, 1), np.float16), "q8g32"), 32, 32)
+    unit = Matrix(
+        "q8g32", pack_quantized(np.eye(32, dtype=np.int8), np.ones((32, 1), np.float16), "q8g32"), 32, 32
+    )
     rng = np.random.default_rng(2)
     for largest in (127.0, 2.0**-90 * 127, 2.0**100 * 127, 1.2e-30, 2.5e38, 1.0):
         for most in (largest, np.nextafter(np.float32(largest), np.float32(np.inf))):

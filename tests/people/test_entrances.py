@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from terminal import talk_in_a_terminal
 
 import kimi_lite
+from kimi_lite.doctor import machine_report
 from kimi_lite.errors import UsageError
+from kimi_lite.runtime import kernels
 from kimi_lite.runtime.sampling import Sampler, SamplingOptions
 
 LONG = 'Reverse "planet".'
@@ -244,6 +246,15 @@ def test_doctor_and_info_speak() -> None:
     assert "not the fastest" in command("doctor", KIMI_LITE_ISA="scalar").stdout
     info = command("info", str(Path(kimi_lite.__file__).parent / "nano" / "kimi-vl-nano-int4.gguf")).stdout
     assert "q4g32" in info
+
+
+@pytest.mark.parametrize(("best", "lacks"), [("zen4", False), ("avx512vnni", False), ("avx2", True)])
+def test_doctor_says_which_processors_lack_the_fastest_kernels(
+    best: str, lacks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "usable_isas", lambda: [best, "scalar"])
+    monkeypatch.setattr(kernels, "isa", lambda: best)
+    assert any("this processor has no avx512vnni" in line for line in machine_report()) is lacks
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
