@@ -265,9 +265,11 @@ def _rounded(x_TI: Float) -> Float:
     """Values as int8 in groups of 32 would give them back (docs/kernels.md)."""
     x_TGg = x_TI.reshape(len(x_TI), -1, GROUP)
     most_TG1 = np.abs(x_TGg).max(-1, keepdims=True)
-    inverse_TG1 = np.divide(np.float32(127), most_TG1, out=np.zeros_like(most_TG1), where=most_TG1 > 0)
-    steps_TGg = np.rint(x_TGg * inverse_TG1)
-    return np.asarray(steps_TGg * (most_TG1 / np.float32(127)), np.float32).reshape(x_TI.shape)
+    # The least power of two of which 127 reach the largest value: fraction · 2^exponent, rounded up.
+    fraction_TG1, exponent_TG1 = np.frexp(most_TG1.astype(np.float64) / 127)
+    scale_TG1 = np.exp2(exponent_TG1 - (fraction_TG1 == 0.5))
+    scale_TG1 = np.where(most_TG1 > 1e-30, scale_TG1, 1).astype(np.float32)
+    return np.asarray(np.rint(x_TGg / scale_TG1) * scale_TG1, np.float32).reshape(x_TI.shape)
 
 
 BF16, F16 = 2.0**-8, 2.0**-11  # the largest relative error of rounding to nearest

@@ -198,7 +198,7 @@ def test_matrices_of_a_packed_mlp_are_those_that_it_multiplies(weights: Weights)
     y_TD = kernels.expert_outputs(f.shared, h_TD, np.zeros_like(every_T), every_T)
     g_TF = h_TD @ gate.T
     exact_TD = (g_TF / (1 + np.exp(-g_TF)) * (h_TD @ up.T)) @ down.T
-    # int8 activations lose 1 / 254 of a group's largest twice: far less than any two matrices in a wrong place.
+    # int8 activations lose at most 1 / 127 of a group's largest twice: far less than any two matrices in a wrong place.
     assert np.linalg.norm(y_TD - exact_TD) < 0.02 * np.linalg.norm(exact_TD)
 
 
