@@ -15,4 +15,8 @@ bool runs_here() {
 }
 }  // namespace
 
+#ifdef KIMI_ZEN4
+const kimi::Kernels kimi::kZen4 = KIMI_TABLE("zen4", runs_here);
+#else
 const kimi::Kernels kimi::kAvx512Vnni = KIMI_TABLE("avx512vnni", runs_here);
+#endif

@@ -360,6 +360,30 @@ def test_expanded_attention_follows_the_formula(isa: str, layout: str, start: in
             assert (np.abs(o_THV[t, h] - exact) <= bound / a.sum()).all(), (h, t)
 
 
+@pytest.mark.parametrize(
+    ("kind", "packed_first"),
+    [(kind, first) for kind in GGML for first in (False, True) if kernels.packed_as(kind) or not first],
+)
+def test_expanded_attention_reads_any_k_b_as_the_floats_it_stands_for(
+    isa: str, kind: str, packed_first: bool
+) -> None:
+    rng = np.random.default_rng(len(kind))
+    H, C, R, N, V, S = 2, 64, 16, 256, 32, 40
+    data = np.concatenate([random_blocks(rng, kind, C, N) for _ in range(H)])
+    floats = gguf.dequantize(data.reshape(H * C, -1), gguf.GGMLQuantizationType[kind]).astype(np.float32)
+    k_b, as_floats = Matrix(kind, data, C, N, H), Matrix("F32", floats.reshape(-1).view(np.uint8), C, N, H)
+    if packed_first:
+        k_b = kernels.pack(k_b)
+    v_b = packed(rng, "q8g32", V, C, count=H)
+    latent_SC, key_SR = rng.standard_normal((S, C), np.float32), rng.standard_normal((S, R), np.float32)
+    cache, _, _ = remembered(latent_SC, key_SR, 64)
+    q_SHN, qr_SHR = rng.standard_normal((S, H, N), np.float32), rng.standard_normal((S, H, R), np.float32)
+    found, expected = (
+        kernels.expanded_attention(cache, k, v_b, q_SHN, qr_SHR, 0, 0.1) for k in (k_b, as_floats)
+    )
+    assert np.array_equal(found, expected)
+
+
 def two_digits_of_the_ends(a: NDArray[np.float64]) -> NDArray[np.float64]:
     """Softmax weights in int8 groups of 32 positions, the first group and the last with a second digit."""
     pad = np.pad(a, (0, -len(a) % 32)).reshape(-1, 32)
