@@ -13,8 +13,9 @@ alive together, and take N turns of a second or two, of which each pair gives a 
 reaches is measured before each pair: where a machine's memory has two speeds, the ratio of each is told apart by it.
 
 A peer is given its best: the first round tries its settings (weights repacked at load or not, flash attention, batch),
-and each row keeps the one that was fastest for it. A peer that is not installed is named, with the way to install it,
-and the others are still measured. Linux only: memory and the start of a process are read from /proc.
+and each row keeps the one that was fastest for it. A ready wheel may leave out instructions that the processor has, which
+can halve a peer's speed: that is said, with the way to build it here, and recorded. A peer that is not installed is named,
+with the way to install it, and the others are still measured. Linux only: memory and the start of a process are read from /proc.
 
 Prints a table, and ends with one JSON line; Ctrl-C, or a limit that ends it, leaves what was measured until then.
 """
@@ -22,6 +23,7 @@ Prints a table, and ends with one JSON line; Ctrl-C, or a limit that ends it, le
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -46,6 +48,11 @@ PEERS = {  # engine: its module, its name, what installs it
     "llama": ("llama_cpp", "llama.cpp", "llama-cpp-python"),
     "ik": ("ik_llama_cpp", "ik_llama.cpp", "ik-llama-cpp-python"),
 }
+INSTRUCTIONS = {  # a flag of /proc/cpuinfo: what ggml calls it when it lists those that a build uses
+    "avx2": "AVX2",
+    "avx512f": "AVX512",
+    "avx512_vnni": "AVX512_VNNI",
+}
 ROWS = {  # row: what it says, in tokens a second
     "prefill_256": "prefill, 256 tokens",
     "prefill_2048": "prefill, 2048 tokens",
@@ -57,6 +64,7 @@ ROWS = {  # row: what it says, in tokens a second
 }
 DEEP = ("decode_16384", "decode_65536")
 TURNS = ("decode", "prefill_256", "prefill_2048")  # rows that are worth turns
+CPU_INFO = Path("/proc/cpuinfo")
 WORKER = Path(__file__).with_name("peer_worker.py")
 MEMORY_OF_REPACKING = (
     1.9  # of the file's size: the copy, and the part of the file that is still read from the map
@@ -110,6 +118,9 @@ class Bench:
         self.samples: dict[str, dict[tuple[str, Setting], list[float]]] = {}
         self.memory: dict[str, dict[str, float]] = {}
         self.versions: dict[str, str] = {}
+        self.unused: dict[
+            str, list[str]
+        ] = {}  # by peer: instructions that this processor has and the build leaves out
         self.pairs: dict[str, dict[str, Any]] = {}  # by row: the peer, and both speeds of each turn
         self.missing: dict[str, str] = {}  # the package of each peer that is not there
 
@@ -174,7 +185,7 @@ class Bench:
                 capture_output=True,
                 text=True,
                 check=False,
-                env=environment(),
+                env=environment(engine),
             )
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
@@ -212,7 +223,7 @@ class Bench:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
                     text=True,
-                    env=environment(),
+                    env=environment(engine),
                 )
                 if not said(workers[engine], "ready"):
                     print(f"no turns for {row}: {engine} did not start beside the other", file=sys.stderr)
@@ -243,14 +254,27 @@ class Bench:
             if row in result:
                 samples.setdefault((row, setting), []).append(result[row])
         if "version" in result:
-            self.versions[engine] = result["version"]
+            self.note_version(engine, result["version"])
             excess = result["anonymous_mb"] - deepest(rows) * LatentCache.bytes_per_token(FULL) / 1e6
             peaks = self.memory.setdefault(engine, {})
-            for name, value in (("anonymous_mb", result["anonymous_mb"]), ("excess_mb", excess)):
+            for name, value in (
+                ("anonymous_mb", result["anonymous_mb"]),
+                ("large_pages_mb", result["large_pages_mb"]),
+                ("excess_mb", excess),
+            ):
                 peaks[name] = round(max(peaks.get(name, 0.0), value), 1)
         how = "" if engine == "ours" else f" ({setting})"
         for row in rows:
             print(f"{time.strftime('%H:%M:%S')} {engine} {row}: {result[row]:.2f}{how}", file=sys.stderr)
+
+    def note_version(self, engine: str, version: str) -> None:
+        """Remembers it, and says once what the peer's build leaves unused."""
+        if engine not in self.versions and engine in PEERS:
+            flags = next((x for x in CPU_INFO.read_text().splitlines() if x.startswith("flags")), "").split()
+            if unused := unused_instructions(version, flags):
+                self.unused[engine] = unused
+                print(slow_build(engine, self.arguments.python, unused), file=sys.stderr)
+        self.versions[engine] = version
 
     def medians(self) -> dict[str, Speeds]:
         """Of each row's best setting."""
@@ -290,9 +314,14 @@ def ratios(medians: dict[str, Speeds], excess_mb: float | None) -> dict[str, flo
     return out
 
 
-def environment() -> dict[str, str]:
-    """pip compiles what it installs; a checkout's modules must be allowed to keep their bytecode too."""
-    return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+def environment(engine: str) -> dict[str, str]:
+    """What a worker sees.
+
+    pip compiles what it installs; a checkout's modules must be allowed to keep their bytecode too. And a peer's copy of the
+    weights gets large pages, as our mapped file does: most systems give them to who asks, and glibc asks when told to.
+    """
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return kept | ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if engine in PEERS else {})
 
 
 def said(worker: "subprocess.Popen[str]", word: str) -> bool:
@@ -313,8 +342,30 @@ def ask(worker: "subprocess.Popen[str]", row: str) -> float:
 
 
 def missing_peer(engine: str, python: str) -> str:
-    _, name, package = PEERS[engine]
-    return f"{name} is not installed for {python}; to compare with it: {python} -m pip install {package}"
+    return f"{PEERS[engine][1]} is not installed for {python}; to compare with it: {install(engine, python)}"
+
+
+def slow_build(engine: str, python: str, unused: list[str]) -> str:
+    return (
+        f"{PEERS[engine][1]} for {python} is built without {' and '.join(unused)}, which this processor has, so it is "
+        f"slower than it could be; to compare with its best: {install(engine, python)}"
+    )
+
+
+def install(engine: str, python: str) -> str:
+    """The command that builds a peer from its source, for this processor: a ready wheel is for any."""
+    package = PEERS[engine][2]
+    return f"{python} -m pip install --force-reinstall --no-cache-dir --no-binary {package} {package}"
+
+
+def unused_instructions(version: str, flags: Iterable[str]) -> list[str]:
+    """Those of INSTRUCTIONS that the processor has and a ggml build's own list ("AVX2 = 1 | AVX512 = 0 |") does not."""
+    used = {
+        name.strip()
+        for name, _, on in (item.partition("=") for item in re.split("[|:]", version))
+        if on.strip() == "1"
+    }
+    return [name for flag, name in INSTRUCTIONS.items() if flag in flags and name not in used]
 
 
 def repacking_fits(file_bytes: int, memory_bytes: int) -> bool:
@@ -412,6 +463,7 @@ def main() -> None:
                     for e, samples in bench.samples.items()
                 },
                 "missing": bench.missing,
+                "unused_instructions": bench.unused,
                 "threads": arguments.threads,
                 "rounds": arguments.rounds,
                 "commit": commit(),

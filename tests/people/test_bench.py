@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -10,9 +11,20 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import peers
 import pytest
 from peer_worker import repeat_state
-from peers import PEERS, Bench, Setting, deepest, missing_peer, ratios, repacking_fits
+from peers import (
+    PEERS,
+    Bench,
+    Setting,
+    deepest,
+    environment,
+    missing_peer,
+    ratios,
+    repacking_fits,
+    unused_instructions,
+)
 
 from kimi_lite.api import nano_path
 from kimi_lite.bench import fill_cache, large_pages
@@ -177,7 +189,58 @@ def test_a_missing_peer_is_named_with_what_installs_it(engine: str) -> None:
     _, name, package = PEERS[engine]
     message = missing_peer(engine, "/opt/python")
     assert message.startswith(f"{name} is not installed")
-    assert message.endswith(f"/opt/python -m pip install {package}")
+    assert re.search(f": /opt/python -m pip install .*--no-binary {package} {package}$", message)
+
+
+IK_READY = "ik-llama-cpp-python 0.1.5: AVX = 1 | AVX_VNNI = 0 | AVX2 = 1 | AVX512 = 0 | AVX512_VBMI = 0 | AVX512_VNNI = 0 | "
+IK_BUILT = "ik-llama-cpp-python 0.1.5: AVX = 1 | AVX_VNNI = 0 | AVX2 = 1 | AVX512 = 1 | AVX512_VBMI = 1 | AVX512_VNNI = 1 | "
+LLAMA_BUILT = (
+    "llama-cpp-python 0.3.36: CPU : SSE3 = 1 | AVX2 = 1 | AVX512 = 1 | AVX512_VNNI = 1 | REPACK = 1 | "
+)
+LLAMA_PLAIN = "llama-cpp-python 0.3.36: CPU : SSE3 = 1 | OPENMP = 1 | "
+ZEN4, ZEN3 = ["sse3", "avx2", "avx512f", "avx512_vnni"], ["sse3", "avx2"]
+
+
+@pytest.mark.parametrize(
+    ("version", "flags", "unused"),
+    [
+        (IK_READY, ZEN4, ["AVX512", "AVX512_VNNI"]),
+        (IK_READY, ZEN3, []),
+        (IK_BUILT, ZEN4, []),
+        (LLAMA_BUILT, ZEN4, []),
+        (LLAMA_PLAIN, ZEN3, ["AVX2"]),
+    ],
+)
+def test_a_peer_built_for_less_than_this_processor_is_found(
+    version: str, flags: list[str], unused: list[str]
+) -> None:
+    assert unused_instructions(version, flags) == unused
+
+
+def test_a_peer_built_for_less_is_said_once_and_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_vnni\n\nprocessor\t: 1\n")
+    monkeypatch.setattr(peers, "CPU_INFO", info)
+    bench = Bench(Namespace(packed=None, gguf=None, python="/opt/python", rows=[]))
+    for _ in range(2):
+        bench.note_version("ik", IK_READY)
+        bench.note_version("llama", LLAMA_BUILT)
+        bench.note_version("ours", "kimi-lite 0.1.0, zen4")
+    said = capsys.readouterr().err
+    assert said.count("built without AVX512 and AVX512_VNNI, which this processor has") == 1
+    assert said.count("\n") == 1
+    assert bench.unused == {"ik": ["AVX512", "AVX512_VNNI"]}
+    assert bench.versions["llama"] == LLAMA_BUILT
+
+
+def test_a_peer_is_told_to_ask_for_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it gets them is the system's to say: each result has how many (`large_pages_mb`)."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert environment("ik")["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    assert "GLIBC_TUNABLES" not in environment("ours")
+    assert "PYTHONDONTWRITEBYTECODE" not in environment("ours")
 
 
 def test_a_copy_of_the_weights_must_fit() -> None:
