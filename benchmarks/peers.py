@@ -14,8 +14,19 @@ reaches is measured before each pair: where a machine's memory has two speeds, t
 
 A peer is given its best: the first round tries its settings (weights repacked at load or not, flash attention, batch),
 and each row keeps the one that was fastest for it. A ready wheel may leave out instructions that the processor has, which
-can halve a peer's speed: that is said, with the way to build it here, and recorded. A peer that is not installed is named,
-with the way to install it, and the others are still measured. Linux only: memory and the start of a process are read from /proc.
+can halve a peer's speed: that is said and recorded. A peer that is not installed is named, with the way to install it, and
+the others are still measured.
+
+pip builds llama.cpp for the machine that it is on. Of ik_llama.cpp it takes a wheel for AVX2, and its source package (0.1.5)
+lacks files that its quantizer needs. What is measured here can be built all the same, and put over the wheel's libraries:
+
+    pip download --no-deps --no-binary :all: ik-llama-cpp-python && tar xf ik_llama_cpp_python-*.tar.gz
+    cmake -S ik_llama_cpp_python-*/vendor/ik_llama.cpp -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \\
+      -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON '-DCMAKE_INSTALL_RPATH=$ORIGIN'
+    cmake --build build --target llama ggml
+    cp build/src/libllama.so build/ggml/src/libggml.so VENV/lib/python3.*/site-packages/ik_llama_cpp/lib/
+
+Linux only: memory and the start of a process are read from /proc.
 
 Prints a table, and ends with one JSON line; Ctrl-C, or a limit that ends it, leaves what was measured until then.
 """
@@ -342,20 +353,15 @@ def ask(worker: "subprocess.Popen[str]", row: str) -> float:
 
 
 def missing_peer(engine: str, python: str) -> str:
-    return f"{PEERS[engine][1]} is not installed for {python}; to compare with it: {install(engine, python)}"
+    _, name, package = PEERS[engine]
+    return f"{name} is not installed for {python}; to compare with it: {python} -m pip install {package}"
 
 
 def slow_build(engine: str, python: str, unused: list[str]) -> str:
     return (
         f"{PEERS[engine][1]} for {python} is built without {' and '.join(unused)}, which this processor has, so it is "
-        f"slower than it could be; to compare with its best: {install(engine, python)}"
+        f"slower than it could be; the head of {Path(__file__).name} says how to build it for this machine"
     )
-
-
-def install(engine: str, python: str) -> str:
-    """The command that builds a peer from its source, for this processor: a ready wheel is for any."""
-    package = PEERS[engine][2]
-    return f"{python} -m pip install --force-reinstall --no-cache-dir --no-binary {package} {package}"
 
 
 def unused_instructions(version: str, flags: Iterable[str]) -> list[str]:

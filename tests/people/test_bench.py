@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import struct
 import subprocess
 import sys
@@ -189,7 +188,7 @@ def test_a_missing_peer_is_named_with_what_installs_it(engine: str) -> None:
     _, name, package = PEERS[engine]
     message = missing_peer(engine, "/opt/python")
     assert message.startswith(f"{name} is not installed")
-    assert re.search(f": /opt/python -m pip install .*--no-binary {package} {package}$", message)
+    assert message.endswith(f"/opt/python -m pip install {package}")
 
 
 IK_READY = "ik-llama-cpp-python 0.1.5: AVX = 1 | AVX_VNNI = 0 | AVX2 = 1 | AVX512 = 0 | AVX512_VBMI = 0 | AVX512_VNNI = 0 | "
