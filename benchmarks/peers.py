@@ -14,7 +14,7 @@ reaches is measured before each pair: where a machine's memory has two speeds, t
 
 A peer is given its best: the first round tries its settings (weights repacked at load or not, flash attention, batch),
 and each row keeps the one that was fastest for it. A ready wheel may leave out instructions that the processor has, which
-can halve a peer's speed: that is said and recorded. A peer that is not installed is named, with the way to install it, and
+costs a peer up to a quarter of its speed: that is said and recorded. A peer that is not installed is named, with the way to install it, and
 the others are still measured.
 
 pip builds llama.cpp for the machine that it is on. Of ik_llama.cpp it takes a wheel for AVX2, and its source package (0.1.5)
@@ -129,9 +129,7 @@ class Bench:
         self.samples: dict[str, dict[tuple[str, Setting], list[float]]] = {}
         self.memory: dict[str, dict[str, float]] = {}
         self.versions: dict[str, str] = {}
-        self.unused: dict[
-            str, list[str]
-        ] = {}  # by peer: instructions that this processor has and the build leaves out
+        self.unused: dict[str, list[str]] = {}  # by peer: what its build leaves out of this processor
         self.pairs: dict[str, dict[str, Any]] = {}  # by row: the peer, and both speeds of each turn
         self.missing: dict[str, str] = {}  # the package of each peer that is not there
 

@@ -208,6 +208,7 @@ ZEN4, ZEN3 = ["sse3", "avx2", "avx512f", "avx512_vnni"], ["sse3", "avx2"]
         (IK_BUILT, ZEN4, []),
         (LLAMA_BUILT, ZEN4, []),
         (LLAMA_PLAIN, ZEN3, ["AVX2"]),
+        ("llama-cpp-python 0.3.36: CPU : AVX2 = 1 | ", ZEN3, []),  # the list's first has a head before it
     ],
 )
 def test_a_peer_built_for_less_than_this_processor_is_found(
