@@ -71,7 +71,7 @@ void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
   for (const Job& job : jobs) n_blocks += 2 * static_cast<size_t>(blocks_of(job.gate->rows));
   struct Task { int job, group, n; };  // n groups of 32 hidden channels: two row blocks of gate and two of up each
   std::vector<Task> tasks;
-  const int together = std::max(1, blocks_of_one(static_cast<int>(n_blocks)) / 4);
+  const int together = std::max(1, long_task(static_cast<int>(n_blocks)) / 4);
   for (size_t j = 0; j < jobs.size(); ++j) {
     const size_t n = jobs[j].tokens.size(), F = jobs[j].gate->rows;
     wanted |= !is_float(*jobs[j].gate);
@@ -132,10 +132,11 @@ void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
   });
 }
 
-// Calls task(from, to) for all row blocks of down, several at a time.
+// Calls task(from, to) for all row blocks of down, several at a time: every task goes through the hidden values of all tokens, which
+// of a long prompt are more than caches hold.
 template <typename Task>
-void each_down(int D, int T, const Task& task) {
-  const int blocks = blocks_of(D), step = T <= kTile ? blocks_of_one(blocks) : kPair;
+void each_down(int D, const Task& task) {
+  const int blocks = blocks_of(D), step = long_task(blocks);
   pool().run((blocks + step - 1) / step, [&](int i, int) { task(i * step, std::min((i + 1) * step, blocks)); });
 }
 
@@ -156,7 +157,7 @@ void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A,
   const int32_t* numbers = counting(T);
   if (shared) jobs.push_back({&shared->gate[0], &shared->up[0], &shared->down[0], {numbers, numbers + T}, {}, {}, {}});
   run_hidden(jobs, x, T, D);
-  each_down(D, T, [&](int from, int to) {
+  each_down(D, [&](int from, int to) {
     const int padded = (to - from) * kRows, rows = std::min(padded, D - from * kRows);
     float* sum = scratch.more.get(static_cast<size_t>(T) * padded);
     std::fill_n(sum, static_cast<size_t>(T) * padded, 0.0f);
@@ -177,7 +178,7 @@ void expert_outputs(const Mlp& mlp, const int32_t* experts, const int32_t* token
                     int D, float* y) {
   std::vector<Job> jobs = jobs_of(mlp, experts, tokens, n_slots);
   run_hidden(jobs, x, T, D);
-  each_down(D, T, [&](int from, int to) {
+  each_down(D, [&](int from, int to) {
     const int padded = (to - from) * kRows, rows = std::min(padded, D - from * kRows);
     for (size_t j = 0; j < jobs.size(); ++j) {
       const Job& job = jobs[j];

@@ -60,7 +60,7 @@ constexpr size_t kTaskBytes = 40 << 10;
 // Row blocks of w that a task of T tokens takes, of so many in all.
 int blocks_a_task(const Weights& w, int T, int blocks) {
   const size_t bytes = static_cast<size_t>(w.columns) * kRows * w.block->bytes / w.block->elements;
-  return std::max(static_cast<int>(kTaskBytes / bytes), T == 1 ? blocks_of_one(blocks) : kPair);
+  return std::max(static_cast<int>(kTaskBytes / bytes), T == 1 ? long_task(blocks) : kPair);
 }
 
 // Matrix h times head h of T tokens. x: head h of token t at t * x_token + h * x_head; y is [T][H][rows].

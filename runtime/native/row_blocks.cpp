@@ -76,7 +76,7 @@ void turned_block(const Weights& w, int b, float* out, size_t stride) {
   }
 }
 
-int blocks_of_one(int blocks) {
+int long_task(int blocks) {
   int n = kMostBlocks;
   while (n > kPair && blocks < 3 * n * pool().n_threads()) n /= 2;
   return n;

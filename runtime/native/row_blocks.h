@@ -47,8 +47,8 @@ struct Blocks {
 
 // The 16 rows of row block b as floats, turned round: channel k of row r to out[k * stride + r]. w has no rows beyond its blocks.
 void turned_block(const Weights& w, int b, float* out, size_t stride);
-// How many of so many row blocks a task of one token takes: as many as go side by side, if that leaves each thread a few tasks.
-int blocks_of_one(int blocks);
+// How many of so many row blocks a task takes that is best a long one: as many as go side by side, if that leaves each thread a few tasks.
+int long_task(int blocks);
 // 0, 1, ... n - 1. Only the calling thread asks, between tasks.
 const int32_t* counting(int n);
 // Row blocks from..to of w times all tokens: out[i * stride + row], counted from the first block's first row. After them, those
