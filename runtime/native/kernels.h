@@ -37,7 +37,7 @@ struct PanelRun {             // 32 channels of 16 rows
 };
 static_assert(sizeof(PanelRun) == 512 + 4 * 3 * kRows, "PanelRun has no padding");
 
-// Activations of W tokens (8, 4, 2 or 1) are a tile: for each group of 32 channels, W x 32 int8 values, W scales as floats (2^e, or
+// Activations of W tokens (8, or fewer at the end) are a tile: for each group of 32 channels, W x 32 int8 values, W scales as floats (2^e, or
 // e where multiplying by it is cheaper), W times -8 x (sum of the values), W times the same of the first 16 channels. One pointer
 // walks a tile.
 constexpr int kTokenGroup = 32 + 4 + 4 + 4;  // bytes of one token's group
@@ -59,6 +59,7 @@ struct Reading { int streams, ahead, step, level; };
 struct Kernels {
   const char* name;
   bool (*runs_here)();        // the processor and the operating system support it
+  bool every_width;           // tiles of 3, 5, 6 and 7 tokens too, not only of 8, 4, 2 and 1
   BlocksKernel blocks[static_cast<int>(Form::count)];
   // One token's floats into lane `lane` of a tile of W: scale = the least power of two that takes a group's largest value to at
   // most 127, q = nearest even of x / scale. A group with nothing above 1e-30 is zeros with the scale 1; one with an infinite
@@ -86,6 +87,9 @@ struct Kernels {
   void (*turn_values)(const float* x, size_t stride, int n, int V, uint8_t* out, size_t out_stride, float* scale);
   // A row block's weights as floats, turned round: row r's channel k to out[k * stride + r].
   void (*turned[static_cast<int>(Form::count)])(const uint8_t* w, int groups, float* out, size_t stride);
+
+  // n tokens stand in tiles: as many of 8 as there are, then the rest, in one or of 4, 2, 1. How many the first takes.
+  int tile_width(int n) const { return n >= kTile ? kTile : every_width ? n : n >= 4 ? 4 : n >= 2 ? 2 : 1; }
 
   // `blocks` for n neighbours, at most kPair, `block_stride` bytes apart, whose floats are neighbours too.
   void side_by_side(Form form, const uint8_t* w, size_t block_stride, int n, const uint8_t* tile, int groups, int W, float* out,

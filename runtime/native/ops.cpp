@@ -46,8 +46,9 @@ void row_blocks_into(const Weights& w, int from, int to, const Operand& x, float
 // Calls task(first, W) for every tile of n tokens; the pool takes part if there are several.
 template <typename Task>
 void each_tile(int n, const Task& task) {
-  const int whole = n / kTile, tail = n % kTile;
-  const int count = whole + (tail >> 2) + (tail >> 1 & 1) + (tail & 1);
+  const int whole = n / kTile;
+  int count = 0;
+  for (int first = 0; first < n; first += tile_width(n, first)) ++count;
   pool().run(count, [&](int i, int) {
     int first = std::min(i, whole) * kTile;
     for (int k = whole; k < i; ++k) first += tile_width(n, first);

@@ -48,11 +48,7 @@ class Buffer {
   size_t size_ = 0;
 };
 
-// n tokens stand in tiles: as many of 8 as there are, then 4, 2, 1.
-inline int tile_width(int n, int first) {
-  const int left = n - first;
-  return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-}
+inline int tile_width(int n, int first) { return kernels().tile_width(n - first); }  // of the tile that begins with token `first`
 inline size_t token_bytes(int columns) { return static_cast<size_t>(columns) / kGroup * kTokenGroup; }
 
 struct Product {                  // y (+)= w x; `stride` floats from one token's y to the next

@@ -253,12 +253,21 @@ static void side_by_side(const void* const* w, const void* const* next, int n, c
     if (i < n) side_by_side<F, W, kReading, S / 2>(w + i, next, n - i, tile, groups, out + i, stride);
 }
 
-// Eight tokens have enough of one block: what two blocks read in turn, the first cache would not hold.
+// Where all eight tokens' sums are in registers at once, as many fewer can be.
+constexpr bool kEveryWidth = kBatch == kTile;
+
+// Five tokens or more have enough of one block: what two blocks read in turn, the first cache would not hold.
 template <class F>
 static void blocks(const void* const* w, const void* const* next, int n, const uint8_t* tile, int groups, int W, float* const* out,
                    size_t stride) {
-  if (W == 8) side_by_side<F, 8, kOfFew, 1>(w, next, n, tile, groups, out, stride);
-  else if (W == 4) side_by_side<F, 4, kOfFew>(w, next, n, tile, groups, out, stride);
+  if (W == 8) return side_by_side<F, 8, kOfFew, 1>(w, next, n, tile, groups, out, stride);
+  if constexpr (kEveryWidth) {
+    if (W == 7) return side_by_side<F, 7, kOfFew, 1>(w, next, n, tile, groups, out, stride);
+    if (W == 6) return side_by_side<F, 6, kOfFew, 1>(w, next, n, tile, groups, out, stride);
+    if (W == 5) return side_by_side<F, 5, kOfFew, 1>(w, next, n, tile, groups, out, stride);
+    if (W == 3) return side_by_side<F, 3, kOfFew>(w, next, n, tile, groups, out, stride);
+  }
+  if (W == 4) side_by_side<F, 4, kOfFew>(w, next, n, tile, groups, out, stride);
   else if (W == 2) side_by_side<F, 2, kOfFew>(w, next, n, tile, groups, out, stride);
   else if (n > kPair) side_by_side<F, 1, kOfOne>(w, next, n, tile, groups, out, stride);
   else side_by_side<F, 1, kOfPair>(w, next, n, tile, groups, out, stride);

@@ -70,12 +70,18 @@ void run(const Kernels& k, bool emulated = false) {
   std::vector<uint8_t> weights(G * sizeof(PanelRun));
   const char* names[] = {"q4g32", "q8g32", "q5g32", "i4g32", "q4k", "q6k", "panel", "panel_halves", "panel_offsets", "q8g32_positive"};
   for (int form = 0; form < static_cast<int>(Form::count); ++form)
-    for (int width : {1, 2, 4, 8}) {
-      std::vector<uint8_t> tile(static_cast<size_t>(width) * G * kTokenGroup);
+    for (int n_tokens = 1; n_tokens <= 8; ++n_tokens) {
+      std::vector<uint8_t> tiles(static_cast<size_t>(n_tokens) * G * kTokenGroup);
       const bool positive = form == static_cast<int>(Form::q8g32_positive);
       std::copy(x.begin(), x.end(), y.begin());
       if (positive) for (float& v : y) v = std::abs(v);
-      for (int t = 0; t < width; ++t) k.quantize(y.data() + t * I, G, tile.data(), width, t);
+      const auto each_tile = [&](auto call) {  // one, or several where there are none so wide
+        for (int first = 0, width; first < n_tokens; first += width)
+          width = k.tile_width(n_tokens - first), call(first, width, tiles.data() + static_cast<size_t>(first) * G * kTokenGroup);
+      };
+      each_tile([&](int first, int width, uint8_t* tile) {
+        for (int t = 0; t < width; ++t) k.quantize(y.data() + (first + t) * I, G, tile, width, t);
+      });
       for (uint8_t& b : weights) b = static_cast<uint8_t>(draw());
       if (form >= static_cast<int>(Form::panel) && !positive) {
         for (int g = 0; g < G; ++g) {
@@ -89,9 +95,11 @@ void run(const Kernels& k, bool emulated = false) {
         for (uint8_t& b : weights) b &= 0xbf;  // float16 scales stay finite, whatever bytes they are; signs stay
       }
       float out[8 * kMostBlocks * kRows];
-      k.side_by_side(static_cast<Form>(form), weights.data(), 0, 1, tile.data(), G, width, out, kRows);
-      const char tokens[] = {' ', 'x', static_cast<char>('0' + width), '\0'};
-      say(k, names[form], out, sizeof(float) * width * kRows, tokens);
+      each_tile([&](int first, int width, const uint8_t* tile) {
+        k.side_by_side(static_cast<Form>(form), weights.data(), 0, 1, tile, G, width, out + first * kRows, kRows);
+      });
+      const char tokens[] = {' ', 'x', static_cast<char>('0' + n_tokens), '\0'};
+      say(k, names[form], out, sizeof(float) * n_tokens * kRows, tokens);
       std::vector<uint8_t> other = weights;  // run after run moved on by one
       std::rotate(other.begin(), other.begin() + sizeof(PanelRun), other.end());
       const void* blocks[kMostBlocks];
@@ -102,8 +110,12 @@ void run(const Kernels& k, bool emulated = false) {
       }
       for (int n : {kMostBlocks - 1, kMostBlocks}) {
         std::fill(std::begin(out), std::end(out), 0.0f);
-        k.blocks[form](blocks, blocks, n, tile.data(), G, width, to, kMostBlocks * kRows);
-        say(k, names[form], out, sizeof(float) * width * kMostBlocks * kRows, " side by side");
+        each_tile([&](int first, int width, const uint8_t* tile) {
+          float* from_first[kMostBlocks];
+          for (int i = 0; i < kMostBlocks; ++i) from_first[i] = to[i] + first * kMostBlocks * kRows;
+          k.blocks[form](blocks, blocks, n, tile, G, width, from_first, kMostBlocks * kRows);
+        });
+        say(k, names[form], out, sizeof(float) * n_tokens * kMostBlocks * kRows, " side by side");
       }
       std::vector<float> turned(static_cast<size_t>(I) * kRows);
       k.turned[form](weights.data(), G, turned.data(), kRows);

@@ -39,7 +39,7 @@ def bound(w_OI: NDArray[Any], x_TI: NDArray[Any]) -> NDArray[Any]:
 
 @pytest.mark.parametrize("layout", ["q4g32", "q8g32"])
 @pytest.mark.parametrize(("O", "I"), [(16, 32), (17, 64), (45, 288), (96, 1408)])
-@pytest.mark.parametrize("T", [1, 2, 3, 7, 8, 13])
+@pytest.mark.parametrize("T", [1, 2, 3, 6, 7, 8, 13])
 def test_packed_products_follow_the_formula(isa: str, layout: str, O: int, I: int, T: int) -> None:
     rng = np.random.default_rng(O * I + T)
     matrix = packed(rng, layout, O, I)
