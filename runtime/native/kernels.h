@@ -37,9 +37,9 @@ struct PanelRun {             // 32 channels of 16 rows
 };
 static_assert(sizeof(PanelRun) == 512 + 4 * 3 * kRows, "PanelRun has no padding");
 
-// Activations of W tokens (8, or fewer at the end) are a tile: for each group of 32 channels, W x 32 int8 values, W scales as floats (2^e, or
-// e where multiplying by it is cheaper), W times -8 x (sum of the values), W times the same of the first 16 channels. One pointer
-// walks a tile.
+// Activations of W tokens (8, or fewer at the end) are a tile: for each group of 32 channels, W x 32 int8 values, W scales as
+// floats (2^e, or e where multiplying by it is cheaper), W times -8 x (sum of the values), W times the same of the first 16
+// channels. One pointer walks a tile.
 constexpr int kTokenGroup = 32 + 4 + 4 + 4;  // bytes of one token's group
 
 // The layouts, the three kinds of panels, and q8g32 times activations of which none is negative.

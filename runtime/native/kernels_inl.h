@@ -191,5 +191,5 @@ static void turn_values(const float* x, size_t stride, int n, int C, uint8_t* ou
    products::call<products::Q4K>, products::call<products::Q6K>, products::call<products::Panel<false, false>>,        \
    products::call<products::Panel<true, false>>, products::call<products::Panel<false, true>>, products::call<products::Q8Positive>}
 #define KIMI_TABLE(name, runs_here)                                                                                      \
-  {name, runs_here, products::kEveryWidth, KIMI_FORMS(blocks),                                                                                \
+  {name, runs_here, products::kEveryWidth, KIMI_FORMS(blocks),                                                           \
    quantize, dots, half_to_float, rms_norm, silu_mul, sigmoid, axpy, residual, softmax, store_row, turn_rows, turn_values, KIMI_FORMS(turned)}

@@ -202,9 +202,11 @@ def mlp_formula(parts: list[NDArray[Any]], x_D: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(down @ int8_groups(g / (1 + np.exp(-g)) * (up @ rounded)))
 
 
-def test_a_mixture_is_the_weighted_sum_of_its_experts_and_the_shared_one(isa: str) -> None:
+# 800 rows of down are 50 row blocks: for one thread or two, tasks of eight, and one of what is left.
+@pytest.mark.parametrize("D", [64, 800])
+def test_a_mixture_is_the_weighted_sum_of_its_experts_and_the_shared_one(isa: str, D: int) -> None:
     rng = np.random.default_rng(8)
-    D, F, E, T = 64, 32, 5, 11
+    F, E, T = 32, 5, 11
 
     def stack(count: int, width: int) -> tuple[Mlp, list[list[NDArray[Any]]]]:
         gate, up = (packed(rng, "q4g32", width, D, count) for _ in range(2))
