@@ -21,7 +21,7 @@ from kimi_lite.runtime.cache import LatentCache
 from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.weights import Weights
 
-PREFILL_CHUNK = 1024  # tokens a pass: at full size each expert is read once for about 96 of them
+PREFILL_CHUNK = 4096  # tokens a pass, whose keys and values are made from the cache once: of each 16 kB are kept at full size
 BRIEF = 16  # tokens: a pass so short that nobody would watch its layers, or interrupt it between them
 Spliced = tuple[NDArray[np.int64], NDArray[np.float16]]
 OnLayer = Callable[[int], None]  # hears after each layer how many are done

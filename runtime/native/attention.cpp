@@ -8,16 +8,14 @@ namespace kimi {
 
 void remember(const LatentCache& cache, const float* latent_and_key, int T, int start) {
   const int C = cache.C, R = cache.R, groups = cache.row_groups(), width = groups * kGroup;
-  const auto store = [&](int t, int) {
+  each_token(T, [&](int t) {
     const int position = start + t;
     static thread_local Buffer<float> buffer;
     float* row = buffer.get(width);
     std::memcpy(row, latent_and_key + static_cast<size_t>(t) * (C + R), sizeof(float) * (C + R));
     std::fill(row + C + R, row + width, 0.0f);
     kernels().store_row(row, groups, cache.rows + position / kRows * cache.rows_stride(), position % kRows);
-  };
-  if (T < 4) for (int t = 0; t < T; ++t) store(t, 0);
-  else pool().run(T, store);
+  });
   turn_columns(cache, start, start + T);
 }
 
@@ -63,12 +61,12 @@ struct OneToken {
     last = rest + H * kTokenGroup;
     last_rest = last + H * kTokenGroup;
   }
-  void ask(int h, const float* q, const float* qr) const {  // q [H][C], qr [H][R]
+  void ask(int h, const float* q, const float* qr) const {  // a head's rows, of C and of R
     const int C = cache->C, R = cache->R, row_groups = cache->row_groups(), width = row_groups * kGroup;
     static thread_local Buffer<float> buffer;
     float* row = buffer.get(width);
-    std::memcpy(row, q + static_cast<size_t>(h) * C, sizeof(float) * C);
-    std::memcpy(row + C, qr + static_cast<size_t>(h) * R, sizeof(float) * R);
+    std::memcpy(row, q, sizeof(float) * C);
+    std::memcpy(row + C, qr, sizeof(float) * R);
     std::fill(row + C + R, row + width, 0.0f);
     int first, W;
     place(h, &first, &W);
@@ -147,15 +145,15 @@ struct OneToken {
 };
 }  // namespace
 
-void attention(const LatentCache& cache, const float* q, const float* qr, int start, int T, int H, float scale, float* u) {
-  const int C = cache.C, R = cache.R;
+void attention(const LatentCache& cache, const float* q, const Heads& qr, int start, int T, int H, float scale, float* u) {
+  const int C = cache.C;
+  const Heads own{q, static_cast<size_t>(H) * C, static_cast<size_t>(C)};
   if (T <= kTile) {  // so few that all threads share each
     static OneToken tokens[kTile];
     constexpr int step = 4;
     for (int t = 0; t < T; ++t) tokens[t].begin(cache, H, start + t);
     const int parts = (tokens[T - 1].row_blocks() + step - 1) / step, pairs = C / kGroup;  // of a token's positions and channels
-    const auto at = [H](const float* x, int t, int width) { return x + static_cast<size_t>(t) * H * width; };
-    pool().run(T * H, [&](int i, int) { tokens[i / H].ask(i % H, at(q, i / H, C), at(qr, i / H, R)); });
+    pool().run(T * H, [&](int i, int) { tokens[i / H].ask(i % H, own.at(i / H, i % H), qr.at(i / H, i % H)); });
     pool().run(T * parts, [&](int i, int) {
       const int from = i % parts * step;
       tokens[i / parts].compare(from, std::min(from + step, tokens[i / parts].row_blocks()));
@@ -166,12 +164,11 @@ void attention(const LatentCache& cache, const float* q, const float* qr, int st
   }
   pool().run(T, [&](int t, int) {
     static thread_local OneToken token;
-    const size_t at = static_cast<size_t>(t) * H;
     token.begin(cache, H, start + t);
-    for (int h = 0; h < H; ++h) token.ask(h, q + at * C, qr + at * R);
+    for (int h = 0; h < H; ++h) token.ask(h, own.at(t, h), qr.at(t, h));
     token.compare(0, token.row_blocks());
     for (int h = 0; h < H; ++h) token.weigh(h, scale);
-    for (int pair = 0; pair < C / kGroup; ++pair) token.sum(pair, u + at * C);
+    for (int pair = 0; pair < C / kGroup; ++pair) token.sum(pair, u + static_cast<size_t>(t) * H * C);
   });
 }
 

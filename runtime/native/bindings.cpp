@@ -31,6 +31,12 @@ struct Computing {
   std::lock_guard<std::mutex> hold{one_at_a_time};
 };
 
+// Ctrl-C need not wait for the end of a long pass.
+void raise_signals() {
+  nb::gil_scoped_acquire python;
+  if (PyErr_CheckSignals() != 0) throw nb::python_error();
+}
+
 void require(bool ok, const std::string& sentence) {
   if (!ok) throw nb::value_error(sentence.c_str());
 }
@@ -57,6 +63,9 @@ Weights weights(const std::string& type, const Bytes& data, size_t offset, size_
   return {&block, data.data() + offset, stride, rows, columns};
 }
 
+// x [T][H][width], as attention reads it.
+Heads heads(const Floats& x) { return {x.data(), x.shape(1) * x.shape(2), x.shape(2)}; }
+
 // How many tokens attention is asked for, all shapes being right.
 int checked_tokens(const AttentionLayer& layer, const LatentCache& cache, const Out& x, const Floats& cos, const Floats& sin, int start) {
   const int T = axis(x, 0, "x"), C = layer.k_b[0].rows, R = layer.kv_a.rows - C;
@@ -75,6 +84,7 @@ int checked_tokens(const AttentionLayer& layer, const LatentCache& cache, const 
 NB_MODULE(_kernels, m) {
   m.doc() = "CPU kernels on packed and ggml weights. See docs/kernels.md.";
   bind_vision(m);
+  between_parts = raise_signals;
   nb::set_leak_warnings(false);  // a model that lives until the interpreter ends is no leak to tell a person about
   nb::class_<Weights>(m, "Weights", "One matrix, where it lies; keeps its bytes alive.")
       .def("__init__",
@@ -265,7 +275,7 @@ NB_MODULE(_kernels, m) {
     same(axis(u, 2, "u"), cache.C, "u's width");
     require(start >= 0 && start + T <= cache.context, "the cache is shorter than the positions asked for");
     Computing computing;
-    attention(cache, q.data(), qr.data(), start, T, H, scale, u.data());
+    attention(cache, q.data(), heads(qr), start, T, H, scale, u.data());
   }, "cache"_a, "q"_a, "qr"_a, "start"_a, "scale"_a, "u"_a);
   m.def("expanded_attention", [](const LatentCache& cache, const std::vector<Weights>& k_b, const std::vector<Weights>& v_b, const Floats& q,
                                  const Floats& qr, int start, float scale, const Out& o) {
@@ -285,7 +295,10 @@ NB_MODULE(_kernels, m) {
     same(axis(o, 1, "o"), H, "o's heads");
     require(start >= 0 && start + T <= cache.context, "the cache is shorter than the positions asked for");
     Computing computing;
-    expanded_attention(cache, k_b, v_b, q.data(), N, qr.data(), start, T, scale, o.data());
+    const auto ask = [from = heads(q), turned = heads(qr)](int first, int, int head, int) {
+      return Queries{{from.at(first, head), from.token, from.head}, {turned.at(first, head), turned.token, turned.head}};
+    };
+    expanded_attention(cache, k_b, v_b, ask, start, T, scale, o.data());
   }, "cache"_a, "k_b"_a, "v_b"_a, "q"_a, "qr"_a, "start"_a, "scale"_a, "o"_a);
   nb::class_<AttentionLayer>(m, "AttentionLayer", "A layer's attention: norms, projections, heads. Keeps their bytes alive.")
       .def("__init__",

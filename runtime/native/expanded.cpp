@@ -88,8 +88,7 @@ void expand(const LatentCache& cache, const Weights* keys, const Weights* values
 }
 
 // Head h's attention of W tokens that stand side by side within a group of positions, the first at `position`.
-void attend(const Expanded& e, int h, const float* q, size_t q_stride, const float* qr, size_t qr_stride, int position, int W,
-            float scale, float* o, size_t o_stride) {
+void attend(const Expanded& e, int h, const Heads& q, const Heads& qr, int position, int W, float scale, float* o, size_t o_stride) {
   static thread_local Buffer<float> row_, score_;
   static thread_local Buffer<uint8_t> query_, weights_;
   const uint8_t *keys = e.keys + h * e.key_bytes(), *values = e.values + h * e.value_bytes();
@@ -103,8 +102,8 @@ void attend(const Expanded& e, int h, const float* q, size_t q_stride, const flo
   uint8_t* weights = weights_.get(tile * (groups + 2));
   std::fill_n(row, width, 0.0f);
   for (int i = 0; i < W; ++i) {
-    std::memcpy(row, q + i * q_stride, sizeof(float) * e.N);
-    std::memcpy(row + e.N, qr + i * qr_stride, sizeof(float) * e.R);
+    std::memcpy(row, q.at(i, h), sizeof(float) * e.N);
+    std::memcpy(row + e.N, qr.at(i, h), sizeof(float) * e.R);
     kernels().quantize(row, width / kGroup, query, W, i);
   }
   const int seen = (position + W + kRows - 1) / kRows;  // row blocks of keys
@@ -141,30 +140,33 @@ void attend(const Expanded& e, int h, const float* q, size_t q_stride, const flo
 
 }  // namespace
 
-void expanded_attention(const LatentCache& cache, const std::vector<Weights>& k_b, const std::vector<Weights>& v_b, const float* q,
-                        int q_width, const float* qr, int start, int T, float scale, float* o) {
+void expanded_attention(const LatentCache& cache, const std::vector<Weights>& k_b, const std::vector<Weights>& v_b, const Asking& ask,
+                        int start, int T, float scale, float* o) {
   static Buffer<uint8_t> keys, values;
   static Buffer<float> scales;
-  const int H = static_cast<int>(k_b.size()), R = cache.R, V = v_b[0].rows;
-  Expanded e{k_b[0].columns, R, V, start + T, nullptr, nullptr, nullptr};
+  const int H = static_cast<int>(k_b.size()), V = v_b[0].rows;
+  const size_t width = static_cast<size_t>(H) * V;
+  Expanded e{k_b[0].columns, cache.R, V, start + T, nullptr, nullptr, nullptr};
   const int at_once = std::clamp(static_cast<int>(kExpandedBytes / e.head_bytes()), 1, H);
   e.keys = keys.get(at_once * e.key_bytes());
   e.values = values.get(at_once * e.value_bytes());
   e.scales = scales.get(at_once * e.padded());
   const std::vector<Weights> turned_k_b = turned(k_b);
-  // Tiles do not cross multiples of eight positions, so that all of a tile's tokens stand in the same group.
-  const int skew = start % kTile, tiles = (skew + T + kTile - 1) / kTile;
   for (int from = 0; from < H; from += at_once) {
     const int n_heads = std::min(at_once, H - from);
     expand(cache, &turned_k_b[from], &v_b[from], n_heads, e);
-    pool().run(n_heads * tiles, [&](int i, int) {
-      const int h = i / tiles, tile = i % tiles * kTile - skew;
-      for (int t = std::max(tile, 0), W; t < std::min(tile + kTile, T); t += W) {
-        W = tile_width(std::min(tile + kTile, T), t);
-        const size_t at = static_cast<size_t>(t) * H + from + h;
-        attend(e, h, q + at * q_width, static_cast<size_t>(H) * q_width, qr + at * R, static_cast<size_t>(H) * R, start + t, W, scale,
-               o + at * V, static_cast<size_t>(H) * V);
-      }
+    in_parts(T, [&](int first, int n) {
+      const Queries asked = ask(first, n, from, n_heads);
+      // Tiles do not cross multiples of eight positions, so that all of a tile's tokens stand in the same group.
+      const int skew = (start + first) % kTile, tiles = (skew + n + kTile - 1) / kTile;
+      pool().run(n_heads * tiles, [&](int i, int) {
+        const int h = i / tiles, tile = i % tiles * kTile - skew;
+        for (int t = std::max(tile, 0), W; t < std::min(tile + kTile, n); t += W) {
+          W = tile_width(std::min(tile + kTile, n), t);
+          const Heads q{asked.q.at(t, 0), asked.q.token, asked.q.head}, qr{asked.qr.at(t, 0), asked.qr.token, asked.qr.head};
+          attend(e, h, q, qr, start + first + t, W, scale, o + (first + t) * width + (from + h) * V, width);
+        }
+      });
     });
   }
 }

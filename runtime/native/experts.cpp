@@ -193,15 +193,13 @@ void expert_outputs(const Mlp& mlp, const int32_t* experts, const int32_t* token
 void combine(const float* outputs, const float* weights, int A, const float* shared, int T, int D, float* x) {
   static Buffer<float> buffer;
   float* sums = buffer.get(static_cast<size_t>(T) * D);
-  const auto add = [&](int t, int) {
+  each_token(T, [&](int t) {
     float *sum = sums + static_cast<size_t>(t) * D, *to = x + static_cast<size_t>(t) * D;
     std::fill_n(sum, D, 0.0f);
     for (int i = t * A; i < (t + 1) * A; ++i) kernels().axpy(weights[i], outputs + static_cast<size_t>(i) * D, D, sum);
     kernels().axpy(1.0f, shared + static_cast<size_t>(t) * D, D, sum);
     for (int k = 0; k < D; ++k) to[k] += sum[k];
-  };
-  if (T < 4) for (int t = 0; t < T; ++t) add(t, 0);
-  else pool().run(T, add);
+  });
 }
 
 }  // namespace kimi

@@ -94,6 +94,7 @@ void head_products(const std::vector<Weights>& w, const float* x, size_t x_token
 }  // namespace
 
 const Kernels* chosen = nullptr;
+void (*between_parts)() = [] {};
 
 const Kernels& choose_kernels() { return *(chosen = usable().front()); }
 
@@ -253,72 +254,89 @@ void route(const float* x, const float* router, const float* bias, int T, int D,
 
 void attention_layer(const AttentionLayer& l, float* x, int T, const float* cos, const float* sin,
                      const LatentCache& cache, int start, bool expanded, int asking) {
-  static Buffer<float> normed, queries, latents, ropes, absorbed, summed, values;
+  static Buffer<float> normed, queries, latents, absorbed, summed, values;
   const int D = l.q.columns, H = static_cast<int>(l.k_b.size()), N = l.k_b[0].columns, C = l.k_b[0].rows, V = l.v_b[0].rows;
   const int R = l.kv_a.rows - C, K = N + R, silent = T - asking;
-  float* h = normed.get(static_cast<size_t>(T) * D);
-  float* q = queries.get(static_cast<size_t>(asking) * H * K);
-  float* kv = latents.get(static_cast<size_t>(T) * (C + R));
-  float* qr = ropes.get(static_cast<size_t>(asking) * H * R);
-  float* o = values.get(static_cast<size_t>(asking) * H * V);
-  const auto norm = [&](int t, int) { kernels().rms_norm(x + static_cast<size_t>(t) * D, l.norm, D, l.eps, h + static_cast<size_t>(t) * D); };
-  if (T < 4) for (int t = 0; t < T; ++t) norm(t, 0);
-  else pool().run(T, norm);
-  const Product ask{&l.q, q, static_cast<size_t>(H) * K, false}, keep{&l.kv_a, kv, static_cast<size_t>(C + R), false};
-  if (silent) {
-    products({keep}, h, D, T);
-    products({ask}, h + static_cast<size_t>(silent) * D, D, asking);
-  } else {
-    products({ask, keep}, h, D, T);
-  }
-  // Cached: the latent after its norm, the key after its rotation.
-  const auto turn = [&](int t, int) {
+  const size_t width = static_cast<size_t>(H) * V;
+  // x's rows first..first+n after their norm.
+  const auto norm = [&](int first, int n) {
+    float* h = normed.get(static_cast<size_t>(n) * D);
+    each_token(n, [&](int t) { kernels().rms_norm(x + static_cast<size_t>(first + t) * D, l.norm, D, l.eps, h + static_cast<size_t>(t) * D); });
+    return h;
+  };
+  const auto rotate = [&](float* row, int t) {
     const float *c = cos + static_cast<size_t>(t) * R / 2, *s = sin + static_cast<size_t>(t) * R / 2;
-    const auto rotate = [&](const float* from, float* to) {
-      for (int i = 0; i < R / 2; ++i) {
-        const float even = from[2 * i], odd = from[2 * i + 1];
-        to[2 * i] = even * c[i] - odd * s[i];
-        to[2 * i + 1] = even * s[i] + odd * c[i];
-      }
-    };
-    float* row = kv + static_cast<size_t>(t) * (C + R);
-    kernels().rms_norm(row, l.kv_norm, C, l.kv_eps, row);
-    rotate(row + C, row + C);
-    for (int head = 0; head < H && t >= silent; ++head) {
-      const size_t at = static_cast<size_t>(t - silent) * H + head;
-      rotate(q + at * K + N, qr + at * R);
+    for (int i = 0; i < R / 2; ++i) {
+      const float even = row[2 * i], odd = row[2 * i + 1];
+      row[2 * i] = even * c[i] - odd * s[i];
+      row[2 * i + 1] = even * s[i] + odd * c[i];
     }
   };
-  if (T < 4) for (int t = 0; t < T; ++t) turn(t, 0);
-  else pool().run(T, turn);
-  remember(cache, kv, T, start);
-  if (expanded) {
-    expanded_attention(cache, l.k_b, l.v_b, q, K, qr, start + silent, asking, l.scale, o);
-  } else {
-    float* qc = absorbed.get(static_cast<size_t>(asking) * H * C);
-    float* u = summed.get(static_cast<size_t>(asking) * H * C);
-    head_products(l.k_b, q, static_cast<size_t>(H) * K, K, asking, qc);
-    attention(cache, qc, qr, start + silent, asking, H, l.scale, u);
-    head_products(l.v_b, u, static_cast<size_t>(H) * C, C, asking, o);
-  }
-  products({{&l.o, x + static_cast<size_t>(silent) * D, static_cast<size_t>(D), true}}, o, static_cast<size_t>(H) * V, asking);
+  const auto rotate_queries = [&](float* q, int t, int n_heads) {
+    for (int head = 0; head < n_heads; ++head) rotate(q + head * K + N, t);
+  };
+  // All latents into the cache: after their norm, and the key after its rotation. If all fit in one part, the queries with them, which
+  // read the same rows.
+  const bool together = !silent && T <= kPart;
+  in_parts(T, [&](int first, int n) {
+    const float* h = norm(first, n);
+    float* kv = latents.get(static_cast<size_t>(n) * (C + R));
+    float* q = together ? queries.get(static_cast<size_t>(n) * H * K) : nullptr;
+    const Product keep{&l.kv_a, kv, static_cast<size_t>(C + R), false};
+    if (together) products({{&l.q, q, static_cast<size_t>(H) * K, false}, keep}, h, D, n);
+    else products({keep}, h, D, n);
+    each_token(n, [&](int t) {
+      float* row = kv + static_cast<size_t>(t) * (C + R);
+      kernels().rms_norm(row, l.kv_norm, C, l.kv_eps, row);
+      rotate(row + C, first + t);
+      if (together) rotate_queries(q + static_cast<size_t>(t) * H * K, t, H);
+    });
+    remember(cache, kv, n, start + first);
+  });
+  // Of the asking tokens first..first+n, n_heads heads from `head` on.
+  const Asking ask = [&](int first, int n, int head, int n_heads) {
+    const size_t stride = static_cast<size_t>(together ? H : n_heads) * K;
+    float* q = queries.get(together ? 0 : n * stride);
+    if (together) {
+      q += first * stride + head * K;
+    } else {
+      const Weights rows = rows_of(l.q, head * K, n_heads * K);
+      products({{&rows, q, stride, false}}, norm(silent + first, n), D, n);
+      each_token(n, [&](int t) { rotate_queries(q + t * stride, silent + first + t, n_heads); });
+    }
+    return Queries{{q, stride, static_cast<size_t>(K)}, {q + N, stride, static_cast<size_t>(K)}};
+  };
+  float* o = values.get(asking * width);
+  if (expanded) expanded_attention(cache, l.k_b, l.v_b, ask, start + silent, asking, l.scale, o);
+  in_parts(asking, [&](int first, int n) {
+    if (!expanded) {
+      const Queries asked = ask(first, n, 0, H);
+      float* qc = absorbed.get(static_cast<size_t>(n) * H * C);
+      float* u = summed.get(static_cast<size_t>(n) * H * C);
+      head_products(l.k_b, asked.q.x, asked.q.token, asked.q.head, n, qc);
+      attention(cache, qc, asked.qr, start + silent + first, n, H, l.scale, u);
+      head_products(l.v_b, u, static_cast<size_t>(H) * C, C, n, o + first * width);
+    }
+    products({{&l.o, x + static_cast<size_t>(silent + first) * D, static_cast<size_t>(D), true}}, o + first * width, width, n);
+  });
 }
 
 void feed_forward_layer(const FeedForwardLayer& l, float* x, int T, bool counts) {
   static Buffer<float> normed, weights;
   static Buffer<int32_t> ids;
   const int D = l.shared.gate[0].columns, A = l.router ? l.active : 0;
-  float* h = normed.get(static_cast<size_t>(T) * D);
-  const auto norm = [&](int t, int) { kernels().rms_norm(x + static_cast<size_t>(t) * D, l.norm, D, l.eps, h + static_cast<size_t>(t) * D); };
-  if (T < 4) for (int t = 0; t < T; ++t) norm(t, 0);
-  else pool().run(T, norm);
-  int32_t* chosen_ids = ids.get(static_cast<size_t>(T) * A + 1);
-  float* chosen_weights = weights.get(static_cast<size_t>(T) * A + 1);
-  if (l.router)
-    route(h, l.router, l.bias, T, D, static_cast<int>(l.routed.gate.size()), A, l.scale, chosen_ids, chosen_weights);
-  if (l.used && counts)
-    for (int i = 0; i < T * A; ++i) ++l.used[chosen_ids[i]];
-  mixture(l.routed, chosen_ids, chosen_weights, A, &l.shared, h, T, D, x);
+  in_parts(T, [&](int first, int n) {
+    float* part = x + static_cast<size_t>(first) * D;
+    float* h = normed.get(static_cast<size_t>(n) * D);
+    each_token(n, [&](int t) { kernels().rms_norm(part + static_cast<size_t>(t) * D, l.norm, D, l.eps, h + static_cast<size_t>(t) * D); });
+    int32_t* chosen_ids = ids.get(static_cast<size_t>(n) * A + 1);
+    float* chosen_weights = weights.get(static_cast<size_t>(n) * A + 1);
+    if (l.router)
+      route(h, l.router, l.bias, n, D, static_cast<int>(l.routed.gate.size()), A, l.scale, chosen_ids, chosen_weights);
+    if (l.used && counts)
+      for (int i = 0; i < n * A; ++i) ++l.used[chosen_ids[i]];
+    mixture(l.routed, chosen_ids, chosen_weights, A, &l.shared, h, n, D, part);
+  });
 }
 
 void run_layers(const Layers& layers, int first, int end, float* x, int T, const float* cos, const float* sin, int start, bool expanded,

@@ -1,6 +1,7 @@
 // Products, mixtures of experts and attention over whole arrays: cuts the work into tasks for the pool.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -29,6 +30,13 @@ void use_kernels(const char* name);  // throws std::invalid_argument
 std::vector<const char*> usable_kernels();  // best first
 Pool& pool();
 void set_threads(int n);
+
+// Calls task(t) for T tokens; the pool takes part if they are worth it.
+template <typename Task>
+void each_token(int T, const Task& task) {
+  if (T < 4) for (int t = 0; t < T; ++t) task(t);
+  else pool().run(T, [&](int t, int) { task(t); });
+}
 
 // Memory that is kept between calls and only ever grows; never cleared.
 template <typename T>
@@ -91,11 +99,34 @@ struct LatentCache {
 void remember(const LatentCache& cache, const float* latent_and_key, int T, int start);
 // The columns of those whole groups of 32 positions that first..end completes, from the rows.
 void turn_columns(const LatentCache& cache, int first, int end);
-// Absorbed attention: token t stands at start + t and sees the positions up to itself. q [T][H][C], qr [T][H][R].
-void attention(const LatentCache& cache, const float* q, const float* qr, int start, int T, int H, float scale, float* u);
-// The same in the expanded form, with a head's own keys and values: q [T][H][q_width], of which the first N are read; o [T][H][V].
-void expanded_attention(const LatentCache& cache, const std::vector<Weights>& k_b, const std::vector<Weights>& v_b, const float* q,
-                        int q_width, const float* qr, int start, int T, float scale, float* o);
+struct Heads {                    // rows of all tokens' heads: floats from token to token, and from head to head
+  const float* x;
+  size_t token, head;
+  const float* at(int t, int h) const { return x + t * token + h * head; }
+};
+// Absorbed attention: token t stands at start + t and sees the positions up to itself. q [T][H][C], qr: rows of R.
+void attention(const LatentCache& cache, const float* q, const Heads& qr, int start, int T, int H, float scale, float* u);
+// The same in the expanded form, with a head's own keys and values; o [T][H][V]. Queries are asked for as they are needed, for at
+// most kPart tokens and a few heads together, and need not outlive the next question.
+struct Queries { Heads q, qr; };  // rows of N and, rotated, of R
+using Asking = std::function<Queries(int first, int n, int head, int n_heads)>;
+void expanded_attention(const LatentCache& cache, const std::vector<Weights>& k_b, const std::vector<Weights>& v_b, const Asking& ask,
+                        int start, int T, float scale, float* o);
+
+// Many tokens go through a layer in parts: what lies between its products is kept for so many, and at full size each expert meets
+// about 96 of them. Only keys and values are made for all at once.
+constexpr int kPart = 1024;
+extern void (*between_parts)();   // hears of every part but the first, on the calling thread; may throw, and all that was begun is let go
+// Calls part(first, n) for T tokens, for as few parts as can be, all about as long.
+template <typename Part>
+void in_parts(int T, const Part& part) {
+  const int n_parts = (T + kPart - 1) / kPart;
+  for (int i = 0; i < n_parts; ++i) {
+    const int first = static_cast<int>(static_cast<int64_t>(T) * i / n_parts), end = static_cast<int>(static_cast<int64_t>(T) * (i + 1) / n_parts);
+    if (i) between_parts();
+    part(first, end - first);
+  }
+}
 
 // The two halves of a layer, each adding to the residual stream x [T][D] in place. docs/architecture.md has the steps.
 struct AttentionLayer {

@@ -60,6 +60,12 @@ void Blocks::multiply(Form form, const Operand& x, size_t stride) const {
   }
 }
 
+Weights rows_of(const Weights& w, int first, int n) {
+  const size_t row_bytes = static_cast<size_t>(w.columns) / w.block->elements * w.block->bytes;
+  const size_t skipped = is_packed(w.block->kind) ? first / kRows * w.stride : first * row_bytes;
+  return {w.block, w.data + skipped, w.stride, n, w.columns};
+}
+
 void turned_block(const Weights& w, int b, float* out, size_t stride) {
   const int groups = w.columns / kGroup;
   if (is_packed(w.block->kind)) {

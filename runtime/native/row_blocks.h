@@ -45,6 +45,8 @@ struct Blocks {
   void multiply(Form form, const Operand& x, size_t stride) const;
 };
 
+// n rows of w from `first` on, a matrix of their own; both in whole row blocks.
+Weights rows_of(const Weights& w, int first, int n);
 // The 16 rows of row block b as floats, turned round: channel k of row r to out[k * stride + r]. w has no rows beyond its blocks.
 void turned_block(const Weights& w, int b, float* out, size_t stride);
 // How many of so many row blocks a task takes that is best a long one: as many as go side by side, if that leaves each thread a few tasks.

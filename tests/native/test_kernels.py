@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from numpy_model import cached, int8_groups, turned, two_digits, unpack
-from random_matrix import packed
+from random_matrix import packed, random_blocks
 from tolerance import U32, gamma
 
 from kimi_lite.formats.packed import pack_quantized
@@ -83,18 +83,6 @@ def test_activations_next_to_nothing_give_next_to_nothing(isa: str, layout: str,
     y_TO = kernels.linear(matrix, x_TI)
     assert (np.abs(y_TO) <= 1.01 * most).all()
     assert (y_TO != 0).any() == (size > 1e-30)
-
-
-def random_blocks(rng: np.random.Generator, kind: str, O: int, I: int) -> NDArray[np.uint8]:
-    """Valid blocks of any type: random bytes, with the float16 fields made small and finite."""
-    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    raw = rng.integers(0, 256, (O * I // elements, size), dtype=np.uint8)
-    halves = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind, (0,))
-    for at in halves:
-        raw[:, at : at + 2] = (
-            rng.uniform(0.001, 0.01, len(raw)).astype(np.float16).view(np.uint8).reshape(-1, 2)
-        )
-    return raw.reshape(-1)
 
 
 @pytest.mark.parametrize("kind", GGML)

@@ -232,7 +232,7 @@ def test_a_long_prompt_is_dealt_evenly(files: dict[str, Path]) -> None:
             n -= out[-1]
         return out
 
-    assert [steps(n) for n in (1, 1024, 1025, 2500)] == [[1], [1024], [513, 512], [834, 833, 833]]
+    assert [steps(n) for n in (1, 4096, 4097, 10_000)] == [[1], [4096], [2049, 2048], [3334, 3333, 3333]]
 
 
 def test_every_isa_and_thread_count_gives_the_same_bits(files: dict[str, Path]) -> None:
