@@ -120,14 +120,14 @@ struct OneToken {
     for (int half = 0; half < 2; ++half) sum_block(2 * pair + half, turned + half * kQ8Run, u);
   }
   void sum_block(int b, const uint8_t* turned, float* u) const {
-    const auto product = [](Form form, const uint8_t* w, const uint8_t* tile, int n_groups, int W, float* out) {
-      kernels().side_by_side(form, w, 0, 1, tile, n_groups, W, out, kRows);
+    const auto product = [](Form form, const uint8_t* w, const uint8_t* tile, int n_groups, int W, float* out, size_t to_next = 0) {
+      kernels().side_by_side(form, w, to_next, 1, tile, n_groups, W, out, kRows);
     };
     const uint8_t* columns = cache->columns + b * cache->columns_stride();
     tiles([&](int first, int W) {
       float parts[4][kTile * kRows] = {};
       if (groups) {
-        product(Form::q8g32_positive, columns, weights + static_cast<size_t>(first) * kTokenGroup * groups, groups, W, parts[0]);
+        product(Form::q8g32_positive, columns, weights + static_cast<size_t>(first) * kTokenGroup * groups, groups, W, parts[0], cache->columns_stride());
         product(Form::q8g32, columns, rest + first * kTokenGroup, 1, W, parts[1]);
       }
       if (own) {
@@ -145,15 +145,18 @@ struct OneToken {
 };
 }  // namespace
 
-void attention(const LatentCache& cache, const float* q, const Heads& qr, int start, int T, int H, float scale, float* u) {
+void attention(const LatentCache& cache, const Absorb& absorb, const float* q, const Heads& qr, int start, int T, int H, float scale, float* u) {
   const int C = cache.C;
   const Heads own{q, static_cast<size_t>(H) * C, static_cast<size_t>(C)};
   if (T <= kTile) {  // so few that all threads share each
     static OneToken tokens[kTile];
-    constexpr int step = 4;
+    constexpr int step = kPair;
     for (int t = 0; t < T; ++t) tokens[t].begin(cache, H, start + t);
     const int parts = (tokens[T - 1].row_blocks() + step - 1) / step, pairs = C / kGroup;  // of a token's positions and channels
-    pool().run(T * H, [&](int i, int) { tokens[i / H].ask(i % H, own.at(i / H, i % H), qr.at(i / H, i % H)); });
+    pool().run(H, [&](int h, int) {
+      absorb(h);
+      for (int t = 0; t < T; ++t) tokens[t].ask(h, own.at(t, h), qr.at(t, h));
+    });
     pool().run(T * parts, [&](int i, int) {
       const int from = i % parts * step;
       tokens[i / parts].compare(from, std::min(from + step, tokens[i / parts].row_blocks()));

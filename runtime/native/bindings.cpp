@@ -275,7 +275,7 @@ NB_MODULE(_kernels, m) {
     same(axis(u, 2, "u"), cache.C, "u's width");
     require(start >= 0 && start + T <= cache.context, "the cache is shorter than the positions asked for");
     Computing computing;
-    attention(cache, q.data(), heads(qr), start, T, H, scale, u.data());
+    attention(cache, [](int) {}, q.data(), heads(qr), start, T, H, scale, u.data());
   }, "cache"_a, "q"_a, "qr"_a, "start"_a, "scale"_a, "u"_a);
   m.def("expanded_attention", [](const LatentCache& cache, const std::vector<Weights>& k_b, const std::vector<Weights>& v_b, const Floats& q,
                                  const Floats& qr, int start, float scale, const Out& o) {

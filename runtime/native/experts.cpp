@@ -28,21 +28,30 @@ const uint8_t* gather(const uint8_t* rows, int columns, const int32_t* tokens, i
 // One expert and its rows of x. The order of jobs, which is that of the experts' index, is the order of every token's sum.
 struct Job {
   const Weights *gate, *up, *down;
-  std::vector<int32_t> tokens, slots;  // row i is expert(x[tokens[i]]); slots[i] is its place among all that were asked for
+  int n;                               // rows
+  const int32_t *tokens, *slots;       // row i is expert(x[tokens[i]]); slots[i] is its place among all that were asked for, or slots is null
   Operand in, hidden;                  // x's rows; silu(gate) * up, of which tiles or x is written by `run_hidden`
 };
 
-// One job an expert that is asked for: slot i wants experts[i] on x[tokens[i]].
-std::vector<Job> jobs_of(const Mlp& mlp, const int32_t* experts, const int32_t* tokens, int n_slots) {
-  std::vector<std::vector<int32_t>> slots(mlp.gate.size());
-  for (int i = 0; i < n_slots; ++i) slots[experts[i]].push_back(i);
-  std::vector<Job> jobs;
-  for (size_t e = 0; e < slots.size(); ++e) {
-    if (slots[e].empty()) continue;
-    Job job{&mlp.gate[e], &mlp.up[e], &mlp.down[e], {}, std::move(slots[e]), {}, {}};
-    for (int32_t i : job.slots) job.tokens.push_back(tokens[i]);
-    jobs.push_back(std::move(job));
+// One job an expert that is asked for: slot i wants experts[i] on x[tokens[i]]. What it returns lasts until the next call: a token
+// has one of these in every layer, and allocating what they list took 10 µs each time.
+std::vector<Job>& jobs_of(const Mlp& mlp, const int32_t* experts, const int32_t* tokens, int n_slots) {
+  static std::vector<Job> jobs;
+  static std::vector<int> ends;  // of each expert's slots among all, sorted by expert
+  static Buffer<int32_t> sorted;
+  const int E = static_cast<int>(mlp.gate.size());
+  int32_t *slot = sorted.get(2 * static_cast<size_t>(n_slots)), *token = slot + n_slots;
+  ends.assign(E + 1, 0);
+  for (int i = 0; i < n_slots; ++i) ++ends[experts[i] + 1];
+  for (int e = 0; e < E; ++e) ends[e + 1] += ends[e];
+  for (int i = 0; i < n_slots; ++i) {
+    const int at = ends[experts[i]]++;
+    slot[at] = i;
+    token[at] = tokens[i];
   }
+  jobs.clear();
+  for (int e = 0, first = 0; e < E; first = ends[e++])
+    if (const int n = ends[e] - first) jobs.push_back({&mlp.gate[e], &mlp.up[e], &mlp.down[e], n, token + first, slot + first, {}, {}});
   return jobs;
 }
 
@@ -70,10 +79,11 @@ void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
   size_t n_slots = 0, n_floats = 0, n_tiles = 0, most = 0, n_blocks = 0;
   for (const Job& job : jobs) n_blocks += 2 * static_cast<size_t>(blocks_of(job.gate->rows));
   struct Task { int job, group, n; };  // n groups of 32 hidden channels: two row blocks of gate and two of up each
-  std::vector<Task> tasks;
+  static std::vector<Task> tasks;
+  tasks.clear();
   const int together = std::max(1, long_task(static_cast<int>(n_blocks)) / 4);
   for (size_t j = 0; j < jobs.size(); ++j) {
-    const size_t n = jobs[j].tokens.size(), F = jobs[j].gate->rows;
+    const size_t n = jobs[j].n, F = jobs[j].gate->rows;
     wanted |= !is_float(*jobs[j].gate);
     n_slots += n;
     most = std::max(most, n);
@@ -87,8 +97,8 @@ void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
   uint8_t* tiles_at = hidden_tiles.get(n_tiles);
   float* floats_at = hidden_floats.get(n_floats);
   for (Job& job : jobs) {
-    const int n = static_cast<int>(job.tokens.size()), F = job.gate->rows;
-    job.in = {in_at, n, D, x, static_cast<size_t>(D), job.tokens.data()};
+    const int n = job.n, F = job.gate->rows;
+    job.in = {in_at, n, D, x, static_cast<size_t>(D), job.tokens};
     if (in_at) in_at += n * in_bytes;
     const bool floats = is_float(*job.down);
     job.hidden = {floats ? nullptr : tiles_at, n, F, floats ? floats_at : nullptr, static_cast<size_t>(F), numbers};
@@ -153,9 +163,9 @@ void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A,
   static Buffer<int32_t> owners;
   int32_t* tokens = owners.get(static_cast<size_t>(T) * A);
   for (int i = 0; i < T * A; ++i) tokens[i] = i / A;
-  std::vector<Job> jobs = jobs_of(routed, ids, tokens, T * A);
+  std::vector<Job>& jobs = jobs_of(routed, ids, tokens, T * A);
   const int32_t* numbers = counting(T);
-  if (shared) jobs.push_back({&shared->gate[0], &shared->up[0], &shared->down[0], {numbers, numbers + T}, {}, {}, {}});
+  if (shared) jobs.push_back({&shared->gate[0], &shared->up[0], &shared->down[0], T, numbers, nullptr, {}, {}});
   run_hidden(jobs, x, T, D);
   each_down(D, [&](int from, int to) {
     const int padded = (to - from) * kRows, rows = std::min(padded, D - from * kRows);
@@ -166,7 +176,7 @@ void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A,
       float* part = scratch.out.get(static_cast<size_t>(job.hidden.n) * padded);
       down(jobs, j, from, to, part, padded);
       for (int i = 0; i < job.hidden.n; ++i)
-        kernels().axpy(job.slots.empty() ? 1.0f : weights[job.slots[i]], part + static_cast<size_t>(i) * padded, padded,
+        kernels().axpy(job.slots ? weights[job.slots[i]] : 1.0f, part + static_cast<size_t>(i) * padded, padded,
                        sum + static_cast<size_t>(job.tokens[i]) * padded);
     }
     for (int t = 0; t < T; ++t)
@@ -176,7 +186,7 @@ void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A,
 
 void expert_outputs(const Mlp& mlp, const int32_t* experts, const int32_t* tokens, int n_slots, const float* x, int T,
                     int D, float* y) {
-  std::vector<Job> jobs = jobs_of(mlp, experts, tokens, n_slots);
+  std::vector<Job>& jobs = jobs_of(mlp, experts, tokens, n_slots);
   run_hidden(jobs, x, T, D);
   each_down(D, [&](int from, int to) {
     const int padded = (to - from) * kRows, rows = std::min(padded, D - from * kRows);

@@ -64,31 +64,41 @@ int blocks_a_task(const Weights& w, int T, int blocks) {
   return std::max(static_cast<int>(kTaskBytes / bytes), T == 1 ? long_task(blocks) : kPair);
 }
 
-// Matrix h times head h of T tokens. x: head h of token t at t * x_token + h * x_head; y is [T][H][rows].
-void head_products(const std::vector<Weights>& w, const float* x, size_t x_token, size_t x_head, int T, float* y) {
+// T rows of x, `stride` floats apart, as tiles.
+const uint8_t* tiles_of(const float* x, size_t stride, int T, int columns, uint8_t* out) {
+  for (int first = 0, W; first < T; first += W) {
+    W = tile_width(T, first);
+    for (int lane = 0; lane < W; ++lane) kernels().quantize(x + (first + lane) * stride, columns / kGroup, out + first * token_bytes(columns), W, lane);
+  }
+  return out;
+}
+
+// Matrix h times head h of T tokens; y is [T][H][rows].
+void head_products(const std::vector<Weights>& w, const Heads& x, int T, float* y) {
   static Buffer<uint8_t> buffer;
   const int H = static_cast<int>(w.size()), B = blocks_of(w[0].rows), columns = w[0].columns;
-  const size_t size = token_bytes(columns) * T;  // of one head
+  const size_t size = token_bytes(columns) * T, stride = static_cast<size_t>(H) * w[0].rows;  // of one head's tiles; of y
   const int32_t* list = counting(T);
   // A single token's head is so little that every task quantizes it for itself: that is less than a call of the pool.
   const bool tiled = !is_float(w[0]), before = tiled && T > 1;
   uint8_t* tiles = before ? buffer.get(size * H) : nullptr;
-  const auto quantize = [&](int h, uint8_t* at) {
-    for (int first = 0, W; first < T; first += W) {
-      W = tile_width(T, first);
-      for (int lane = 0; lane < W; ++lane)
-        kernels().quantize(x + (first + lane) * x_token + h * x_head, columns / kGroup, at + first * token_bytes(columns), W, lane);
-    }
-    return at;
-  };
+  const auto quantize = [&](int h, uint8_t* at) { return tiles_of(x.at(0, h), x.token, T, columns, at); };
   if (before) pool().run(H, [&](int h, int) { quantize(h, tiles + h * size); });
   const int step = blocks_a_task(w[0], T, H * B), steps = (B + step - 1) / step;
   pool().run(H * steps, [&](int i, int) {
     const int h = i / steps, from = i % steps * step;
     const uint8_t* in = before ? tiles + h * size : tiled ? quantize(h, scratch.tile.get(size)) : nullptr;
-    const Operand operand{in, T, columns, x + h * x_head, x_token, list};
-    row_blocks_into(w[h], from, std::min(from + step, B), operand, y + static_cast<size_t>(h) * w[h].rows, static_cast<size_t>(H) * w[h].rows, false);
+    const Operand operand{in, T, columns, x.at(0, h), x.token, list};
+    row_blocks_into(w[h], from, std::min(from + step, B), operand, y + static_cast<size_t>(h) * w[h].rows, stride, false);
   });
+}
+
+// The same of one head and a few tokens, by the thread that calls.
+void head_product(const std::vector<Weights>& w, int h, const Heads& x, int T, const int32_t* list, float* y) {
+  const int columns = w[h].columns;
+  const uint8_t* in = is_float(w[h]) ? nullptr : tiles_of(x.at(0, h), x.token, T, columns, scratch.tile.get(token_bytes(columns) * T));
+  const Operand operand{in, T, columns, x.at(0, h), x.token, list};
+  row_blocks_into(w[h], 0, blocks_of(w[h].rows), operand, y + static_cast<size_t>(h) * w[h].rows, w.size() * w[h].rows, false);
 }
 
 }  // namespace
@@ -137,8 +147,7 @@ void products(const std::vector<Product>& all, const float* x, size_t x_stride, 
   }
   if (operand.tiles)
     each_tile(T, [&](int first, int W) {
-      uint8_t* tile = buffer.get(0) + first * token_bytes(columns);
-      for (int lane = 0; lane < W; ++lane) kernels().quantize(x + (first + lane) * x_stride, columns / kGroup, tile, W, lane);
+      tiles_of(x + first * x_stride, x_stride, W, columns, buffer.get(0) + first * token_bytes(columns));
     });
   pool().run(n_tasks, [&](int i, int) {
     size_t which = 0;
@@ -154,7 +163,8 @@ void linear(const Weights& w, const float* x, int T, float* y) {
 }
 
 void linear_heads(const std::vector<Weights>& w, const float* x, int T, float* y) {
-  head_products(w, x, w.size() * w[0].columns, w[0].columns, T, y);
+  const size_t columns = w[0].columns;
+  head_products(w, {x, w.size() * columns, columns}, T, y);
 }
 
 void embed(const Weights& w, const int32_t* ids, int T, float* y) {
@@ -294,7 +304,7 @@ void attention_layer(const AttentionLayer& l, float* x, int T, const float* cos,
     remember(cache, kv, n, start + first);
   });
   // Of the asking tokens first..first+n, n_heads heads from `head` on.
-  const Asking ask = [&](int first, int n, int head, int n_heads) {
+  const auto ask = [&](int first, int n, int head, int n_heads) {
     const size_t stride = static_cast<size_t>(together ? H : n_heads) * K;
     float* q = queries.get(together ? 0 : n * stride);
     if (together) {
@@ -313,9 +323,11 @@ void attention_layer(const AttentionLayer& l, float* x, int T, const float* cos,
       const Queries asked = ask(first, n, 0, H);
       float* qc = absorbed.get(static_cast<size_t>(n) * H * C);
       float* u = summed.get(static_cast<size_t>(n) * H * C);
-      head_products(l.k_b, asked.q.x, asked.q.token, asked.q.head, n, qc);
-      attention(cache, qc, asked.qr, start + silent + first, n, H, l.scale, u);
-      head_products(l.v_b, u, static_cast<size_t>(H) * C, C, n, o + first * width);
+      const int32_t* list = counting(n);
+      if (n > kTile) head_products(l.k_b, asked.q, n, qc);
+      const auto absorb = [&](int h) { head_product(l.k_b, h, asked.q, n, list, qc); };
+      attention(cache, absorb, qc, asked.qr, start + silent + first, n, H, l.scale, u);
+      head_products(l.v_b, {u, static_cast<size_t>(H) * C, static_cast<size_t>(C)}, n, o + first * width);
     }
     products({{&l.o, x + static_cast<size_t>(silent + first) * D, static_cast<size_t>(D), true}}, o + first * width, width, n);
   });

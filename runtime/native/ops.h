@@ -104,8 +104,10 @@ struct Heads {                    // rows of all tokens' heads: floats from toke
   size_t token, head;
   const float* at(int t, int h) const { return x + t * token + h * head; }
 };
-// Absorbed attention: token t stands at start + t and sees the positions up to itself. q [T][H][C], qr: rows of R.
-void attention(const LatentCache& cache, const float* q, const Heads& qr, int start, int T, int H, float scale, float* u);
+// Absorbed attention: token t stands at start + t and sees the positions up to itself. q [T][H][C], qr: rows of R. Of up to kTile
+// tokens, absorb(h) is called before head h of q is read, by the thread that reads it.
+using Absorb = std::function<void(int h)>;
+void attention(const LatentCache& cache, const Absorb& absorb, const float* q, const Heads& qr, int start, int T, int H, float scale, float* u);
 // The same in the expanded form, with a head's own keys and values; o [T][H][V]. Queries are asked for as they are needed, for at
 // most kPart tokens and a few heads together, and need not outlive the next question.
 struct Queries { Heads q, qr; };  // rows of N and, rotated, of R

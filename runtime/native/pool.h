@@ -83,16 +83,18 @@ class Pool {
     generation_.notify_all();  // no system call while nobody sleeps
   }
   void claim(int thread) {
+    int n = 0, finished = 0;  // said once, since every thread that says so takes the number from another one's cache
     for (int k = 0; k < n_threads_; ++k) {
       std::atomic<uint64_t>& lane = lanes_[(thread + k) % n_threads_].ticket;
       while (has_next(lane.load(std::memory_order_acquire))) {
         const uint64_t mine = lane.fetch_add(1, std::memory_order_acq_rel);
         if (!has_next(mine)) break;
-        const int n = n_;
+        n = n_;
         call_(task_, static_cast<int>(static_cast<uint32_t>(mine)), thread);
-        if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == n) done_.notify_one();
+        ++finished;
       }
     }
+    if (finished && done_.fetch_add(finished, std::memory_order_acq_rel) + finished == n) done_.notify_one();
   }
   void work(int thread) {
     for (uint32_t seen = 0;;) {
