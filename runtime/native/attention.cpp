@@ -127,7 +127,8 @@ struct OneToken {
     tiles([&](int first, int W) {
       float parts[4][kTile * kRows] = {};
       if (groups) {
-        product(Form::q8g32_positive, columns, weights + static_cast<size_t>(first) * kTokenGroup * groups, groups, W, parts[0], cache->columns_stride());
+        const uint8_t* all = weights + static_cast<size_t>(first) * kTokenGroup * groups;
+        product(Form::q8g32_positive, columns, all, groups, W, parts[0], cache->columns_stride());
         product(Form::q8g32, columns, rest + first * kTokenGroup, 1, W, parts[1]);
       }
       if (own) {
@@ -145,7 +146,8 @@ struct OneToken {
 };
 }  // namespace
 
-void attention(const LatentCache& cache, const Absorb& absorb, const float* q, const Heads& qr, int start, int T, int H, float scale, float* u) {
+void attention(const LatentCache& cache, const Absorb& absorb, const float* q, const Heads& qr, int start, int T, int H, float scale,
+               float* u) {
   const int C = cache.C;
   const Heads own{q, static_cast<size_t>(H) * C, static_cast<size_t>(C)};
   if (T <= kTile) {  // so few that all threads share each

@@ -99,15 +99,19 @@ struct LatentCache {
 void remember(const LatentCache& cache, const float* latent_and_key, int T, int start);
 // The columns of those whole groups of 32 positions that first..end completes, from the rows.
 void turn_columns(const LatentCache& cache, int first, int end);
+
 struct Heads {                    // rows of all tokens' heads: floats from token to token, and from head to head
   const float* x;
   size_t token, head;
   const float* at(int t, int h) const { return x + t * token + h * head; }
 };
+
 // Absorbed attention: token t stands at start + t and sees the positions up to itself. q [T][H][C], qr: rows of R. Of up to kTile
 // tokens, absorb(h) is called before head h of q is read, by the thread that reads it.
 using Absorb = std::function<void(int h)>;
-void attention(const LatentCache& cache, const Absorb& absorb, const float* q, const Heads& qr, int start, int T, int H, float scale, float* u);
+void attention(const LatentCache& cache, const Absorb& absorb, const float* q, const Heads& qr, int start, int T, int H, float scale,
+               float* u);
+
 // The same in the expanded form, with a head's own keys and values; o [T][H][V]. Queries are asked for as they are needed, for at
 // most kPart tokens and a few heads together, and need not outlive the next question.
 struct Queries { Heads q, qr; };  // rows of N and, rotated, of R
@@ -122,11 +126,10 @@ extern void (*between_parts)();   // hears of every part but the first, on the c
 // Calls part(first, n) for T tokens, for as few parts as can be, all about as long.
 template <typename Part>
 void in_parts(int T, const Part& part) {
-  const int n_parts = (T + kPart - 1) / kPart;
-  for (int i = 0; i < n_parts; ++i) {
-    const int first = static_cast<int>(static_cast<int64_t>(T) * i / n_parts), end = static_cast<int>(static_cast<int64_t>(T) * (i + 1) / n_parts);
-    if (i) between_parts();
-    part(first, end - first);
+  for (int first = 0, n; first < T; first += n) {
+    const int left = T - first, n_parts = (left + kPart - 1) / kPart;
+    if (first) between_parts();
+    part(first, n = (left + n_parts - 1) / n_parts);
   }
 }
 

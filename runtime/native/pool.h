@@ -83,7 +83,7 @@ class Pool {
     generation_.notify_all();  // no system call while nobody sleeps
   }
   void claim(int thread) {
-    int n = 0, finished = 0;  // said once, since every thread that says so takes the number from another one's cache
+    int n = 0, finished = 0;  // said once: whoever says it takes done_ out of another core's cache
     for (int k = 0; k < n_threads_; ++k) {
       std::atomic<uint64_t>& lane = lanes_[(thread + k) % n_threads_].ticket;
       while (has_next(lane.load(std::memory_order_acquire))) {
