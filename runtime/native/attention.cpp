@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "ops.h"
+#include "row_blocks.h"
 
 namespace kimi {
 
@@ -152,8 +152,8 @@ void attention(const LatentCache& cache, const Absorb& absorb, const float* q, c
   const Heads own{q, static_cast<size_t>(H) * C, static_cast<size_t>(C)};
   if (T <= kTile) {  // so few that all threads share each
     static OneToken tokens[kTile];
-    constexpr int step = kPair;
     for (int t = 0; t < T; ++t) tokens[t].begin(cache, H, start + t);
+    const int step = long_task(tokens[T - 1].row_blocks());
     const int parts = (tokens[T - 1].row_blocks() + step - 1) / step, pairs = C / kGroup;  // of a token's positions and channels
     pool().run(H, [&](int h, int) {
       absorb(h);
