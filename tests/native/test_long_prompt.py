@@ -47,11 +47,8 @@ def test_heads_have_the_same_bits_alone_and_among_more_than_fit_at_once() -> Non
 @pytest.mark.parametrize("layout", ["q4g32", "Q5_1", "F16"])  # queries' rows are found in each by another sum
 @pytest.mark.parametrize("expanded", [True, False])
 def test_attention_in_parts_has_the_bits_of_shorter_passes(layout: str, expanded: bool) -> None:
-    rng, D, T = (
-        np.random.default_rng(1),
-        64,
-        PART + 33,
-    )  # parts of 529 and 528: the second begins within a tile of 8
+    rng, D = np.random.default_rng(1), 64
+    T = PART + 33  # parts of 529 and 528: the second begins within a tile of 8
     layer = AttentionLayer(
         norm_D=np.ones(D, np.float32),
         q=matrix(rng, layout, H * (N + R), D),
