@@ -295,9 +295,7 @@ NB_MODULE(_kernels, m) {
     same(axis(o, 1, "o"), H, "o's heads");
     require(start >= 0 && start + T <= cache.context, "the cache is shorter than the positions asked for");
     Computing computing;
-    const auto ask = [from = heads(q), turned = heads(qr)](int first, int, int head, int) {
-      return Queries{{from.at(first, head), from.token, from.head}, {turned.at(first, head), turned.token, turned.head}};
-    };
+    const auto ask = [&](int first, int, int head, int) { return Queries{heads(q).from(first, head), heads(qr).from(first, head)}; };
     expanded_attention(cache, k_b, v_b, ask, start, T, scale, o.data());
   }, "cache"_a, "k_b"_a, "v_b"_a, "q"_a, "qr"_a, "start"_a, "scale"_a, "o"_a);
   nb::class_<AttentionLayer>(m, "AttentionLayer", "A layer's attention: norms, projections, heads. Keeps their bytes alive.")

@@ -163,8 +163,8 @@ void expanded_attention(const LatentCache& cache, const std::vector<Weights>& k_
         const int h = i / tiles, tile = i % tiles * kTile - skew;
         for (int t = std::max(tile, 0), W; t < std::min(tile + kTile, n); t += W) {
           W = tile_width(std::min(tile + kTile, n), t);
-          const Heads q{asked.q.at(t, 0), asked.q.token, asked.q.head}, qr{asked.qr.at(t, 0), asked.qr.token, asked.qr.head};
-          attend(e, h, q, qr, start + first + t, W, scale, o + (first + t) * width + (from + h) * V, width);
+          float* to = o + (first + t) * width + (from + h) * V;
+          attend(e, h, asked.q.from(t, 0), asked.qr.from(t, 0), start + first + t, W, scale, to, width);
         }
       });
     });

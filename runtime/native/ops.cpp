@@ -210,8 +210,7 @@ void pack(const Weights& w, uint8_t* out) {
 }
 
 void rms_norm(const float* x, const float* weight, int T, int D, float eps, float* y) {
-  for (int t = 0; t < T; ++t)
-    kernels().rms_norm(x + static_cast<size_t>(t) * D, weight, D, eps, y + static_cast<size_t>(t) * D);
+  each_token(T, [&](int t) { kernels().rms_norm(x + static_cast<size_t>(t) * D, weight, D, eps, y + static_cast<size_t>(t) * D); });
 }
 
 void route(const float* x, const float* router, const float* bias, int T, int D, int E, int A, float scale,
@@ -272,7 +271,7 @@ void attention_layer(const AttentionLayer& l, float* x, int T, const float* cos,
   // x's rows first..first+n after their norm.
   const auto norm = [&](int first, int n) {
     float* h = normed.get(static_cast<size_t>(n) * D);
-    each_token(n, [&](int t) { kernels().rms_norm(x + static_cast<size_t>(first + t) * D, l.norm, D, l.eps, h + static_cast<size_t>(t) * D); });
+    rms_norm(x + static_cast<size_t>(first) * D, l.norm, n, D, l.eps, h);
     return h;
   };
   const auto rotate = [&](float* row, int t) {
@@ -341,7 +340,7 @@ void feed_forward_layer(const FeedForwardLayer& l, float* x, int T, bool counts)
   in_parts(T, [&](int first, int n) {
     float* part = x + static_cast<size_t>(first) * D;
     float* h = normed.get(static_cast<size_t>(n) * D);
-    each_token(n, [&](int t) { kernels().rms_norm(part + static_cast<size_t>(t) * D, l.norm, D, l.eps, h + static_cast<size_t>(t) * D); });
+    rms_norm(part, l.norm, n, D, l.eps, h);
     int32_t* chosen_ids = ids.get(static_cast<size_t>(n) * A + 1);
     float* chosen_weights = weights.get(static_cast<size_t>(n) * A + 1);
     if (l.router)

@@ -104,6 +104,7 @@ struct Heads {                    // rows of all tokens' heads: floats from toke
   const float* x;
   size_t token, head;
   const float* at(int t, int h) const { return x + t * token + h * head; }
+  Heads from(int t, int h) const { return {at(t, h), token, head}; }
 };
 
 // Absorbed attention: token t stands at start + t and sees the positions up to itself. q [T][H][C], qr: rows of R. Of up to kTile
