@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from kimi_lite.formats.config import ModelConfig, TextConfig
 from kimi_lite.formats.gguf_file import GgufWriter
-from kimi_lite.formats.packed import LAYOUTS, PAGE
+from kimi_lite.formats.packed import LAYOUTS, PAGE, scale_bytes
 from kimi_lite.formats.safetensors_file import StoredTensor
 from kimi_lite.formats.vocab import Vocab
 from kimi_lite.quantize.plan import Checkpoint, Output, text_metadata, text_outputs
@@ -110,8 +110,12 @@ def tile(kind: str, columns: int, rng: np.random.Generator) -> NDArray[np.uint8]
             # -7 to 7: with -8, all weights lean one way, and all tokens choose the same experts.
             low, high = rng.integers(1, 16, (2, *runs.shape), dtype=np.uint8)
             runs = low | high << 4
-        values = rng.uniform(0.5, 1.5, (TILE, 16)) * scale / (4.6 if form.bits == 4 else 73)
-        runs[:, -32:] = values.astype(np.float16).view(np.uint8)
+        values = (rng.uniform(0.5, 1.5, (TILE, 16)) * scale / (4.6 if form.bits == 4 else 73)).astype(np.float16)
+        if kind == "q4b32":  # the upper bits of such a value are one that a byte holds
+            values = (values.view(np.uint16) & 0xFF80).view(np.float16)
+            runs[:, form.weight_bytes :] = scale_bytes(values)
+        else:
+            runs[:, form.weight_bytes :] = values.view(np.uint8)
         return runs.reshape(-1)
     size, at, typical = BLOCKS[kind]
     blocks = rng.integers(0, 256, (TILE, size), dtype=np.uint8)

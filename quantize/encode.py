@@ -1,15 +1,14 @@
-"""Rounding weights to blocks: our q4g32 and q8g32, and ggml's types through the gguf package.
+"""Rounding weights to blocks: our q4b32 and q8g32, and ggml's types through the gguf package.
 
-    q4g32   scale = m / c, stored as float16; q = round(w / scale) + 8, clipped to 0…15; w ~ scale · (q - 8)
+    q4b32   scale near m / -8, one byte; q = round(w / scale) + 8, clipped to 0…15; w ~ scale · (q - 8)
     q8g32   scale = absmax / 127, stored as float16; q = round(w / scale), clipped to ±127
 
 m is the group's value of largest magnitude, with its sign, so that it falls on the end of the grid that has eight
-steps. Of three divisors c the one with the smallest squared error wins: -8 keeps m exact, -8.8 trades m for finer
-steps, -7.2 the other way. On normal values that lowers the error from 8.6 to 8.3 % of the weights' size; sixteen
+steps. A byte's scales are 7 to 12 % apart. Of the four around |m| / 8, two below and two not below, the one with the smallest squared
+error wins: a smaller one trades m for finer steps. So a byte is no coarser than a float16 was with three choices: SEE
 divisors would reach 8.1 % (benchmarks/results/2026-11-24-encode.jsonl).
 
-Error: |w - scale · (q - 8)| <= scale / 2 wherever q is not clipped and the scale is a normal float16, because we
-divide by the scale as stored.
+Error: |w - scale · (q - 8)| <= scale / 2 wherever q is not clipped, because we divide by the scale as stored.
 """
 
 import numpy as np
@@ -18,11 +17,11 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 
 from kimi_lite.errors import ModelFileError
-from kimi_lite.formats.packed import GROUP, QUANTIZED, ROWS, pack_quantized
+from kimi_lite.formats.packed import GROUP, LEAST_EXPONENT, ROWS, pack_quantized, scale_values
 
-DIVISORS = (-8.0, -8.8, -7.2)
 TILE_WEIGHTS = 1 << 20
-LIMIT = 7 * 65504.0  # a larger weight would need a scale beyond float16
+CHOICES = (-2, -1, 0, 1)  # stored scales that are tried, counted from the first that reaches |m| / 8
+LIMITS = {"q4b32": 15.0, "q8g32": 127 * 65504.0}  # a larger weight would need a larger scale than there is
 
 
 def encode(weight_OI: NDArray[np.float32], kind: str) -> NDArray[np.uint8]:
@@ -31,61 +30,63 @@ def encode(weight_OI: NDArray[np.float32], kind: str) -> NDArray[np.uint8]:
     Packed layouts need whole row blocks: O a multiple of 16 unless these are a matrix's last rows.
 
     Raises:
-        ModelFileError: a weight that is not finite, or beyond what a float16 scale can reach.
+        ModelFileError: a weight that is not finite, or beyond what the layout's largest scale can reach.
     """
-    if kind in QUANTIZED:
+    if kind in LIMITS:
         # A tile of whole row blocks at a time: the work in progress is several times as large as the weights.
         rows = max(ROWS, TILE_WEIGHTS // weight_OI.shape[1] // ROWS * ROWS)
-        to_stored = quantize_q4g32 if kind == "q4g32" else quantize_q8g32
+        to_stored = quantize_q4b32 if kind == "q4b32" else quantize_q8g32
         tiles = (weight_OI[at : at + rows] for at in range(0, len(weight_OI), rows))
         return np.concatenate([pack_quantized(*to_stored(tile), kind) for tile in tiles])
     return np.asarray(quantize(weight_OI, GGMLQuantizationType[kind])).reshape(-1).view(np.uint8)
 
 
-def _grouped(weight_OI: NDArray[np.float32]) -> NDArray[np.float32]:
+def _grouped(weight_OI: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
     O, I = weight_OI.shape
     if I % GROUP:
         weight_OI = np.pad(weight_OI, ((0, 0), (0, -I % GROUP)))
-    if not np.abs(weight_OI).max() <= LIMIT:  # also false for NaN
+    largest = np.abs(weight_OI).max()
+    if not np.isfinite(largest):
+        raise ModelFileError("a weight is not a finite number; the checkpoint is damaged")
+    if largest > LIMITS[kind]:
         raise ModelFileError(
-            f"a weight is {weight_OI[np.abs(weight_OI) > LIMIT][:1] or 'NaN'}; the checkpoint is damaged"
+            f"a weight is {largest:g} in size, and {kind} holds weights up to {LIMITS[kind]:g}; "
+            "if the checkpoint is right, quantize it with --to q8_0 or --to q4_0"
         )
     return weight_OI.reshape(O, -1, GROUP)
 
 
-def quantize_q4g32(weight_OI: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-    """Stored values 0…15 int8 [O, I padded] and scales float16 [O, G]."""
-    w_OGg = _grouped(weight_OI)
-    O = len(w_OGg)
+def quantize_q4b32(weight_OI: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """Stored values 0…15 int8 [O, I padded] and scales float16 [O, G], of those that a byte holds."""
+    w_OGg = _grouped(weight_OI, "q4b32")
     at = np.abs(w_OGg).argmax(-1, keepdims=True)
     m_OG1 = np.take_along_axis(w_OGg, at, -1)
-    best_q = best_scale = best_error = None
-    for divisor in DIVISORS:
-        scale = (m_OG1 / np.float32(divisor)).astype(np.float16)
+    # Bytes without their sign have the order of their values, and so have a float's bits, of which they are the upper ones.
+    bits = (np.abs(m_OG1) / np.float32(8)).view(np.int32)
+    first = ((bits + 0xFFFFF) >> 20) - ((127 + LEAST_EXPONENT) << 3)
+    sign = np.where(m_OG1 > 0, 128, 0)
+    best_q, best_scale = np.empty_like(w_OGg), np.empty(m_OG1.shape, np.float16)
+    best_error = np.full_like(m_OG1, np.inf)
+    for choice in CHOICES:
+        scale = scale_values((np.clip(first + choice, 0, 127) | sign).astype(np.uint8))
         step = scale.astype(np.float32)
-        inverse = np.divide(1, step, out=np.zeros_like(step), where=step != 0)
-        q = w_OGg * inverse
+        q = w_OGg / step
         np.rint(q, out=q)
         np.clip(q, -8, 7, out=q)
         difference = q * step
         difference -= w_OGg
         error = np.einsum("ogk,ogk->og", difference, difference)[..., None]
-        if best_q is None or best_scale is None or best_error is None:
-            best_q, best_scale, best_error = q, scale, error
-            continue
         better = error < best_error
         np.copyto(best_q, q, where=better)
         np.copyto(best_scale, scale, where=better)
         np.copyto(best_error, error, where=better)
-    assert best_q is not None
-    assert best_scale is not None
     best_q += 8
-    return best_q.astype(np.int8).reshape(O, -1), best_scale[..., 0]
+    return best_q.astype(np.int8).reshape(len(w_OGg), -1), best_scale[..., 0]
 
 
 def quantize_q8g32(weight_OI: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
     """Stored values -127…127 int8 [O, I padded] and scales float16 [O, G]."""
-    w_OGg = _grouped(weight_OI)
+    w_OGg = _grouped(weight_OI, "q8g32")
     scale_OG1 = (np.abs(w_OGg).max(-1, keepdims=True) / np.float32(127)).astype(np.float16)
     step = scale_OG1.astype(np.float32)
     inverse = np.divide(1, step, out=np.zeros_like(step), where=step != 0)

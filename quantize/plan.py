@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from kimi_lite.errors import KimiLiteWarning, ModelFileError
 from kimi_lite.formats.config import ModelConfig
 from kimi_lite.formats.gguf_file import TensorSpec
-from kimi_lite.formats.packed import PAGE, matrix_bytes, mlp_bytes
+from kimi_lite.formats.packed import LAYOUTS, PAGE, matrix_bytes, mlp_bytes
 from kimi_lite.formats.safetensors_file import StoredTensor, open_checkpoint
 from kimi_lite.formats.vocab import Vocab
 
@@ -57,7 +57,7 @@ class Output:
 
     @property
     def packed(self) -> bool:
-        return self.type.endswith("g32")
+        return self.type in LAYOUTS
 
     def spec(self) -> TensorSpec:
         """How the container declares it; packed tensors are plain bytes to it."""
@@ -143,7 +143,7 @@ def _stored(tensor: StoredTensor | None) -> StoredTensor:
 
 def text_outputs(checkpoint: Checkpoint, target: Target) -> list[Output]:
     """The text model's tensors in file order."""
-    base = "q4g32" if target == "int4" else target.upper()
+    base = "q4b32" if target == "int4" else target.upper()
     return list(_text(checkpoint, base))
 
 
@@ -170,7 +170,7 @@ def _text(checkpoint: Checkpoint, base: str) -> Iterator[Output]:
             )
             for each in theirs
         ]
-        if base == "q4g32":
+        if base == "q4b32":
             yield Output(f"{at}ffn{kind}.packed", base, (), tuple(s for part in parts for s in part), "mlp")
             return
         for i, name in enumerate(("gate", "up", "down")):
@@ -240,7 +240,7 @@ def _expansion(checkpoint: Checkpoint, name: str) -> tuple[tuple[Source, ...], t
 
 def _type(name: str, base: str, columns: int) -> str:
     """The type of a matrix: the base type, or what its row length or its importance asks for."""
-    if base == "q4g32":
+    if base == "q4b32":
         return "q8g32" if any(part in name for part in EIGHT_BITS) else base
     if base in ("Q8_0", "Q4_0") and columns % 32:
         return "F16"  # what llama.cpp falls back to

@@ -57,7 +57,7 @@ class NumpyModel:
         if key not in self.cache:
             layout, _, count, F, D = self.packed[name]
             data = np.asarray(self.tensors[name].data).view(np.uint8).reshape(count, -1)[e]
-            block = D // 32 * (288 if layout == "q4g32" else 544)
+            block = D // 32 * RUNS[layout]
             blocks = data[: F // 16 * 2 * block].reshape(-1, 2, block)
             down = data[F // 16 * 2 * block :]
             self.cache[key] = (
@@ -137,10 +137,12 @@ class NumpyModel:
         return np.stack([pairs.real, pairs.imag], -1).reshape(-1)
 
 
+RUNS = {"q4b32": 272, "q4g32": 288, "q8g32": 544}  # bytes of 16 rows × 32 channels
+
+
 def unpack(data: NDArray[np.uint8], layout: str, rows: int, columns: int) -> F64:
     """By docs/formats.md, one weight at a time in plain index arithmetic (vectorised over the file)."""
-    four = layout == "q4g32"
-    run = 288 if four else 544
+    four, run = layout != "q8g32", RUNS[layout]
     G, r, k = columns // 32, np.arange(rows)[:, None], np.arange(columns)[None]
     start = (r // 16 * G + k // 32) * run
     c = k % 32
@@ -149,6 +151,10 @@ def unpack(data: NDArray[np.uint8], layout: str, rows: int, columns: int) -> F64
         q = np.where(c % 8 < 4, byte & 15, byte >> 4).astype(np.float64) - 8
     else:
         q = data[start + c // 4 * 64 + r % 16 * 4 + c % 4].view(np.int8).astype(np.float64)
+    if layout == "q4b32":
+        byte = data[start + run - 16 + r % 16].astype(np.float64)
+        sign, exponent, fraction = byte // 128, byte // 8 % 16, byte % 8
+        return np.asarray(q * (-1) ** sign * (1 + fraction / 8) * 2 ** (exponent - 15))
     at = start + run - 32 + r % 16 * 2
     scale = (data[at].astype(np.uint16) | (data[at + 1].astype(np.uint16) << 8)).view(np.float16)
     return np.asarray(q * scale.astype(np.float64))

@@ -8,17 +8,29 @@ from kimi_lite.formats.packed import pack_quantized
 from kimi_lite.runtime.kernels import Matrix
 
 
-def packed(rng: np.random.Generator, layout: str, O: int, I: int, count: int = 1) -> Matrix:
-    low, high = (0, 16) if layout == "q4g32" else (-127, 128)
+def packed(
+    rng: np.random.Generator, layout: str, O: int, I: int, count: int = 1, size: float = 0.01
+) -> Matrix:
+    """`count` matrices with scales of about `size`."""
+    low, high = (-127, 128) if layout == "q8g32" else (0, 16)
     data = [
         pack_quantized(
-            rng.integers(low, high, (O, I)).astype(np.int8),
-            rng.normal(0, 0.01, (O, I // 32)).astype(np.float16),
-            layout,
+            rng.integers(low, high, (O, I)).astype(np.int8), random_scales(rng, layout, (O, I // 32), size), layout
         )
         for _ in range(count)
     ]
     return Matrix(layout, np.concatenate(data), O, I, count)
+
+
+def random_scales(
+    rng: np.random.Generator, layout: str, shape: tuple[int, ...], size: float
+) -> NDArray[np.float16]:
+    """Scales of both signs about so large, of those that the layout holds: bytes have three bits behind the leading one."""
+    values = rng.normal(0, size, shape)
+    if layout == "q4b32":
+        fraction, exponent = np.frexp(np.clip(np.abs(values), 2.0**-15, 1.875))
+        values = np.copysign(np.ldexp(np.floor(16 * fraction) / 16, exponent), values)
+    return values.astype(np.float16)
 
 
 def random_blocks(rng: np.random.Generator, kind: str, O: int, I: int) -> NDArray[np.uint8]:

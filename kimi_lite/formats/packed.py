@@ -1,18 +1,20 @@
 """The packed layouts: weight matrices stored as the kernels read them.
 
 A matrix W [O, I] is cut into row blocks of 16 rows and groups of 32 input channels. For each row block, for each group
-in order, there is one run of bytes: the weights in lines of 64 bytes, then the 16 rows' float16 scales. In a line, four
+in order, there is one run of bytes: the weights in lines of 64 bytes, then the 16 rows' scales. In a line, four
 consecutive channels of row 0 stand first, then the same channels of row 1, and so on: one 64-byte load feeds 16 rows,
 and one broadcast of four activations feeds them all.
 
-    q4g32   w = scale · (q - 8), q in 0…15    4 lines, 288 bytes a run   4.5 bits a weight
+    q4b32   w = scale · (q - 8), q in 0…15    4 lines, 272 bytes a run   4.25 bits a weight, scales of one byte
             line j, byte 4r + c: low nibble channel 8j + c of row r, high nibble channel 8j + 4 + c
-    q8g32   w = scale · q, q in -127…127      8 lines, 544 bytes a run   8.5 bits a weight
+    q8g32   w = scale · q, q in -127…127      8 lines, 544 bytes a run   8.5 bits a weight, float16 scales
             line j, byte 4r + c: channel 4j + c of row r
 
-Four more hold what a standard GGUF holds, bit for bit, so that its weights run at the same speed: q5g32 (Q5_0), i4g32
-(IQ4_NL), and q4k and q6k (Q4_K and Q6_K), whose scales are shared by 256 channels. Q4_0 and Q8_0 are q4g32 and q8g32.
-The kernels' module packs them.
+A scale of one byte is a sign, four bits e and three bits m, and stands for ±(1 + m / 8) · 2^(e - 15).
+
+Five more hold what a standard GGUF holds, bit for bit, so that its weights run at the same speed: q4g32 (Q4_0: q4b32 with
+float16 scales, 288 bytes), q5g32 (Q5_0), i4g32 (IQ4_NL), and q4k and q6k (Q4_K and Q6_K), whose scales are shared by 256
+channels. Q8_0 is q8g32. The kernels' module packs them.
 
 Rows are padded to a multiple of 16 and channels to a multiple of 32 with weights of scale 0. An MLP is one run of
 bytes as well: gate's and up's row blocks in turn, then down's, padded to whole pages, so that one copy moves it and
@@ -41,11 +43,17 @@ class Layout:
     zero: int = 0  # the stored value that means weight 0, in those that quantize writes
 
     @property
+    def weight_bytes(self) -> int:
+        """Of a run in one of QUANTIZED: where its scales begin."""
+        return ROWS * GROUP * self.bits // 8
+
+    @property
     def bits_per_weight(self) -> float:
         return 8 * self.run_bytes / (ROWS * GROUP)
 
 
 LAYOUTS = {
+    "q4b32": Layout("q4b32", 4, 272, 8),
     "q4g32": Layout("q4g32", 4, 288, 8),
     "q8g32": Layout("q8g32", 8, 544, 0),
     "q5g32": Layout("q5g32", 5, 352),
@@ -53,7 +61,7 @@ LAYOUTS = {
     "q4k": Layout("q4k", 4, 296),
     "q6k": Layout("q6k", 6, 420),
 }
-QUANTIZED = ("q4g32", "q8g32")  # those that pack_quantized writes
+QUANTIZED = ("q4b32", "q4g32", "q8g32")  # those that pack_quantized writes
 
 
 def groups(in_features: int) -> int:
@@ -77,15 +85,35 @@ def mlp_bytes(layout: str, width: int, model_width: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
+LEAST_EXPONENT = -15  # of a scale of one byte
+
+
+def scale_values(stored: NDArray[np.uint8]) -> NDArray[np.float16]:
+    """What scales of one byte stand for; of either sign, from 2^-15 to 1.875, and each a float16."""
+    exponent, fraction = (stored >> 3 & 15).astype(np.int32), (stored & 7) / np.float32(8)
+    return (np.ldexp(1 + fraction, exponent + LEAST_EXPONENT) * np.where(stored & 128, -1, 1)).astype(np.float16)
+
+
+def scale_bytes(scale: NDArray[np.float16]) -> NDArray[np.uint8]:
+    """The inverse of `scale_values`; a value that no byte stands for is a mistake of the caller's."""
+    fraction, exponent = np.frexp(np.abs(scale.astype(np.float32)))  # fraction · 2^exponent, 0.5 ≤ fraction < 1
+    e, m = exponent - 1 - LEAST_EXPONENT, (2 * fraction - 1) * 8
+    stored = (e << 3 | m.astype(np.int32) | np.where(scale < 0, 128, 0)).astype(np.uint8)
+    assert np.array_equal(scale_values(stored), scale), "scales that a byte does not hold"
+    return stored
+
+
 def pack_quantized(q_OI: NDArray[np.int8], scale_OG: NDArray[np.float16], layout: str) -> NDArray[np.uint8]:
-    """Interleave stored values (q4g32: 0…15, q8g32: -127…127) and their scales. Returns uint8 [matrix_bytes]."""
+    """Interleave stored values (4 bits: 0…15, 8 bits: -127…127) and their scales, which for q4b32 are of those that a
+    byte holds. Returns uint8 [matrix_bytes]."""
     form, (O, I) = LAYOUTS[layout], q_OI.shape
     B, G = -(-O // ROWS), groups(I)
     assert scale_OG.shape == (O, G), f"scales {scale_OG.shape} for a matrix of {q_OI.shape}"
     padded = np.full((B * ROWS, G * GROUP), form.zero, np.uint8)
     padded[:O, :I] = q_OI.view(np.uint8)
-    scales = np.zeros((B * ROWS, G), np.float16)
-    scales[:O] = scale_OG
+    stored_OG = scale_OG if layout != "q4b32" else scale_bytes(scale_OG)
+    scales = np.zeros((B * ROWS, G), stored_OG.dtype)  # past the end: weights are 0 by their scale, or by q = 8
+    scales[:O] = stored_OG
     out = np.empty((B, G, form.run_bytes), np.uint8)
     blocks = padded.reshape(B, ROWS, G, GROUP).transpose(0, 2, 1, 3)  # [B, G, 16, 32]
     if form.bits == 4:
@@ -93,12 +121,12 @@ def pack_quantized(q_OI: NDArray[np.int8], scale_OG: NDArray[np.float16], layout
         both = lines[..., 0, :] | (lines[..., 1, :] << 4)
     else:
         both = blocks.reshape(B, G, ROWS, 8, 4)
-    n_weight_bytes = form.run_bytes - 2 * ROWS
+    n_weight_bytes = form.weight_bytes
     out[..., :n_weight_bytes] = both.transpose(0, 1, 3, 2, 4).reshape(B, G, n_weight_bytes)
     out[..., n_weight_bytes:] = (
         np.ascontiguousarray(scales.reshape(B, ROWS, G).transpose(0, 2, 1))
         .view(np.uint8)
-        .reshape(B, G, 2 * ROWS)
+        .reshape(B, G, -1)
     )
     return out.reshape(-1)
 
@@ -110,13 +138,14 @@ def unpack_quantized(
     form = LAYOUTS[layout]
     B, G = -(-out_features // ROWS), groups(in_features)
     runs = data[: matrix_bytes(layout, out_features, in_features)].reshape(B, G, form.run_bytes)
-    n_weight_bytes = form.run_bytes - 2 * ROWS
+    n_weight_bytes = form.weight_bytes
     lines = (
         runs[..., :n_weight_bytes].reshape(B, G, -1, ROWS, 4).transpose(0, 1, 3, 2, 4)
     )  # [B, G, 16, lines, 4]
     values = np.stack([lines & 15, lines >> 4], axis=-2) if form.bits == 4 else lines
     q_OI = values.reshape(B, G, ROWS, GROUP).transpose(0, 2, 1, 3).reshape(B * ROWS, G * GROUP)
-    scales = np.ascontiguousarray(runs[..., n_weight_bytes:]).view(np.float16)  # [B, G, 16]
+    stored = np.ascontiguousarray(runs[..., n_weight_bytes:])
+    scales = stored.view(np.float16) if layout != "q4b32" else scale_values(stored)  # [B, G, 16]
     scale_OG = scales.transpose(0, 2, 1).reshape(B * ROWS, G)
     return q_OI[:out_features, :in_features].view(np.int8), scale_OG[:out_features]
 

@@ -75,6 +75,12 @@ DEVICE u32 read_4(const u8* at) {
   return v;
 }
 
+DEVICE u32 read_2(const u8* at) {
+  u16 v;
+  asm("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(at));
+  return v;
+}
+
 DEVICE u32 and_xor(u32 a, u32 b, u32 c) {  // a & b ^ c
   u32 d;
   asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(b), "r"(c));

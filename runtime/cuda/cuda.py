@@ -38,7 +38,7 @@ from kimi_lite.runtime.speeds import ASSUMED, Speeds
 from kimi_lite.runtime.vision import Progress, VisionWeights
 from kimi_lite.runtime.weights import Layer, Weights
 
-FORMS = {"q4g32": 0, "q8g32": 1}  # as in products.cu
+FORMS = {"q4g32": 0, "q8g32": 1, "q4b32": 2}  # as in products.cu
 INSTEAD = "run on the CPU with --vram 0, or make an int4 file of the published checkpoint: kimi-lite quantize CHECKPOINT model.gguf"
 
 
@@ -494,7 +494,7 @@ _HALVES: dict[str, Callable[[Card, Place, Workspace, int], None]] = {
 def _form(layout: str, what: str) -> int:
     if layout not in FORMS:
         raise UsageError(
-            f"{what}: the layout {layout} has no GPU kernel, only {' and '.join(FORMS)} have (int4 files, and GGUF files "
+            f"{what}: the layout {layout} has no GPU kernel, only {', '.join(FORMS)} have (int4 files, and GGUF files "
             f"of Q4_0 or Q8_0); {INSTEAD}"
         )
     return FORMS[layout]

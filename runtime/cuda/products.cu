@@ -1,13 +1,13 @@
 // Products of packed matrices and quantized rows. Read arithmetic.cu first.
 //
-// A run of 16 rows × 32 channels is lines of 64 bytes, four channels of all 16 rows, then 16 float16 scales. Few
+// A run of 16 rows × 32 channels is lines of 64 bytes, four channels of all 16 rows, then 16 scales. Few
 // tokens: a thread takes four rows of a row block (16 bytes of each line) through one chunk of eight groups, the unit of
 // the fixed order of sums. So four neighbouring threads read whole lines, every 32-byte sector that is fetched is used,
 // and no thread waits for another before its chunk's total. The totals meet in shared memory and are added in order. Many
 // tokens: see kTile below.
 //
 // At full size (K = 2048, eight chunks) a row block is one warp. A card has to have bandwidth times latency on the way, about 560
-// kB on a 3090, 2 MB on an H100. A thread asks for four groups of int4 at once, 288 bytes, so a warp for 9 kB: the 1408 warps of
+// kB on a 3090, 2 MB on an H100. A thread asks for four groups of int4 at once, 272 bytes, so a warp for 9 kB: the 1408 warps of
 // gate and up of six experts and the shared MLP have 13 MB on the way, the 228 of q and kv_a 2 MB.
 // Weights are read once for NT tokens; activations come from the first cache.
 
@@ -16,10 +16,34 @@ struct Matrix {     // packed; `stride` bytes from row block to row block
   int form, rows, columns, stride;
 };
 
-enum { kQ4 = 0, kQ8 = 1 };
+enum { kQ4 = 0, kQ8 = 1, kQ4B = 2 };
 
-struct Q4 {         // w = scale · (q - 8): the sums start at -8 · (sum of the activations)
-  static constexpr int lines = 4, bytes = 288;
+struct Halves {     // float16 scales, of four rows and of two
+  using Four = uint2;
+  DEVICE void scales(uint2 four, float (&scale)[4]) {
+    scale[0] = half_to_float(static_cast<u16>(four.x)), scale[1] = half_to_float(static_cast<u16>(four.x >> 16));
+    scale[2] = half_to_float(static_cast<u16>(four.y)), scale[3] = half_to_float(static_cast<u16>(four.y >> 16));
+  }
+  DEVICE u32 read_two(const u8* at) { return read_4(at); }
+  DEVICE void scales(u32 two, float (&scale)[2]) {
+    scale[0] = half_to_float(static_cast<u16>(two)), scale[1] = half_to_float(static_cast<u16>(two >> 16));
+  }
+};
+
+struct Bytes {      // scales of one byte: a sign, four bits e, three bits m: (1 + m / 8) 2^(e - 15)
+  using Four = u32;
+  DEVICE float scale_of(u32 byte) { return __int_as_float((byte & 128) << 24 | (byte & 127) << 20 | 112 << 23); }
+  DEVICE void scales(u32 four, float (&scale)[4]) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) scale[r] = scale_of(four >> 8 * r);
+  }
+  DEVICE u32 read_two(const u8* at) { return read_2(at); }
+  DEVICE void scales(u32 two, float (&scale)[2]) { scale[0] = scale_of(two), scale[1] = scale_of(two >> 8); }
+};
+
+template <class Scales>
+struct Int4 : Scales {  // w = scale · (q - 8): the sums start at -8 · (sum of the activations)
+  static constexpr int lines = 4, bytes = 256 + 4 * sizeof(typename Scales::Four);
   static constexpr bool biased = true;
   DEVICE int dot(u32 w, int line, const u32* x, int sum) {
     sum = __dp4a(static_cast<int>(w & 0x0f0f0f0fu), static_cast<int>(x[2 * line]), sum);
@@ -36,7 +60,10 @@ struct Q4 {         // w = scale · (q - 8): the sums start at -8 · (sum of the
   }
 };
 
-struct Q8 {         // w = scale · q
+using Q4 = Int4<Halves>;
+using Q4B = Int4<Bytes>;
+
+struct Q8 : Halves {  // w = scale · q
   static constexpr int lines = 8, bytes = 544;
   static constexpr bool biased = false;
   DEVICE int dot(u32 w, int line, const u32* x, int sum) {
@@ -63,21 +90,20 @@ DEVICE void chunk_total(const u8* block, const Rows& x, const int (&token)[NT], 
 #pragma unroll 1
   for (int begin = first; begin < last; begin += many) {
     uint4 line[many][Form::lines];
-    uint2 halves[many];
+    typename Form::Four scales[many];
 #pragma unroll
     for (int i = 0; i < many; ++i) {  // past the end, the last one again
       const u8* run = block + static_cast<size_t>(least(begin + i, last - 1)) * Form::bytes;
 #pragma unroll
       for (int j = 0; j < Form::lines; ++j) line[i][j] = *reinterpret_cast<const uint4*>(run + 64 * j + 16 * quad);
-      halves[i] = *reinterpret_cast<const uint2*>(run + 64 * Form::lines + 8 * quad);
+      scales[i] = reinterpret_cast<const typename Form::Four*>(run + 64 * Form::lines)[quad];
     }
 #pragma unroll
     for (int i = 0; i < many; ++i) {
       const bool there = begin + i < last;
       const int g = least(begin + i, last - 1);
-      const float scale[4] = {
-          half_to_float(static_cast<u16>(halves[i].x)), half_to_float(static_cast<u16>(halves[i].x >> 16)),
-          half_to_float(static_cast<u16>(halves[i].y)), half_to_float(static_cast<u16>(halves[i].y >> 16))};
+      float scale[4];
+      Form::scales(scales[i], scale);
 #pragma unroll
       for (int t = 0; t < NT; ++t) {
         const int at = token[t] * x.groups + g;
@@ -108,7 +134,8 @@ template <int NT>
 DEVICE void chunk_total(int form, const u8* block, const Rows& x, const int (&token)[NT], int chunk, int quad,
                         float (&total)[NT][4]) {
   const int first = chunk * kChunk, last = least(first + kChunk, x.groups);
-  if (form == kQ4) chunk_total<Q4, NT>(block, x, token, first, last, quad, total);
+  if (form == kQ4B) chunk_total<Q4B, NT>(block, x, token, first, last, quad, total);
+  else if (form == kQ4) chunk_total<Q4, NT>(block, x, token, first, last, quad, total);
   else chunk_total<Q8, NT>(block, x, token, first, last, quad, total);
 }
 
@@ -168,7 +195,7 @@ DEVICE void ask(Held<Form>& held, const Place& place, int group) {
   for (int b = 0; b < 2; ++b) {
 #pragma unroll
     for (int j = 0; j < words; ++j) held.word[b][j] = read_8(place.word[b] + group * Form::bytes + 64 * j);
-    held.scales[b] = read_4(place.scales[b] + group * Form::bytes);
+    held.scales[b] = Form::read_two(place.scales[b] + group * Form::bytes);
   }
 }
 
@@ -220,8 +247,7 @@ DEVICE void add_chunk(Held<Form> (&held)[Form::ahead], Place& place, int groups,
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
         Form::unpack(held[i].word[b], a[b]);
-        scale[b][0] = half_to_float(static_cast<u16>(held[i].scales[b]));
-        scale[b][1] = half_to_float(static_cast<u16>(held[i].scales[b] >> 16));
+        Form::scales(held[i].scales[b], scale[b]);
       }
       add_group<Form, E>(a, scale, chunk, k + i, total);
       if (k + i + Form::ahead < groups + left) ask(held[i], place, i);
@@ -250,7 +276,7 @@ DEVICE void tile_sums(const u8* blocks, int stride, int count, const Rows& x, in
   for (int b = 0; b < 2; ++b) {
     const u8* block = blocks + static_cast<size_t>(least(2 * warp() + b, count - 1)) * stride + begin * Form::bytes;
     place.word[b] = block + 64 * Held<Form>::words * t + 8 * g;
-    place.scales[b] = block + 64 * Form::lines + 4 * g;
+    place.scales[b] = block + 64 * Form::lines + sizeof(typename Form::Four) / 2 * g;
   }
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) sum[i] = 0.0f;
@@ -290,7 +316,8 @@ DEVICE const float* multiply_tile(int form, const u8* blocks, int stride, int co
                                   RowOf row_of) {
   float sum[kHeld], *out = shared_floats();
   const auto everything = [=](int) { return x.groups; };
-  if (form == kQ4) tile_sums<Q4>(blocks, stride, count, x, n, row_of, 0, x.groups, everything, sum);
+  if (form == kQ4B) tile_sums<Q4B>(blocks, stride, count, x, n, row_of, 0, x.groups, everything, sum);
+  else if (form == kQ4) tile_sums<Q4>(blocks, stride, count, x, n, row_of, 0, x.groups, everything, sum);
   else tile_sums<Q8>(blocks, stride, count, x, n, row_of, 0, x.groups, everything, sum);
   __syncthreads();
   each_of_tile(sum, count, [=](int b, int token, int row, float v) { out[(b * kTile + token) * kRows + row] = v; });

@@ -176,29 +176,19 @@ void embed(const Weights& w, const int32_t* ids, int T, float* y) {
       decode_float_row(w.block->kind, w.data + static_cast<size_t>(id) * w.columns * w.block->bytes, w.columns, out);
       continue;
     }
-    if (w.block->kind != Kind::q4g32 && w.block->kind != Kind::q8g32) {
-      PanelRun* panel = scratch.panel.get(w.columns / kGroup);
-      const size_t row_bytes = static_cast<size_t>(w.columns / w.block->elements) * w.block->bytes;
-      decode_panel(*w.block, w.data + id * row_bytes, 1, w.columns, 0, panel);
-      for (int k = 0; k < w.columns; ++k) {
-        const PanelRun& run = panel[k / kGroup];
-        const int c = k % kGroup;
-        out[k] = run.scale[c / 16][0] * static_cast<float>(run.q[64 * (c / 4) + c % 4]) + run.offset[0];
-      }
+    if (is_packed(w.block->kind)) {
+      float* block = scratch.row.get(static_cast<size_t>(kRows) * w.columns);
+      turned_block(w, id / kRows, block, kRows);
+      for (int k = 0; k < w.columns; ++k) out[k] = block[k * kRows + r];
       continue;
     }
-    const bool four = w.block->kind == Kind::q4g32;
-    const uint8_t* run = w.data + id / kRows * w.stride;
-    for (int g = 0; g < w.columns / kGroup; ++g, run += four ? kQ4Run : kQ8Run) {
-      alignas(64) uint16_t halves[16];
-      std::memcpy(halves, run + (four ? 256 : 512), 32);
-      float scales[16];
-      kernels().half_to_float(halves, 16, scales);
-      for (int c = 0; c < kGroup; ++c) {
-        const uint8_t byte = four ? run[64 * (c / 8) + 4 * r + c % 4] : run[64 * (c / 4) + 4 * r + c % 4];
-        const int q = four ? (c % 8 < 4 ? byte & 15 : byte >> 4) - 8 : static_cast<int8_t>(byte);
-        out[g * kGroup + c] = scales[r] * static_cast<float>(q);
-      }
+    PanelRun* panel = scratch.panel.get(w.columns / kGroup);
+    const size_t row_bytes = static_cast<size_t>(w.columns / w.block->elements) * w.block->bytes;
+    decode_panel(*w.block, w.data + id * row_bytes, 1, w.columns, 0, panel);
+    for (int k = 0; k < w.columns; ++k) {
+      const PanelRun& run = panel[k / kGroup];
+      const int c = k % kGroup;
+      out[k] = run.scale[c / 16][0] * static_cast<float>(run.q[64 * (c / 4) + c % 4]) + run.offset[0];
     }
   }
 }

@@ -30,6 +30,12 @@ struct Q4 : Symmetric {
   static inline V scale(const uint8_t* w, int g, int, int r) { return vhalf(reinterpret_cast<const uint16_t*>(run(w, g) + 256) + r); }
 };
 
+struct Q4B : Q4 {
+  static constexpr int bytes = kQ4BRun;
+  static inline const uint8_t* run(const uint8_t* w, int g) { return w + static_cast<size_t>(g) * bytes; }
+  static inline V scale(const uint8_t* w, int g, int, int r) { return byte_scales(run(w, g) + 256 + r); }
+};
+
 struct Q8 : Symmetric {
   static constexpr bool is_signed = true;
   static constexpr int shift = 4, bytes = kQ8Run, most = 127;
@@ -171,7 +177,8 @@ static inline void tile_product(const uint8_t* const (&w)[S], const uint8_t* con
   constexpr int vectors = Integers<NT, S>::vectors, n = Integers<NT, S>::n;
   constexpr bool biased = F::is_signed ? bias_s8 != 0 && !F::positive : F::shift >= 0;
   constexpr int shift = F::shift >= 0 ? F::shift : 0;
-  constexpr int groups_ahead = kReading.ahead / F::bytes + 1, lines = (F::bytes + 32) / kReading.step;  // runs end amid a line
+  constexpr int groups_ahead = kReading.ahead / F::bytes + 1;
+  constexpr int lines = (F::bytes + (kReading.step > 64 ? 32 : 63)) / kReading.step;  // runs begin and end amid a line: none is left out
   V total[n], acc[n];  // over finished chunks, and inside the present one
   for (int i = 0; i < n; ++i) total[i] = vset(0.0f);
   for (int g = 0; g < groups;) {

@@ -15,6 +15,10 @@ static inline V vhalf(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si12
 static inline __m128i eight_bytes(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
 static inline V load_uint8(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight_bytes(p))); }
 static inline V load_int8(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight_bytes(p))); }
+static inline V byte_scales(const uint8_t* p) {  // widened with its sign, whose copies are masked off
+  const __m256i bits = _mm256_slli_epi32(_mm256_cvtepi8_epi32(eight_bytes(p)), 20);
+  return _mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(~0x78000000)), _mm256_set1_epi32(112 << 23)));
+}
 static inline I iset(int32_t x) { return _mm256_set1_epi32(x); }
 template <int n> static inline I ishl(I x) { return _mm256_slli_epi32(x, n); }
 static inline I izero() { return _mm256_setzero_si256(); }

@@ -44,6 +44,11 @@ static inline int32_t store_int8(int8_t* p, V x) {  // their sum by VNNI, four b
   const __m128i four = _mm_dpbusd_epi32(_mm_setzero_si128(), _mm_set1_epi8(1), q), two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
   return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
 }
+static inline V byte_scales(const uint8_t* p) {  // widened with its sign, whose copies are masked off
+  const __m512i bits = _mm512_slli_epi32(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 20);
+  const __m512i mask = _mm512_set1_epi32(~0x78000000), exponent = _mm512_set1_epi32(112 << 23);
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bits, mask, exponent, 0xea));  // bits & mask | exponent
+}
 static inline V load_uint8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }

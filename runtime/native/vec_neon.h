@@ -61,6 +61,14 @@ static inline V load_uint8(const uint8_t* p) {
   const uint8x16_t x = vld1q_u8(p);
   return widen(vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(x))), vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(x))));
 }
+static inline V byte_scales(const uint8_t* p) {  // widened with its sign, whose copies are masked off
+  const int8x16_t x = vreinterpretq_s8_u8(vld1q_u8(p));
+  const int16x8_t low = vmovl_s8(vget_low_s8(x)), high = vmovl_s8(vget_high_s8(x));
+  const int32x4_t wide[4] = {vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)), vmovl_s16(vget_low_s16(high)), vmovl_s16(vget_high_s16(high))};
+  V r;
+  EACH r.v[k] = vreinterpretq_f32_s32(vorrq_s32(vandq_s32(vshlq_n_s32(wide[k], 20), vdupq_n_s32(~0x78000000)), vdupq_n_s32(112 << 23)));
+  return r;
+}
 static inline void store_four(uint8_t* p, V a, V b, V c, V d) {
   const int8x16x4_t bytes = {{narrow(a), narrow(b), narrow(c), narrow(d)}};
   vst4q_s8(reinterpret_cast<int8_t*>(p), bytes);

@@ -70,6 +70,15 @@ static inline int32_t store_int8(int8_t* p, V a) {
   EACH { p[k] = static_cast<int8_t>(a.v[k]); sum += p[k]; }
   return sum;
 }
+// Scales of one byte each: sign and exponent and mantissa go where a float has them, and 112 is added to the exponent.
+static inline V byte_scales(const uint8_t* p) {
+  V r;
+  EACH {
+    const uint32_t bits = static_cast<uint32_t>(p[k] & 128) << 24 | static_cast<uint32_t>(p[k] & 127) << 20 | 112u << 23;
+    __builtin_memcpy(&r.v[k], &bits, 4);
+  }
+  return r;
+}
 static inline V load_uint8(const uint8_t* p) { V r; EACH r.v[k] = static_cast<float>(p[k]); return r; }
 static inline V load_int8(const uint8_t* p) { V r; EACH r.v[k] = static_cast<float>(static_cast<int8_t>(p[k])); return r; }
 // Lane k's four whole numbers as bytes 4k..4k+3.

@@ -180,6 +180,11 @@ inline uint32_t read_4(const uint8_t* at) {
   std::memcpy(&v, at, 4);
   return v;
 }
+inline uint32_t read_2(const uint8_t* at) {
+  uint16_t v;
+  std::memcpy(&v, at, 2);
+  return v;
+}
 inline uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) { return (a & b) ^ c; }
 
 // Copies that were asked for are made when the thread waits for them, and not before.

@@ -98,7 +98,7 @@ def test_norm_gives_the_cpus_floats_and_their_int8_rows(
         np.testing.assert_array_equal(found, formula)
 
 
-@pytest.mark.parametrize("layout", ["q4g32", "q8g32"])
+@pytest.mark.parametrize("layout", ["q4b32", "q4g32", "q8g32"])
 @pytest.mark.parametrize(("O", "I"), [(16, 32), (17, 64), (45, 288), (33, 1408), (16, 2304)])
 @pytest.mark.parametrize("T", [1, 3, 8, 33, MANY, MANY + 17])
 def test_products_are_the_cpus(card: Card, layout: str, O: int, I: int, T: int) -> None:
@@ -119,7 +119,7 @@ def test_products_are_the_cpus(card: Card, layout: str, O: int, I: int, T: int) 
     np.testing.assert_array_equal(get(card, ya, (T, O)), before_TO + product_TO)
 
 
-@pytest.mark.parametrize("layout", ["q4g32", "q8g32"])
+@pytest.mark.parametrize("layout", ["q4b32", "q4g32", "q8g32"])
 @pytest.mark.parametrize(
     ("T", "H", "O", "I"),
     [(1, 3, 64, 96), (3, 2, 32, 32), (9, 2, 96, 288), (MANY, 2, 128, 32), (MANY + 9, 1, 160, 544)],

@@ -94,7 +94,7 @@ def test_a_file_that_no_gpu_kernel_reads_runs_on_the_cpu_or_says_what_to_do(
 ) -> None:
     path = tmp_path / "bf16.gguf"
     quantize(nano_path().parent, path, to="bf16")
-    says = r"the layout BF16 has no GPU kernel, only q4g32 and q8g32 have .*--vram 0, or .*kimi-lite quantize CHECK"
+    says = r"the layout BF16 has no GPU kernel, only q4g32, q8g32, q4b32 have .*--vram 0, or .*kimi-lite quantize CHECK"
     with pytest.raises(UsageError, match=rf"^layer 0, q: {says}"):
         Engine(path, context=CONTEXT, vram=1 << 26)
     with pytest.warns(KimiLiteWarning, match=rf"the CPU runs, because the card cannot: .*{says}"):

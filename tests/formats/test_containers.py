@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy_model import unpack as slow_unpack
+from random_matrix import random_scales
 from safetensors.torch import load_file
 
 from kimi_lite.errors import ModelFileError
@@ -231,9 +232,9 @@ def test_a_writer_that_fails_keeps_an_older_file(tmp_path: Path) -> None:
 @given(st.integers(1, 50), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_packing_can_be_undone_and_follows_the_specification(layout: str, O: int, G: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    low, high = (0, 16) if layout == "q4g32" else (-127, 128)
+    low, high = (-127, 128) if layout == "q8g32" else (0, 16)
     q = rng.integers(low, high, (O, 32 * G)).astype(np.int8)
-    scale = rng.standard_normal((O, G)).astype(np.float16)
+    scale = random_scales(rng, layout, (O, G), 1)
     data = pack_quantized(q, scale, layout)
     q2, scale2 = unpack_quantized(data, layout, O, 32 * G)
     assert np.array_equal(q, q2)
@@ -247,22 +248,26 @@ def test_the_worked_example_of_the_documentation() -> None:
     q = np.full((16, 32), 8, np.int8)
     q[0, :8] = [1, 2, 3, 4, 5, 6, 7, 9]
     q[1, 0] = 15
-    scale = np.zeros((16, 1), np.float16)
-    scale[0] = 1.0
+    scale = np.full((16, 1), 2.0**-15, np.float16)
+    scale[:2, 0] = 1.0, -0.3125
+    data = pack_quantized(q, scale, "q4b32")
+    assert data[:5].tolist() == [0x51, 0x62, 0x73, 0x94, 0x8F]
+    assert data[256:260].tolist() == [0x78, 0xEA, 0x00, 0x00]
+    assert len(data) == 272
     data = pack_quantized(q, scale, "q4g32")
     assert data[:5].tolist() == [0x51, 0x62, 0x73, 0x94, 0x8F]
-    assert data[256:260].tolist() == [0x00, 0x3C, 0x00, 0x00]
+    assert data[256:260].tolist() == [0x00, 0x3C, 0x00, 0xB5]
     assert len(data) == 288
 
 
 def test_an_mlp_run_takes_gate_and_up_in_turn_then_down() -> None:
     rng = np.random.default_rng(2)
-    gate, up, down = (rng.integers(0, 256, n, dtype=np.uint8) for n in (2 * 288 * 2, 2 * 288 * 2, 4 * 288))
-    run = join_mlp(gate, up, down, "q4g32", 64)
-    assert run.size == mlp_bytes("q4g32", 32, 64) == 4096
-    assert np.array_equal(run[: 2 * 288], gate[: 2 * 288])
-    assert np.array_equal(run[2 * 288 : 4 * 288], up[: 2 * 288])
-    for a, b in zip(split_mlp(run, "q4g32", 32, 64), (gate, up, down), strict=True):
+    gate, up, down = (rng.integers(0, 256, n, dtype=np.uint8) for n in (2 * 272 * 2, 2 * 272 * 2, 4 * 272))
+    run = join_mlp(gate, up, down, "q4b32", 64)
+    assert run.size == mlp_bytes("q4b32", 32, 64) == 4096
+    assert np.array_equal(run[: 2 * 272], gate[: 2 * 272])
+    assert np.array_equal(run[2 * 272 : 4 * 272], up[: 2 * 272])
+    for a, b in zip(split_mlp(run, "q4b32", 32, 64), (gate, up, down), strict=True):
         assert np.array_equal(a, b)
 
 

@@ -37,7 +37,7 @@ def bound(w_OI: NDArray[Any], x_TI: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(gamma(min(8, groups) + groups // 8 + 1) * (np.abs(x_TI) @ np.abs(w_OI).T) + 1e-30)
 
 
-@pytest.mark.parametrize("layout", ["q4g32", "q8g32"])
+@pytest.mark.parametrize("layout", ["q4b32", "q4g32", "q8g32"])
 @pytest.mark.parametrize(("O", "I"), [(16, 32), (17, 64), (45, 288), (96, 1408)])
 @pytest.mark.parametrize("T", [1, 2, 3, 6, 7, 8, 13])
 def test_packed_products_follow_the_formula(isa: str, layout: str, O: int, I: int, T: int) -> None:
@@ -71,7 +71,7 @@ def test_activations_are_rounded_by_the_least_power_of_two_that_holds_them(isa: 
     assert np.isnan(kernels.linear(unit, one_infinite)).all()
 
 
-@pytest.mark.parametrize("layout", ["q4g32", "q8g32"])
+@pytest.mark.parametrize("layout", ["q4b32", "q4g32", "q8g32"])
 @pytest.mark.parametrize("size", [1e-29, 1e-31, 1e-37, 1e-42])
 def test_activations_next_to_nothing_give_next_to_nothing(isa: str, layout: str, size: float) -> None:
     rng = np.random.default_rng(1)
@@ -128,7 +128,7 @@ def test_float_products_are_not_quantized(isa: str, kind: str) -> None:
     assert (np.abs(y_TO - x_TI @ exact.T) <= gamma(20) * (np.abs(x_TI) @ np.abs(exact).T)).all()
 
 
-@pytest.mark.parametrize("layout", ["q4g32", "q8g32"])
+@pytest.mark.parametrize("layout", ["q4b32", "q4g32", "q8g32"])
 def test_embedding_rows_are_the_weights(isa: str, layout: str) -> None:
     matrix = packed(np.random.default_rng(4), layout, 50, 96)
     rows_OI = unpack(matrix.data, layout, 50, 96).astype(np.float32)
@@ -197,11 +197,11 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts_and_the_shared_one(isa: st
     F, E, T = 32, 5, 11
 
     def stack(count: int, width: int) -> tuple[Mlp, list[list[NDArray[Any]]]]:
-        gate, up = (packed(rng, "q4g32", width, D, count) for _ in range(2))
-        made = (gate, up, packed(rng, "q4g32", D, width, count))
+        gate, up = (packed(rng, "q4b32", width, D, count) for _ in range(2))
+        made = (gate, up, packed(rng, "q4b32", D, width, count))
         per = [np.split(m.data, count) for m in made]
         weights = [
-            [unpack(per[i][e], "q4g32", made[i].rows, made[i].columns) for i in range(3)]
+            [unpack(per[i][e], "q4b32", made[i].rows, made[i].columns) for i in range(3)]
             for e in range(count)
         ]
         return Mlp(width, D, count, matrices=made), weights
@@ -224,7 +224,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts_and_the_shared_one(isa: st
     assert np.array_equal(y, one)
 
 
-@pytest.mark.parametrize("layout", ["q4g32", "q8g32", "F32"])
+@pytest.mark.parametrize("layout", ["q4b32", "q8g32", "F32"])
 @pytest.mark.parametrize("T", [1, 3, 33])
 def test_a_mixture_in_two_places_has_the_bits_of_one_in_one_place(isa: str, layout: str, T: int) -> None:
     rng = np.random.default_rng(T)
@@ -307,12 +307,12 @@ def stored(q_HOI: NDArray[np.int8], layout: str) -> Matrix:
     if layout == "F32":
         data = (q_HOI / np.float32(128)).reshape(-1).view(np.uint8)
     else:
-        scales, bias = np.full((O, I // 32), 1 / 128, np.float16), 8 if layout == "q4g32" else 0
+        scales, bias = np.full((O, I // 32), 1 / 128, np.float16), 0 if layout == "q8g32" else 8
         data = np.concatenate([pack_quantized(q_OI + np.int8(bias), scales, layout) for q_OI in q_HOI])
     return Matrix(layout, data, O, I, H)
 
 
-@pytest.mark.parametrize("layout", ["q8g32", "q4g32", "F32"])
+@pytest.mark.parametrize("layout", ["q8g32", "q4b32", "F32"])
 @pytest.mark.parametrize(("start", "T"), [(0, 45), (37, 20), (64, 1), (93, 4)])
 def test_expanded_attention_follows_the_formula(isa: str, layout: str, start: int, T: int) -> None:
     rng = np.random.default_rng(start)
@@ -321,7 +321,7 @@ def test_expanded_attention_follows_the_formula(isa: str, layout: str, start: in
     latent_SC = (whole_steps(rng, S, C) / 32).astype(np.float32)
     key_SR = rng.standard_normal((S, R), np.float32)
     k_HCN, v_HVC = whole_steps(rng, H, C, N), whole_steps(rng, H, V, C)
-    if layout == "q4g32":
+    if layout == "q4b32":
         k_HCN, v_HVC = k_HCN // 16, v_HVC // 16
     cache, latent, key = remembered(latent_SC, key_SR, 200)
     q_THN, qr_THR = rng.standard_normal((T, H, N), np.float32), rng.standard_normal((T, H, R), np.float32)
@@ -401,7 +401,7 @@ def test_the_cache_does_not_depend_on_how_it_was_filled(isa: str) -> None:
 
 def test_all_instruction_sets_and_thread_counts_give_the_same_bits() -> None:
     rng = np.random.default_rng(10)
-    matrices = [packed(rng, layout, 45, 320) for layout in ("q4g32", "q8g32")]
+    matrices = [packed(rng, layout, 45, 320) for layout in ("q4b32", "q4g32", "q8g32")]
     matrices += [Matrix(kind, random_blocks(rng, kind, 45, 512), 45, 512) for kind in GGML]
     matrices += [kernels.pack(m) for m in matrices if kernels.packed_as(m.layout)]
     before, results = kernels.isa(), []

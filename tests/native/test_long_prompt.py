@@ -44,7 +44,7 @@ def test_heads_have_the_same_bits_alone_and_among_more_than_fit_at_once() -> Non
         assert np.array_equal(together_THV[:, h], alone[:, 0]), h
 
 
-@pytest.mark.parametrize("layout", ["q4g32", "Q5_1", "F16"])  # queries' rows are found in each by another sum
+@pytest.mark.parametrize("layout", ["q4b32", "Q5_1", "F16"])  # queries' rows are found in each by another sum
 @pytest.mark.parametrize("expanded", [True, False])
 def test_attention_in_parts_has_the_bits_of_shorter_passes(layout: str, expanded: bool) -> None:
     rng, D = np.random.default_rng(1), 64
@@ -84,8 +84,8 @@ def test_experts_of_a_long_prompt_have_the_bits_of_shorter_ones() -> None:
     rng, D, F, E, T = np.random.default_rng(3), 64, 32, 4, 2 * PART + 5
 
     def mlp(count: int) -> Mlp:
-        gate, up = (packed(rng, "q4g32", F, D, count=count) for _ in range(2))
-        return Mlp(F, D, count, matrices=(gate, up, packed(rng, "q4g32", D, F, count=count)))
+        gate, up = (packed(rng, "q4b32", F, D, count=count) for _ in range(2))
+        return Mlp(F, D, count, matrices=(gate, up, packed(rng, "q4b32", D, F, count=count)))
 
     layer = FeedForwardLayer(
         norm_D=np.ones(D, np.float32),
