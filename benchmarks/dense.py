@@ -47,7 +47,7 @@ def files(checkpoint: Path, folder: Path) -> dict[str, Weights]:
         ("bf16", "bf16", ()),
         ("int4 file", "int4", plan.EIGHT_BITS),
         ("q8g32", "q8_0", ()),
-        ("q4g32", "int4", ()),
+        ("q4b32", "int4", ()),
     ):
         kept, plan.EIGHT_BITS = plan.EIGHT_BITS, eight_bits
         try:
@@ -108,7 +108,7 @@ def main() -> None:
         recipes: list[tuple[str, str, Weights, str | None]] = [
             (base, f"ours, {own}", file[own], None)
             for base in ("bf16", "int4 file")
-            for own in ("q4g32", "q8g32")
+            for own in ("q4b32", "q8g32")
         ]
         recipes += [("int4 file", "ours, the file's own", file["int4 file"], None)]
         recipes += [

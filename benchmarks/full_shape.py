@@ -110,7 +110,9 @@ def tile(kind: str, columns: int, rng: np.random.Generator) -> NDArray[np.uint8]
             # -7 to 7: with -8, all weights lean one way, and all tokens choose the same experts.
             low, high = rng.integers(1, 16, (2, *runs.shape), dtype=np.uint8)
             runs = low | high << 4
-        values = (rng.uniform(0.5, 1.5, (TILE, 16)) * scale / (4.6 if form.bits == 4 else 73)).astype(np.float16)
+        values = (rng.uniform(0.5, 1.5, (TILE, 16)) * scale / (4.6 if form.bits == 4 else 73)).astype(
+            np.float16
+        )
         if kind == "q4b32":  # the upper bits of such a value are one that a byte holds
             values = (values.view(np.uint16) & 0xFF80).view(np.float16)
             runs[:, form.weight_bytes :] = scale_bytes(values)

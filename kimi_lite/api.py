@@ -348,7 +348,7 @@ class Model:
         if any(not s for s in stop):
             raise UsageError("a stop text is empty; it would end every answer at once")
         prompt = render(messages, engine.tokenizer)
-        stream = TextStream(tuple(stop))
+        stream = TextStream(tuple(stop), keep_end=constraint is not None)
         started = time.perf_counter()
         first = None
         produced: list[int] = []

@@ -4,7 +4,7 @@ The model writes `◁think▷ … ◁/think▷ answer`. Its tokens cut through c
 work on the stream together: an incremental UTF-8 decoder, a splitter at the first opening mark (if the output begins
 with it) and the first closing mark after it, and a watch for stop strings in the answer. Text that may still turn out
 to be part of a mark or a stop string is held back, never more than that. White space around both parts is dropped, as
-the makers' own program does.
+the makers' own program does; but an answer that keeps to a schema or an expression may end with some.
 """
 
 import codecs
@@ -22,6 +22,7 @@ class TextStream:
     """Feed bytes, get pieces; `stopped` once a stop string was met."""
 
     stop: tuple[str, ...] = ()
+    keep_end: bool = False  # white space at the answer's end is part of it
     part: Literal["start", "thinking", "answer"] = "start"
     stopped: bool = False
     _held: str = ""
@@ -85,7 +86,7 @@ class TextStream:
         text = self._space + text
         if not self._begun:
             text = text.lstrip()
-        body = text.rstrip()
+        body = text if self.keep_end and kind == "answer" else text.rstrip()
         self._space = text[len(body) :]
         if body:
             self._begun = True

@@ -20,7 +20,12 @@ from kimi_lite.errors import ModelFileError
 from kimi_lite.formats.packed import GROUP, LEAST_EXPONENT, ROWS, pack_quantized, scale_values
 
 TILE_WEIGHTS = 1 << 20
-CHOICES = (-2, -1, 0, 1)  # stored scales that are tried, counted from the first that reaches |m| / 8
+CHOICES: tuple[int, ...] = (
+    -2,
+    -1,
+    0,
+    1,
+)  # stored scales that are tried, counted from the first that reaches |m| / 8
 LIMITS = {"q4b32": 15.0, "q8g32": 127 * 65504.0}  # a larger weight would need a larger scale than there is
 
 

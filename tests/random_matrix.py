@@ -15,7 +15,9 @@ def packed(
     low, high = (-127, 128) if layout == "q8g32" else (0, 16)
     data = [
         pack_quantized(
-            rng.integers(low, high, (O, I)).astype(np.int8), random_scales(rng, layout, (O, I // 32), size), layout
+            rng.integers(low, high, (O, I)).astype(np.int8),
+            random_scales(rng, layout, (O, I // 32), size),
+            layout,
         )
         for _ in range(count)
     ]

@@ -91,12 +91,16 @@ LEAST_EXPONENT = -15  # of a scale of one byte
 def scale_values(stored: NDArray[np.uint8]) -> NDArray[np.float16]:
     """What scales of one byte stand for; of either sign, from 2^-15 to 1.875, and each a float16."""
     exponent, fraction = (stored >> 3 & 15).astype(np.int32), (stored & 7) / np.float32(8)
-    return (np.ldexp(1 + fraction, exponent + LEAST_EXPONENT) * np.where(stored & 128, -1, 1)).astype(np.float16)
+    return (np.ldexp(1 + fraction, exponent + LEAST_EXPONENT) * np.where(stored & 128, -1, 1)).astype(
+        np.float16
+    )
 
 
 def scale_bytes(scale: NDArray[np.float16]) -> NDArray[np.uint8]:
     """The inverse of `scale_values`; a value that no byte stands for is a mistake of the caller's."""
-    fraction, exponent = np.frexp(np.abs(scale.astype(np.float32)))  # fraction · 2^exponent, 0.5 ≤ fraction < 1
+    fraction, exponent = np.frexp(
+        np.abs(scale.astype(np.float32))
+    )  # fraction · 2^exponent, 0.5 ≤ fraction < 1
     e, m = exponent - 1 - LEAST_EXPONENT, (2 * fraction - 1) * 8
     stored = (e << 3 | m.astype(np.int32) | np.where(scale < 0, 128, 0)).astype(np.uint8)
     assert np.array_equal(scale_values(stored), scale), "scales that a byte does not hold"
@@ -112,7 +116,9 @@ def pack_quantized(q_OI: NDArray[np.int8], scale_OG: NDArray[np.float16], layout
     padded = np.full((B * ROWS, G * GROUP), form.zero, np.uint8)
     padded[:O, :I] = q_OI.view(np.uint8)
     stored_OG = scale_OG if layout != "q4b32" else scale_bytes(scale_OG)
-    scales = np.zeros((B * ROWS, G), stored_OG.dtype)  # past the end: weights are 0 by their scale, or by q = 8
+    scales = np.zeros(
+        (B * ROWS, G), stored_OG.dtype
+    )  # past the end: weights are 0 by their scale, or by q = 8
     scales[:O] = stored_OG
     out = np.empty((B, G, form.run_bytes), np.uint8)
     blocks = padded.reshape(B, ROWS, G, GROUP).transpose(0, 2, 1, 3)  # [B, G, 16, 32]
@@ -124,9 +130,7 @@ def pack_quantized(q_OI: NDArray[np.int8], scale_OG: NDArray[np.float16], layout
     n_weight_bytes = form.weight_bytes
     out[..., :n_weight_bytes] = both.transpose(0, 1, 3, 2, 4).reshape(B, G, n_weight_bytes)
     out[..., n_weight_bytes:] = (
-        np.ascontiguousarray(scales.reshape(B, ROWS, G).transpose(0, 2, 1))
-        .view(np.uint8)
-        .reshape(B, G, -1)
+        np.ascontiguousarray(scales.reshape(B, ROWS, G).transpose(0, 2, 1)).view(np.uint8).reshape(B, G, -1)
     )
     return out.reshape(-1)
 

@@ -245,7 +245,7 @@ def test_doctor_and_info_speak() -> None:
         assert f"\n{line}" in doctor
     assert "not the fastest" in command("doctor", KIMI_LITE_ISA="scalar").stdout
     info = command("info", str(Path(kimi_lite.__file__).parent / "nano" / "kimi-vl-nano-int4.gguf")).stdout
-    assert "q4g32" in info
+    assert "q4b32" in info
 
 
 @pytest.mark.parametrize(("best", "lacks"), [("zen4", False), ("avx512vnni", False), ("avx2", True)])

@@ -53,6 +53,18 @@ def test_the_split(output: str, thinking: str, answer: str) -> None:
         assert found == (thinking, answer, False)
 
 
+def test_white_space_behind_an_answer_is_kept_where_it_was_asked_for() -> None:
+    raw = f" {OPEN} a {CLOSE} \n b \n".encode()
+    for size in (1, 3, len(raw)):
+        stream, parts = TextStream(keep_end=True), {"thinking": "", "answer": ""}
+        for at in range(0, len(raw), size):
+            for kind, text in stream.feed(raw[at : at + size]):
+                parts[kind] += text
+        for kind, text in stream.finish():
+            parts[kind] += text
+        assert parts == {"thinking": "a", "answer": "b \n"}, size
+
+
 marked = st.lists(
     st.sampled_from([OPEN, CLOSE, "◁", "▷", "/think", " ", "\n", "é", "模", "a", "STOP", "ST", "OP"]),
     max_size=12,
