@@ -16,7 +16,7 @@ Five more hold what a standard GGUF holds, bit for bit, so that its weights run 
 float16 scales, 288 bytes), q5g32 (Q5_0), i4g32 (IQ4_NL), and q4k and q6k (Q4_K and Q6_K), whose scales are shared by 256
 channels. Q8_0 is q8g32. The kernels' module packs them.
 
-Rows are padded to a multiple of 16 and channels to a multiple of 32 with weights of scale 0. An MLP is one run of
+Rows are padded to a multiple of 16 and channels to a multiple of 32 with weights of 0. An MLP is one run of
 bytes as well: gate's and up's row blocks in turn, then down's, padded to whole pages, so that one copy moves it and
 one advice prefetches it. Specification: docs/formats.md.
 
@@ -90,19 +90,16 @@ LEAST_EXPONENT = -15  # of a scale of one byte
 
 def scale_values(stored: NDArray[np.uint8]) -> NDArray[np.float16]:
     """What scales of one byte stand for; of either sign, from 2^-15 to 1.875, and each a float16."""
-    exponent, fraction = (stored >> 3 & 15).astype(np.int32), (stored & 7) / np.float32(8)
-    return (np.ldexp(1 + fraction, exponent + LEAST_EXPONENT) * np.where(stored & 128, -1, 1)).astype(
-        np.float16
-    )
+    e, m = (stored >> 3 & 15).astype(np.int32), (stored & 7).astype(np.float32)
+    size = np.ldexp(1 + m / 8, e + LEAST_EXPONENT)
+    return np.where(stored & 128, -size, size).astype(np.float16)
 
 
 def scale_bytes(scale: NDArray[np.float16]) -> NDArray[np.uint8]:
     """The inverse of `scale_values`; a value that no byte stands for is a mistake of the caller's."""
-    fraction, exponent = np.frexp(
-        np.abs(scale.astype(np.float32))
-    )  # fraction · 2^exponent, 0.5 ≤ fraction < 1
-    e, m = exponent - 1 - LEAST_EXPONENT, (2 * fraction - 1) * 8
-    stored = (e << 3 | m.astype(np.int32) | np.where(scale < 0, 128, 0)).astype(np.uint8)
+    fraction, exponent = np.frexp(np.abs(scale.astype(np.float32)))  # 0.5 ≤ fraction < 1
+    e, m = exponent - 1 - LEAST_EXPONENT, (16 * fraction - 8).astype(np.int32)
+    stored = (e << 3 | m | np.where(scale < 0, 128, 0)).astype(np.uint8)
     assert np.array_equal(scale_values(stored), scale), "scales that a byte does not hold"
     return stored
 

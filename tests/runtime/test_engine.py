@@ -9,10 +9,12 @@ import psutil
 import pytest
 from numpy.typing import NDArray
 from numpy_model import NumpyModel
+from rewrite import rewritten
 from tolerance import gamma
 
 from kimi_lite.errors import DoesNotFitError, ModelFileError, UsageError
 from kimi_lite.formats.gguf_file import GgufFile
+from kimi_lite.formats.packed import join_mlp, pack_quantized, split_mlp, unpack_quantized
 from kimi_lite.pack import pack
 from kimi_lite.quantize.convert import quantize
 from kimi_lite.runtime import kernels
@@ -368,3 +370,38 @@ def test_greedy_tokens_equal_the_numpy_models_on_200_prompts_of_nano() -> None:
             break
     assert n_borders <= 4
     assert n_compared > 4000
+
+
+def in_q4g32(metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """The same weights as int4 files held them before scales of one byte: every such scale is a float16 too."""
+    keys = ("name", "layout", "kind", "count", "rows", "columns")
+    table = [metadata[f"kimi_lite.packed.{key}"] for key in keys]
+    for i, (name, layout, kind, count, rows, columns) in enumerate(zip(*table, strict=True)):
+        if layout != "q4b32":
+            continue
+        table[1][i] = "q4g32"
+
+        def turned(data: NDArray[np.uint8], O: int, I: int) -> NDArray[np.uint8]:
+            return pack_quantized(*unpack_quantized(data, "q4b32", O, I), "q4g32")
+
+        runs = []
+        for run in np.split(tensors[name][2].view(np.uint8), count):
+            if kind == "matrix":
+                runs.append(turned(run, rows, columns))
+                continue
+            gate, up, down = split_mlp(run, "q4b32", rows, columns)
+            parts = turned(gate, rows, columns), turned(up, rows, columns), turned(down, columns, rows)
+            runs.append(join_mlp(*parts, "q4g32", columns))
+        data = np.concatenate(runs)
+        tensors[name] = ("I8", (data.size,), data)
+
+
+def test_a_file_with_float16_scales_gives_the_bits_of_one_with_scales_of_a_byte(tmp_path: Path) -> None:
+    old = rewritten(NANO, tmp_path / "old.gguf", in_q4g32)
+    assert old.stat().st_size > NANO.stat().st_size
+    ids = list(range(40, 60))
+    logits = []
+    for path in (old, NANO):
+        engine = Engine(path, context=64)
+        logits.append([engine.append(ids), engine.append([7])])
+    assert np.array_equal(logits[0], logits[1])
