@@ -178,7 +178,7 @@ static inline void tile_product(const uint8_t* const (&w)[S], const uint8_t* con
   constexpr bool biased = F::is_signed ? bias_s8 != 0 && !F::positive : F::shift >= 0;
   constexpr int shift = F::shift >= 0 ? F::shift : 0;
   constexpr int groups_ahead = kReading.ahead / F::bytes + 1;
-  constexpr int lines = (F::bytes + (kReading.step > 64 ? 32 : 63)) / kReading.step;  // runs begin and end amid a line: none is left out
+  constexpr int lines = (F::bytes + (kReading.step > 64 ? 32 : 63)) / kReading.step;  // runs begin amid a line; where each is asked for, none is left out
   V total[n], acc[n];  // over finished chunks, and inside the present one
   for (int i = 0; i < n; ++i) total[i] = vset(0.0f);
   for (int g = 0; g < groups;) {
