@@ -22,6 +22,7 @@ from kimi_lite.formats.packed import GROUP, LEAST_EXPONENT, ROWS, pack_quantized
 TILE_WEIGHTS = 1 << 20
 # Scales that are tried, counted in bytes from the first that reaches |m| / 8.
 CHOICES: tuple[int, ...] = (-2, -1, 0, 1)
+STEPS = scale_values(np.arange(256, dtype=np.uint8)).astype(np.float32)  # of each byte
 LIMITS = {"q4b32": 15.0, "q8g32": 127 * 65504.0}  # a larger weight would need a larger scale than there is
 
 
@@ -66,23 +67,28 @@ def quantize_q4b32(weight_OI: NDArray[np.float32]) -> tuple[NDArray[np.int8], ND
     bits = (np.abs(m_OG1) / np.float32(8)).view(np.int32)
     first = ((bits + 0xFFFFF) >> 20) - ((127 + LEAST_EXPONENT) << 3)
     sign = np.where(m_OG1 > 0, 128, 0)
-    best_q, best_scale = np.empty_like(w_OGg), np.empty(m_OG1.shape, np.float16)
-    best_error = np.full_like(m_OG1, np.inf)
-    for choice in CHOICES:
-        scale = scale_values((np.clip(first + choice, 0, 127) | sign).astype(np.uint8))
-        step = scale.astype(np.float32)
-        q = w_OGg / step
+    q = np.empty_like(w_OGg)
+
+    def steps(stored: NDArray[np.int_]) -> NDArray[np.float32]:
+        """The scales; `q` becomes the weights in whole steps of them."""
+        step = STEPS[stored]
+        np.divide(w_OGg, step, out=q)
         np.rint(q, out=q)
         np.clip(q, -8, 7, out=q)
-        difference = q * step
-        difference -= w_OGg
-        error = np.einsum("ogk,ogk->og", difference, difference)[..., None]
-        better = error < best_error
-        np.copyto(best_q, q, where=better)
-        np.copyto(best_scale, scale, where=better)
-        np.copyto(best_error, error, where=better)
-    best_q += 8
-    return best_q.astype(np.int8).reshape(len(w_OGg), -1), best_scale[..., 0]
+        return step
+
+    best, best_error = sign, np.full_like(m_OG1, np.inf)
+    for choice in CHOICES:
+        stored = np.clip(first + choice, 0, 127) | sign
+        step = steps(stored)
+        np.multiply(q, step, out=q)
+        np.subtract(q, w_OGg, out=q)
+        error = np.einsum("ogk,ogk->og", q, q)[..., None]
+        best = np.where(error < best_error, stored, best)
+        best_error = np.minimum(error, best_error)
+    scale = steps(best)[..., 0].astype(np.float16)
+    np.add(q, 8, out=q)
+    return q.astype(np.int8).reshape(len(w_OGg), -1), scale
 
 
 def quantize_q8g32(weight_OI: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
