@@ -15,7 +15,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_lite.errors import UsageError
+from kimi_lite.errors import ModelFileError, UsageError
 from kimi_lite.formats.gguf_file import GgufWriter, mmproj_beside, warn_of_mmproj_beside
 from kimi_lite.formats.packed import PAGE, join_mlp
 from kimi_lite.quantize.encode import encode
@@ -107,16 +107,22 @@ def quantize(
 def _encoded(outputs: list[Output]) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """Every tensor's bytes in order, encoded a few pieces ahead."""
     waiting: deque[tuple[str, Future[NDArray[np.uint8]]]] = deque()
+
+    def first() -> tuple[str, NDArray[np.uint8]]:
+        name, future = waiting.popleft()
+        try:
+            return name, future.result()
+        except ModelFileError as error:
+            raise ModelFileError(f"{name}: {error}") from None
+
     with ThreadPoolExecutor(THREADS) as pool:
         for output in outputs:
             for job in _pieces(output):
                 waiting.append((output.name, pool.submit(job)))
                 if len(waiting) > 2 * THREADS:
-                    name, future = waiting.popleft()
-                    yield name, future.result()
+                    yield first()
         while waiting:
-            name, future = waiting.popleft()
-            yield name, future.result()
+            yield first()
 
 
 def _pieces(output: Output) -> Iterator[Callable[[], NDArray[np.uint8]]]:

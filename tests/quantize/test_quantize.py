@@ -207,6 +207,21 @@ def test_quantizing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
+def one_weight(directory: Path, name: str, value: float) -> None:
+    """The first weight of a matrix of that name becomes `value`, in bfloat16."""
+    for shard in sorted(directory.glob("*.safetensors")):
+        raw = bytearray(shard.read_bytes())
+        length = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + length])
+        for found in (header[n] for n in sorted(header) if n.endswith(f".{name}.weight")):
+            assert found["dtype"] == "BF16"
+            at = 8 + length + found["data_offsets"][0]
+            raw[at : at + 2] = np.float32(value).tobytes()[2:]
+            shard.write_bytes(raw)
+            return
+    raise KeyError(name)
+
+
 def without_shard(directory: Path) -> None:
     next(iter(sorted(directory.glob("*.safetensors")))).unlink()
 
@@ -249,6 +264,12 @@ def missing_tensor(directory: Path) -> None:
         (lambda d: edited_config(d, "topk_method", "greedy"), "topk_method is 'greedy'"),
         (lambda d: (d / "tiktoken.model").unlink(), "tiktoken.model: not found"),
         (lambda d: (d / "config.json").unlink(), "config.json: not found"),
+        (lambda d: one_weight(d, "q_proj", 20.0), r"^blk\.0\.attn_q\.weight: a weight is 20 in size"),
+        (lambda d: one_weight(d, "down_proj", np.nan), r"^blk\.\S+: a weight is not a finite number"),
+        (
+            lambda d: one_weight(d, "kv_a_proj_with_mqa", -np.inf),
+            r"^blk\.0\.attn_kv_a_mqa\.weight: .* not a finite",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_written(
