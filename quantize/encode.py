@@ -6,7 +6,7 @@
 m is the group's value of largest magnitude, with its sign, so that it falls on the end of the grid that has eight
 steps. A byte's scales are 7 to 12 % apart. Of the four around |m| / 8, two below it and two not, the one with the smallest
 squared error wins: a smaller one trades m for finer steps. On normal values that leaves 8.3 % of the weights' size, as much as the
-best of three float16 scales did; sixteen of those reached 8.1 % (benchmarks/encode.py).
+best of three float16 scales did; sixteen of those reached 8.1 % (benchmarks/results/*-encode.jsonl).
 
 Error: |w - scale · (q - 8)| <= scale / 2 wherever q is not clipped, because we divide by the scale as stored.
 """

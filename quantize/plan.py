@@ -32,7 +32,7 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
 # llama-quantize keeps the head above the base type; Q6_K, which it takes there, has no encoder in the gguf package.
 HEAD_TYPE = {"Q4_0": "Q8_0"}
 # Small tensors that feed every position: 3 % of the bytes a token reads; and the embedding, of which it reads one row. The
-# head is left at 4 bits: 8 would add 11 % to what a token reads, for a KL of 0.0001 on kimi-vl-nano (docs/lab-log.md).
+# head is left at 4 bits: 8 would add 12 % to what a token reads, for a KL of 0.00001 or 2 on kimi-vl-nano (benchmarks/quality.py).
 EIGHT_BITS: tuple[str, ...] = ("attn_kv_a_mqa", "attn_k_b", "attn_v_b", "token_embd")
 
 

@@ -35,6 +35,15 @@ def random_scales(
     return values.astype(np.float16)
 
 
+def every_byte() -> tuple[Matrix, NDArray[np.float32]]:
+    """A q4b32 matrix [16, 512] with each scale that a byte can hold, once, and all weights one step; and its weights."""
+    byte = np.arange(256)
+    size = (1 + byte % 8 / 8) * 2.0 ** (byte // 8 % 16 - 15)
+    scale_OG = (np.where(byte < 128, size, -size)).reshape(16, 16)
+    data = pack_quantized(np.full((16, 512), 9, np.int8), scale_OG.astype(np.float16), "q4b32")
+    return Matrix("q4b32", data, 16, 512), np.repeat(scale_OG, 32, 1).astype(np.float32)
+
+
 def random_blocks(rng: np.random.Generator, kind: str, O: int, I: int) -> NDArray[np.uint8]:
     """Valid blocks of any type: random bytes, with the float16 fields made small and finite."""
     elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]

@@ -8,7 +8,7 @@
 //
 // At full size (K = 2048, eight chunks) a row block is one warp. A card has to have bandwidth times latency on the way, about 560
 // kB on a 3090, 2 MB on an H100. A thread asks for four groups of int4 at once, 272 bytes, so a warp for 9 kB: the 1408 warps of
-// gate and up of six experts and the shared MLP have 13 MB on the way, the 228 of q and kv_a 2 MB.
+// gate and up of six experts and the shared MLP have 12 MB on the way, the 228 of q and kv_a 2 MB.
 // Weights are read once for NT tokens; activations come from the first cache.
 
 struct Matrix {     // packed; `stride` bytes from row block to row block

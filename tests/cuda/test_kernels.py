@@ -5,7 +5,7 @@ import pytest
 from card_memory import empty_rows, fetched, get, int8_rows, put
 from fake_driver import FakeDriver
 from numpy.typing import NDArray
-from random_matrix import packed
+from random_matrix import every_byte, packed
 
 from kimi_lite.formats.packed import row_block_bytes
 from kimi_lite.runtime import kernels
@@ -117,6 +117,16 @@ def test_products_are_the_cpus(card: Card, layout: str, O: int, I: int, T: int) 
     card.upload(ya, before_TO)
     halves.product(card, uploaded(card, matrix), halves.NO_MATRIX, rows, T, ya, 0, add=True)
     np.testing.assert_array_equal(get(card, ya, (T, O)), before_TO + product_TO)
+
+
+@pytest.mark.parametrize("T", [1, 8, 33])
+def test_each_scale_of_one_byte_is_the_cpus(card: Card, T: int) -> None:
+    matrix, _ = every_byte()
+    x_TI = np.random.default_rng(T).standard_normal((T, 512), dtype=np.float32)
+    normed_TI, rows = norm(card, x_TI, np.ones(512, np.float32), 1e-5)
+    y = card.allocate(T * 16 * 4, "a test")
+    halves.product(card, uploaded(card, matrix), halves.NO_MATRIX, rows, T, y, 0, add=False)
+    np.testing.assert_array_equal(get(card, y, (T, 16)), kernels.linear(matrix, normed_TI))
 
 
 @pytest.mark.parametrize("layout", ["q4b32", "q4g32", "q8g32"])

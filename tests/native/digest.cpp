@@ -92,7 +92,8 @@ void run(const Kernels& k, bool emulated = false) {
           std::memcpy(weights.data() + g * sizeof run, &run, sizeof run);
         }
       } else {
-        for (uint8_t& b : weights) b &= 0xbf;  // float16 scales stay finite, whatever bytes they are; signs stay
+        if (form != static_cast<int>(Form::q4b32))
+          for (uint8_t& b : weights) b &= 0xbf;  // float16 scales stay finite, whatever bytes they are; signs stay
       }
       float out[8 * kMostBlocks * kRows];
       each_tile([&](int first, int width, const uint8_t* tile) {

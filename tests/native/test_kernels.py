@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from numpy_model import cached, int8_groups, turned, two_digits, unpack
-from random_matrix import packed, random_blocks
+from random_matrix import every_byte, packed, random_blocks
 from tolerance import U32, gamma
 
 from kimi_lite.formats.packed import pack_quantized
@@ -135,6 +135,15 @@ def test_embedding_rows_are_the_weights(isa: str, layout: str) -> None:
     few = [0, 15, 16, 49, 3]  # which one thread looks up; the others are dealt out
     for ids in (few, 4 * few, [*few, *range(50)]):
         assert np.array_equal(kernels.embed(matrix, np.array(ids, np.int32)), rows_OI[ids])
+
+
+def test_each_scale_of_one_byte_is_read_for_what_it_stands_for(isa: str) -> None:
+    matrix, w_OI = every_byte()
+    assert np.array_equal(kernels.embed(matrix, np.arange(16, dtype=np.int32)), w_OI)
+    one_of_each_group = np.kron(np.eye(16), np.eye(1, 32)).astype(np.float32)
+    for T in (1, 2, 4, 8, 16):
+        y_TO = np.concatenate([kernels.linear(matrix, x) for x in np.split(one_of_each_group, 16 // T)])
+        assert np.array_equal(y_TO.T, w_OI[:, ::32]), T
 
 
 @pytest.mark.parametrize("T", [1, 5])

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from kimi_lite.text_stream import CLOSE, OPEN, TextStream
 
 
-def run(chunks: list[bytes], stop: tuple[str, ...] = ()) -> tuple[str, str, bool]:
-    stream, parts = TextStream(stop), {"thinking": "", "answer": ""}
+def run(chunks: list[bytes], stop: tuple[str, ...] = (), *, keep_end: bool = False) -> tuple[str, str, bool]:
+    stream, parts = TextStream(stop, keep_end=keep_end), {"thinking": "", "answer": ""}
     for chunk in chunks:
         for kind, text in stream.feed(chunk):
             parts[kind] += text
@@ -56,13 +56,8 @@ def test_the_split(output: str, thinking: str, answer: str) -> None:
 def test_white_space_behind_an_answer_is_kept_where_it_was_asked_for() -> None:
     raw = f" {OPEN} a {CLOSE} \n b \n".encode()
     for size in (1, 3, len(raw)):
-        stream, parts = TextStream(keep_end=True), {"thinking": "", "answer": ""}
-        for at in range(0, len(raw), size):
-            for kind, text in stream.feed(raw[at : at + size]):
-                parts[kind] += text
-        for kind, text in stream.finish():
-            parts[kind] += text
-        assert parts == {"thinking": "a", "answer": "b \n"}, size
+        chunks = [raw[at : at + size] for at in range(0, len(raw), size)]
+        assert run(chunks, keep_end=True) == ("a", "b \n", False), size
 
 
 marked = st.lists(
