@@ -18,6 +18,7 @@ from kimi_lite.runtime.speeds import ASSUMED
 
 if TYPE_CHECKING:
     from kimi_lite.api import TokenLogprob
+    from kimi_lite.quantize.calibrate import Passage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -333,6 +334,14 @@ def quantize(
     ],
     to: Annotated[str, typer.Option(help="int4 (packed), or GGUF as q8_0, q4_0, bf16 or f16.")] = "int4",
     format: Annotated[str | None, typer.Option(help="int4 or gguf; follows from --to.")] = None,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="<path>",
+            help="Round int4 for text and pictures like your own: a file, or a folder of them; repeat it for several. "
+            "Slower, and closer to the published model.",
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the file back and report the error per tensor.")
     ] = False,
@@ -340,8 +349,20 @@ def quantize(
     """Turn a published checkpoint into one file that runs."""
     from kimi_lite.quantize.convert import quantize as convert
 
+    def sample() -> "list[Passage]":
+        from kimi_lite.sample import passages
+
+        return passages(checkpoint, calibrate or [], out.parent)
+
     with _progress("reading the checkpoint") as progress:
-        result = convert(checkpoint, out, to=to, format=format, progress=progress)  # type: ignore[arg-type]
+        result = convert(
+            checkpoint,
+            out,
+            to=to,  # type: ignore[arg-type]
+            format=format,
+            sample=sample if calibrate else None,
+            progress=progress,
+        )
     for path in result.paths:
         print(path)
     print(

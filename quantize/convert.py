@@ -6,9 +6,10 @@ under way at once. Two threads encode while one writes, since numpy works outsid
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from kimi_lite.errors import ModelFileError, UsageError
 from kimi_lite.formats.gguf_file import GgufWriter, mmproj_beside, warn_of_mmproj_beside
 from kimi_lite.formats.packed import PAGE, join_mlp
+from kimi_lite.quantize.calibrate import Calibration, Passage
 from kimi_lite.quantize.encode import encode
 from kimi_lite.quantize.plan import (
     Checkpoint,
@@ -32,6 +34,7 @@ from kimi_lite.quantize.plan import (
 PIECE_WEIGHTS = 4 << 20  # weights encoded at once: 16 MB as float32, a few times that while encoding
 THREADS = 2
 Progress = Callable[[str, int, int], None]  # tensor, bytes written, bytes in all
+Pieces = Iterator[tuple[str, NDArray[np.uint8]]]  # of tensors in file order, each with its tensor's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +47,24 @@ class Result:
     bits_per_weight: float
 
 
+@dataclass(frozen=True, slots=True)
+class _File:
+    """One file to write."""
+
+    path: Path
+    metadata: dict[str, Any]
+    outputs: list[Output]
+    pieces: Pieces
+    alignment: int = 32
+
+
 def quantize(
     checkpoint_dir: Path,
     out: Path,
     *,
     to: Target = "int4",
     format: str | None = None,
+    sample: Callable[[], Sequence[Passage]] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Write a checkpoint as one packed file, or as standard GGUF: a text file and, if it has an image side, an mmproj
@@ -58,6 +73,8 @@ def quantize(
     Args:
         to: "int4" for the packed file; "q8_0", "q4_0", "bf16" or "f16" for standard GGUF.
         format: "int4" or "gguf"; follows from `to`, and is checked against it when given.
+        sample: gives what the text model's int4 matrices are rounded for (`calibrate`), once the checkpoint is known to
+            be whole; without it each weight is rounded to the nearest step.
 
     Raises:
         ModelFileError: the checkpoint is incomplete, damaged or another model's. Nothing is written.
@@ -70,6 +87,8 @@ def quantize(
     own = "int4" if to == "int4" else "gguf"
     if format not in (None, own):
         raise UsageError(f"--format {format} does not hold {to}; leave it out, or give --format {own}")
+    if sample and own != "int4":
+        raise UsageError(f"--calibrate rounds int4 only; leave it out for --to {to}")
     if out.is_dir():
         raise UsageError(
             f"{out} is a directory; give the name of the file to write, such as {out / 'model.gguf'}"
@@ -78,33 +97,67 @@ def quantize(
     text = text_outputs(checkpoint, to)
     vision = vision_outputs(checkpoint, to) if checkpoint.config.vision else []
     checkpoint.finish()  # says what is missing before a byte is written
-    files: list[tuple[Path, dict[str, Any], list[Output], int]]
     if to == "int4":
+        first = _calibrated(checkpoint, text, sample()) if sample else _encoded(text)
         outputs = text + vision
-        files = [(out, text_metadata(checkpoint, to, outputs), outputs, PAGE)]
+        metadata = text_metadata(checkpoint, to, outputs)
+        files = [_File(out, metadata, outputs, chain(first, _encoded(vision)), PAGE)]
         if vision:
             warn_of_mmproj_beside(out)
     else:
-        files = [(out, text_metadata(checkpoint, to, text), text, 32)]
+        files = [_File(out, text_metadata(checkpoint, to, text), text, _encoded(text))]
         if vision:
-            files.append((mmproj_beside(out), vision_metadata(checkpoint, to), vision, 32))
-    total = sum(output.spec().n_bytes for _, _, outputs, _ in files for output in outputs)
+            files.append(_mmproj(checkpoint, to, vision, mmproj_beside(out)))
+    total = sum(output.spec().n_bytes for output in text + vision)
     done = 0
-    for path, metadata, outputs, alignment in files:
-        with GgufWriter(path, metadata, [o.spec() for o in outputs], alignment) as writer:
-            for name, piece in _encoded(outputs):
-                writer.write(piece)
-                done += piece.size
-                if progress:
-                    progress(name, done, total)
+    for file in files:
+        for name, n_bytes in _written(file):
+            done += n_bytes
+            if progress:
+                progress(name, done, total)
     weights = [o for o in text if o.kind != "float"]
     n_weights = sum(s.rows * s.columns for o in weights for s in o.sources)
     bits = 8 * sum(o.spec().n_bytes for o in weights) / n_weights
-    paths = tuple(path for path, *_ in files)
+    paths = tuple(file.path for file in files)
     return Result(paths, sum(p.stat().st_size for p in paths), time.monotonic() - start, bits)
 
 
-def _encoded(outputs: list[Output]) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+def write_image_side(checkpoint_dir: Path, out: Path) -> None:
+    """The image side alone, as an mmproj file in 8 bits: what a calibration's pictures are encoded with.
+
+    Raises:
+        ModelFileError: as `quantize`, or the checkpoint has no image side.
+    """
+    checkpoint = Checkpoint(checkpoint_dir)
+    if not checkpoint.config.vision:
+        raise ModelFileError(f"{checkpoint_dir}: has no image side; calibrate it with text")
+    text_outputs(checkpoint, "q8_0")
+    vision = vision_outputs(checkpoint, "q8_0")
+    checkpoint.finish()
+    for _ in _written(_mmproj(checkpoint, "q8_0", vision, out)):
+        pass
+
+
+def _mmproj(checkpoint: Checkpoint, to: Target, vision: list[Output], path: Path) -> _File:
+    return _File(path, vision_metadata(checkpoint, to), vision, _encoded(vision))
+
+
+def _written(file: _File) -> Iterator[tuple[str, int]]:
+    """Write the file; the tensor and the size of each piece that went into it."""
+    with GgufWriter(file.path, file.metadata, [o.spec() for o in file.outputs], file.alignment) as writer:
+        for name, piece in file.pieces:
+            writer.write(piece)
+            yield name, piece.size
+
+
+def _calibrated(checkpoint: Checkpoint, outputs: list[Output], sample: Sequence[Passage]) -> Pieces:
+    calibration = Calibration(checkpoint.config, sample)
+    for output in outputs:
+        for piece in calibration.pieces(output):
+            yield output.name, piece
+
+
+def _encoded(outputs: list[Output]) -> Pieces:
     """Every tensor's bytes in order, encoded a few pieces ahead."""
     waiting: deque[tuple[str, Future[NDArray[np.uint8]]]] = deque()
 

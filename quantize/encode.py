@@ -58,15 +58,20 @@ def _grouped(weight_OI: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
     return weight_OI.reshape(O, -1, GROUP)
 
 
+def _choices(m: NDArray[np.float32]) -> NDArray[np.int_]:
+    """Scales to try, as bytes, for groups whose values of largest magnitude are m: [choices, *m.shape]."""
+    # Bytes without their sign have the order of their values, and so have a float's bits, of which they are the upper ones.
+    bits = (np.abs(m) / np.float32(8)).view(np.int32)
+    first = ((bits + 0xFFFFF) >> 20) - ((127 + LEAST_EXPONENT) << 3)
+    sign = np.where(m > 0, 128, 0)
+    return np.stack([np.clip(first + choice, 0, 127) | sign for choice in CHOICES])
+
+
 def quantize_q4b32(weight_OI: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
     """Stored values 0…15 int8 [O, I padded] and scales float16 [O, G], of those that a byte holds."""
     w_OGg = _grouped(weight_OI, "q4b32")
     at = np.abs(w_OGg).argmax(-1, keepdims=True)
-    m_OG1 = np.take_along_axis(w_OGg, at, -1)
-    # Bytes without their sign have the order of their values, and so have a float's bits, of which they are the upper ones.
-    bits = (np.abs(m_OG1) / np.float32(8)).view(np.int32)
-    first = ((bits + 0xFFFFF) >> 20) - ((127 + LEAST_EXPONENT) << 3)
-    sign = np.where(m_OG1 > 0, 128, 0)
+    choices_cOG1 = _choices(np.take_along_axis(w_OGg, at, -1))
     q = np.empty_like(w_OGg)
 
     def steps(stored: NDArray[np.int_]) -> NDArray[np.float32]:
@@ -77,9 +82,8 @@ def quantize_q4b32(weight_OI: NDArray[np.float32]) -> tuple[NDArray[np.int8], ND
         np.clip(q, -8, 7, out=q)
         return step
 
-    best, best_error = sign, np.full_like(m_OG1, np.inf)
-    for choice in CHOICES:
-        stored = np.clip(first + choice, 0, 127) | sign
+    best, best_error = choices_cOG1[0], np.full(at.shape, np.inf, np.float32)
+    for stored in choices_cOG1:
         step = steps(stored)
         np.multiply(q, step, out=q)
         np.subtract(q, w_OGg, out=q)
@@ -89,6 +93,55 @@ def quantize_q4b32(weight_OI: NDArray[np.float32]) -> tuple[NDArray[np.int8], ND
     scale = steps(best)[..., 0].astype(np.float16)
     np.add(q, 8, out=q)
     return q.astype(np.int8).reshape(len(w_OGg), -1), scale
+
+
+def calibrated_q4b32(
+    weight_OI: NDArray[np.float32], u_II: NDArray[np.float32], d_I: NDArray[np.float32]
+) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """The same, rounded for the inputs x that the matrix gets, whose sum of x x' is U D U' (`triangular`).
+
+    What counts is the error E of the weights as the products show it, E U D U' E': the sum over channels k of
+    D_k (E_k + sum over j < k of E_j U_jk)^2. So a channel is rounded after what the channels before it leave to be made up
+    for is added to it, and a group's scale is the one with which that sum comes out least.
+    """
+    O = len(weight_OI)
+    w_IO = np.ascontiguousarray(_grouped(weight_OI, "q4b32").reshape(O, -1).T)
+    e_IO, q_IO = np.empty_like(w_IO), np.empty(w_IO.shape, np.int8)
+    scale_GO = np.empty((len(w_IO) // GROUP, O), np.float16)
+    for g, first in enumerate(range(0, len(w_IO), GROUP)):
+        group = slice(first, first + GROUP)
+        w_kO, u_kk, d_k = w_IO[group], u_II[group, group], d_I[group]
+        target_kO = w_kO + u_II[:first, group].T @ e_IO[:first]
+        largest_1O = np.take_along_axis(target_kO, np.abs(target_kO).argmax(0)[None], 0)
+        step_cO = STEPS[_choices(largest_1O[0])]
+        rest_kcO = np.repeat(target_kO[:, None], len(CHOICES), 1)
+        q_kcO, error_cO = np.empty_like(rest_kcO), np.zeros_like(step_cO)
+        for k in range(GROUP):
+            q_cO = np.clip(np.rint(rest_kcO[k] / step_cO), -8, 7, out=q_kcO[k])
+            value_cO = q_cO * step_cO
+            error_cO += d_k[k] * (rest_kcO[k] - value_cO) ** 2
+            rest_kcO[k + 1 :] += u_kk[k, k + 1 :, None, None] * (w_kO[k] - value_cO)
+        best_1O = error_cO.argmin(0)[None]
+        best_kO = np.take_along_axis(q_kcO, best_1O[None], 1)[:, 0]
+        step_O = np.take_along_axis(step_cO, best_1O, 0)[0]
+        e_IO[group] = w_kO - best_kO * step_O
+        q_IO[group] = best_kO + 8
+        scale_GO[g] = step_O
+    return np.ascontiguousarray(q_IO.T), np.ascontiguousarray(scale_GO.T)
+
+
+def triangular(moments_II: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """U, upper triangular with ones on its diagonal, and D with moments = U diag(D) U'; padding channels stand alone.
+
+    Raises:
+        LinAlgError: the moments are not positive definite.
+    """
+    n = len(moments_II)
+    m_II = np.eye(-(-n // GROUP) * GROUP, dtype=np.float32)
+    m_II[:n, :n] = moments_II
+    u_II = np.linalg.cholesky(m_II[::-1, ::-1])[::-1, ::-1]
+    diagonal_I = np.diagonal(u_II).copy()
+    return np.ascontiguousarray(u_II / diagonal_I), diagonal_I**2
 
 
 def quantize_q8g32(weight_OI: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:

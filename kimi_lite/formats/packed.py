@@ -153,8 +153,12 @@ def unpack_quantized(
 
 def unpack(data: NDArray[np.uint8], layout: str, out_features: int, in_features: int) -> NDArray[np.float32]:
     """The weights that a packed matrix stands for, float32 [O, I]."""
-    q_OI, scale_OG = unpack_quantized(data, layout, out_features, in_features)
-    scale_OI = np.repeat(scale_OG.astype(np.float32), GROUP, axis=1)[:, :in_features]
+    return weights_of(*unpack_quantized(data, layout, out_features, in_features), layout)
+
+
+def weights_of(q_OI: NDArray[np.int8], scale_OG: NDArray[np.float16], layout: str) -> NDArray[np.float32]:
+    """The weights that stored values and their scales stand for, float32 [O, I]."""
+    scale_OI = np.repeat(scale_OG.astype(np.float32), GROUP, axis=1)[:, : q_OI.shape[1]]
     return scale_OI * (q_OI.astype(np.float32) - np.float32(LAYOUTS[layout].zero))
 
 

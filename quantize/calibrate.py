@@ -1,0 +1,245 @@
+"""Rounding by what the matrices are asked: the text model runs over sample text while it is being quantized.
+
+Rounding each weight to the nearest step makes the weights' error least, not the error of the products, and a product's
+inputs are far from random: channels rise and fall together. So each matrix is rounded against the second moments of
+the inputs that it really gets (`encode.calibrated_q4b32`; GPTQ, Frantar et al. 2022, in the form of LDLQ, Chee et al. 2023).
+
+A file's tensors stand in the order in which a token meets them, so one walk over them does both: a tensor is rounded,
+and with the rounded tensor the sample goes on. Each matrix thereby learns from inputs that already carry the rounding of
+all before it. Of the sample the residual stream and the normalised rows are kept, of the checkpoint one matrix or one
+expert at a time.
+
+An expert learns from the tokens that choose it, each with its router weight, and a little from others (`OTHERS`), so that
+one that hardly any token chooses is rounded for what the layer usually sees.
+
+Dimension key:  T tokens of the sample   n of one sequence   D hidden   H heads   N/R/V/C no-rope, rope, value, latent
+E experts   A active   F expert width   O, I out and in features
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kimi_lite.errors import ModelFileError
+from kimi_lite.formats.config import ModelConfig, TextConfig
+from kimi_lite.formats.packed import join_mlp, pack_quantized, unpack, weights_of
+from kimi_lite.quantize.encode import calibrated_q4b32, encode, triangular
+from kimi_lite.quantize.plan import Output
+
+F32 = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+Factors = tuple[F32, F32]
+
+DAMPING = 0.01  # of the mean squared input, added to each: few tokens say nothing about most directions
+OTHERS, THEIR_WEIGHT = (
+    512,
+    0.1,
+)  # tokens that an expert sees beside its own, and the router weight they are given
+ROWS_AT_ONCE = 2048  # of the embedding and the head
+WIDEST = 1408  # columns of a down projection that are rounded for each other: an expert's; wider MLPs are sums of such
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A piece of the sample that is read from its beginning: token ids [n], and for its image tokens the rows of pictures."""
+
+    ids: Sequence[int]
+    rows_MD: F32 | None = None
+
+
+class Calibration:
+    """Takes the outputs of the text model in file order, and gives their bytes, rounded for what the passages ask."""
+
+    def __init__(self, config: ModelConfig, passages: Sequence[Passage]) -> None:
+        self.config, self.pad_id = config.text, config.media_pad_id
+        self.ids_T = np.concatenate([np.asarray(p.ids, np.int32) for p in passages])
+        self.rows_MD = [p.rows_MD for p in passages if p.rows_MD is not None]
+        ends = np.cumsum([len(p.ids) for p in passages]).tolist()
+        self.spans = list(zip([0, *ends[:-1]], ends, strict=True))
+        self.x_TD: F32  # the residual stream
+        self.h_TD: F32  # its rows, normalised
+        self.seen: Factors  # its second moments, factored
+        self.kept: dict[str, list[F32]] = {}  # of the layer at hand: what attention and the router need
+        self.steps: dict[str, Callable[[Output], Iterator[Bytes]]] = {
+            "token_embd.weight": self._embed,
+            "attn_norm.weight": self._normalise,
+            "attn_output.weight": self._attend,
+            "ffn_norm.weight": self._normalise,
+            "ffn.packed": self._mlp,
+            "ffn_exps.packed": self._experts,
+            "ffn_shexp.packed": self._mlp,
+            "output_norm.weight": self._normalise,
+            "output.weight": self._project,
+            "attn_q.weight": self._project,
+            "attn_kv_a_mqa.weight": self._project,
+        }
+
+    def pieces(self, output: Output) -> Iterator[Bytes]:
+        """The tensor's bytes, piece by piece; the sample has then passed it."""
+        name = output.name
+        step = self.steps.get(name.split(".", 2)[-1] if name.startswith("blk.") else name, self._keep)
+        try:
+            yield from step(output)
+        except ModelFileError as error:
+            raise ModelFileError(f"{name}: {error}") from None
+
+    def _keep(self, output: Output) -> Iterator[Bytes]:
+        """A tensor that is not calibrated: norms, router, and what is stored in 8 bits."""
+        part, weights = output.name.split(".")[-2], []
+        for source in output.sources:
+            stored = encode(source.read(0, source.rows), output.type)
+            weights.append(_weights(stored, output.type, source.rows, source.columns))
+            yield stored
+        self.kept[part] = weights
+
+    def _embed(self, output: Output) -> Iterator[Bytes]:
+        (source,) = output.sources
+        self.x_TD = np.empty((len(self.ids_T), source.columns), np.float32)
+        for start in range(0, source.rows, ROWS_AT_ONCE):
+            n = min(ROWS_AT_ONCE, source.rows - start)
+            stored = encode(source.read(start, n), output.type)
+            here = (self.ids_T >= start) & (self.ids_T < start + n)
+            self.x_TD[here] = _weights(stored, output.type, n, source.columns)[self.ids_T[here] - start]
+            yield stored
+        if self.rows_MD:
+            self.x_TD[self.ids_T == self.pad_id] = np.concatenate(self.rows_MD)
+
+    def _normalise(self, output: Output) -> Iterator[Bytes]:
+        yield from self._keep(output)
+        weight_1D = self.kept[output.name.split(".")[-2]][0]
+        self.h_TD = _norm(self.x_TD, weight_1D, self.config.rms_eps)
+        self.seen = triangular(_moments(self.h_TD))
+
+    def _project(self, output: Output) -> Iterator[Bytes]:
+        """A matrix whose inputs are the normalised rows: q, kv_a and the head."""
+        (source,), parts = output.sources, []
+        for start in range(0, source.rows, ROWS_AT_ONCE):
+            n = min(ROWS_AT_ONCE, source.rows - start)
+            stored, weight_OI = _rounded(source.read(start, n), output.type, self.seen)
+            if output.name != "output.weight":  # after which nothing comes
+                parts.append(weight_OI)
+                self.kept[output.name.split(".")[-2]] = [np.concatenate(parts)]
+            yield stored
+
+    def _attend(self, output: Output) -> Iterator[Bytes]:
+        """All sequences through the layer's attention, then o, which their heads' sums meet."""
+        c = self.config
+        (q_OD,), (kv_a_OD,), (norm_C,) = (self.kept[k] for k in ("attn_q", "attn_kv_a_mqa", "attn_kv_a_norm"))
+        k_HCN, v_HVC = np.stack(self.kept["attn_k_b"]), np.stack(self.kept["attn_v_b"])
+        sums_TX = np.empty((len(self.x_TD), c.n_heads * c.value_dim), np.float32)
+        for first, end in self.spans:
+            h_nD = self.h_TD[first:end]
+            q_nHK = (h_nD @ q_OD.T).reshape(len(h_nD), c.n_heads, -1) * np.float32(c.softmax_scale)
+            kv_nX = h_nD @ kv_a_OD.T
+            c_nC = _norm(kv_nX[:, : c.kv_rank], norm_C, c.kv_norm_eps)
+            turn = _turns(len(h_nD), c)
+            k_nR = _rotated(kv_nX[:, c.kv_rank :], turn)
+            future_nn = np.triu(np.full((len(h_nD),) * 2, -np.inf, np.float32), 1)
+            for head in range(c.n_heads):
+                q_nN, q_nR = q_nHK[:, head, : c.nope_dim], _rotated(q_nHK[:, head, c.nope_dim :], turn)
+                key_nK = np.concatenate([c_nC @ k_HCN[head], k_nR], 1)
+                score_nn = np.concatenate([q_nN, q_nR], 1) @ key_nK.T
+                score_nn += future_nn
+                score_nn -= score_nn.max(-1, keepdims=True)
+                np.exp(score_nn, out=score_nn)
+                at = slice(head * c.value_dim, (head + 1) * c.value_dim)
+                value_nV = score_nn @ (c_nC @ v_HVC[head].T)
+                sums_TX[first:end, at] = value_nV / score_nn.sum(-1, keepdims=True)
+        (source,) = output.sources
+        stored, o_DX = _rounded(source.read(0, source.rows), output.type, triangular(_moments(sums_TX)))
+        self.x_TD += sums_TX @ o_DX.T
+        self.kept.clear()
+        yield stored
+
+    def _experts(self, output: Output) -> Iterator[Bytes]:
+        c = self.config
+        (router_ED,), (bias_E,) = self.kept["ffn_gate_inp"], self.kept["exp_probs_b"]
+        score_TE = _sigmoid(self.h_TD @ router_ED.T)
+        chosen_TA = np.argsort(-(score_TE + bias_E), axis=1, kind="stable")[:, : c.n_active]
+        weight_TA = np.take_along_axis(score_TE, chosen_TA, 1)
+        weight_TA *= c.routed_scale / weight_TA.sum(1, keepdims=True)
+        others = np.unique(np.linspace(0, len(self.h_TD) - 1, OTHERS).astype(int))
+        for e in range(c.n_experts):
+            tokens, place = np.nonzero(chosen_TA == e)
+            rows = np.concatenate([tokens, others])
+            weight_n1 = np.full((len(rows), 1), THEIR_WEIGHT, np.float32)
+            weight_n1[: len(tokens), 0] = weight_TA[tokens, place]
+            stored, y_nD = self._swiglu(output, 3 * e, self.h_TD[rows], weight_n1)
+            self.x_TD[tokens] += y_nD[: len(tokens)]
+            yield stored
+
+    def _mlp(self, output: Output) -> Iterator[Bytes]:
+        stored, y_TD = self._swiglu(output, 0, self.h_TD, np.ones((len(self.h_TD), 1), np.float32), self.seen)
+        self.x_TD += y_TD
+        yield stored
+
+    def _swiglu(
+        self, output: Output, first: int, h_nD: F32, weight_n1: F32, seen: Factors | None = None
+    ) -> tuple[Bytes, F32]:
+        """One expert's bytes, and its outputs times the weights of the tokens that it is shown."""
+        gate, up, down = output.sources[first : first + 3]
+        seen = seen or triangular(_moments(h_nD * weight_n1))
+        gate_bytes, gate_FD = _rounded(gate.read(0, gate.rows), output.type, seen)
+        up_bytes, up_FD = _rounded(up.read(0, up.rows), output.type, seen)
+        down_DF, y_nD, quantized = down.read(0, down.rows), np.zeros_like(h_nD), []
+        for start in range(0, down.columns, WIDEST):
+            part = slice(start, start + WIDEST)
+            g_nF = h_nD @ gate_FD[part].T
+            g_nF *= _sigmoid(g_nF)
+            g_nF *= h_nD @ up_FD[part].T
+            g_nF *= weight_n1
+            quantized.append(calibrated_q4b32(down_DF[:, part], *triangular(_moments(g_nF))))
+            y_nD += g_nF @ weights_of(*quantized[-1], output.type)[:, : g_nF.shape[1]].T
+        q_DF, scale_DG = (np.concatenate(each, 1) for each in zip(*quantized, strict=True))
+        down_bytes = pack_quantized(q_DF, scale_DG, output.type)
+        return join_mlp(gate_bytes, up_bytes, down_bytes, output.type, gate.columns), y_nD
+
+
+def _rounded(weight_OI: F32, kind: str, seen: Factors) -> tuple[Bytes, F32]:
+    """The matrix as it is stored, and the weights that the stored form stands for."""
+    if kind == "q4b32":
+        stored = pack_quantized(*calibrated_q4b32(weight_OI, *seen), kind)
+    else:
+        stored = encode(weight_OI, kind)
+    return stored, _weights(stored, kind, *weight_OI.shape)
+
+
+def _weights(stored: Bytes, kind: str, rows: int, columns: int) -> F32:
+    if kind == "F32":
+        return stored.view(np.float32).reshape(rows, columns)
+    return unpack(stored, kind, rows, columns)
+
+
+def _moments(x_nI: F32) -> F32:
+    """The sum of x x' over the rows, damped."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        m_II = x_nI.T @ x_nI
+    mean = np.diagonal(m_II).mean()
+    if not np.isfinite(mean):
+        raise ModelFileError(
+            "the sample's activations are not finite numbers here; the checkpoint is damaged"
+        )
+    m_II[np.diag_indices(len(m_II))] += DAMPING * mean + np.float32(1e-12)
+    return m_II
+
+
+def _norm(x_nI: F32, weight: F32, eps: float) -> F32:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(x_nI / np.sqrt((x_nI**2).mean(-1, keepdims=True) + np.float32(eps)) * weight)
+
+
+def _sigmoid(x: F32) -> F32:
+    with np.errstate(over="ignore"):  # 1 / inf is the 0 that is meant
+        return np.asarray(1 / (1 + np.exp(-x)))
+
+
+def _turns(n: int, c: TextConfig) -> NDArray[np.complex64]:
+    angle = np.arange(n)[:, None] * c.rope_theta ** (-np.arange(0, c.rope_dim, 2) / c.rope_dim)
+    return np.asarray(np.exp(1j * angle), np.complex64)
+
+
+def _rotated(x_nR: F32, turn: NDArray[np.complex64]) -> F32:
+    """Neighbouring channels are a complex number; position n turns it."""
+    return (np.ascontiguousarray(x_nR).view(np.complex64) * turn).view(np.float32)
