@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kimi_lite.quantize import encode
 
-CHOICES = {"one": (-1,), "two": (-1, 0), "four": encode.CHOICES, "eight": tuple(range(-4, 4))}
+CHOICES = {"one": (-1,), "two": (-1, 0), "four": encode.GRIDS["q4b32"].choices, "eight": tuple(range(-4, 4))}
 DIVISORS = (-8.0, -8.8, -7.2)
 
 
@@ -29,8 +29,8 @@ def main() -> None:
     weight_OI = np.random.default_rng(0).standard_normal((1024, 2048)).astype(np.float32) * np.float32(0.02)
     errors = {"float16, three": by_halves(weight_OI)}
     for name, choices in CHOICES.items():
-        encode.CHOICES = choices
-        q_OI, scale_OG = encode.quantize_q4b32(weight_OI)
+        encode.GRIDS["q4b32"] = encode.Grid(1, choices)
+        q_OI, scale_OG = encode.to_nearest(weight_OI, "q4b32")
         back_OI = np.repeat(scale_OG.astype(np.float32), 32, 1) * (q_OI.astype(np.float32) - 8)
         errors[name] = float(np.sqrt(((back_OI - weight_OI) ** 2).sum() / (weight_OI**2).sum()))
     for name, error in errors.items():

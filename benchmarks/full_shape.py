@@ -1,6 +1,7 @@
 """How fast does the full-size model run here, and in how much memory?
 
     python benchmarks/full_shape.py make packed FILE     a 9 GB packed file of random weights, in the default recipe
+    python benchmarks/full_shape.py make int3 FILE       a 7 GB one with its routed experts in 3 bits
     python benchmarks/full_shape.py make gguf FILE       a 10.5 GB GGUF with llama.cpp's Q4_K_M mix of types
     python benchmarks/full_shape.py make checkpoint DIR  a 32 GB bf16 checkpoint, sparse on disk
     python benchmarks/full_shape.py run FILE             prefill and decode, speeds, bytes and memory
@@ -26,10 +27,10 @@ from numpy.typing import NDArray
 
 from kimi_lite.formats.config import ModelConfig, TextConfig
 from kimi_lite.formats.gguf_file import GgufWriter
-from kimi_lite.formats.packed import LAYOUTS, PAGE, scale_bytes
+from kimi_lite.formats.packed import LAYOUTS, PAGE, ROWS, pack_quantized
 from kimi_lite.formats.safetensors_file import StoredTensor
 from kimi_lite.formats.vocab import Vocab
-from kimi_lite.quantize.plan import Checkpoint, Output, text_metadata, text_outputs
+from kimi_lite.quantize.plan import PACKED, Checkpoint, Output, Target, text_metadata, text_outputs
 from kimi_lite.runtime.reference.random_checkpoint import SPECIAL_NAMES, text_shapes, write_side_files
 
 FULL = TextConfig(
@@ -57,6 +58,9 @@ FULL = TextConfig(
 )
 # Layers whose down projections llama-quantize gives more bits in Q4_K_M.
 MORE_BITS = {1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 25, 26}
+# Stored values as least, most, step, and their typical size in weights: the scale is 1/sqrt(I) over it. From -7 or -6 to as
+# much: with -8, all weights lean one way, and all tokens choose the same experts.
+STORED = {"q4b32": (1, 16, 1, 4.6), "q3b32": (1, 8, 2, 4.6), "q8g32": (-127, 128, 1, 73.0)}
 # Bytes a block; where the float16 scale stands in it; typical |scale multiplier| x |q|: the scale is 1/sqrt(I) over it.
 BLOCKS = {"Q4_K": (144, 0, 150.0), "Q5_0": (22, 0, 9.0), "Q6_K": (210, 208, 1150.0), "Q8_0": (34, 0, 74.0)}
 TILE = 4096
@@ -103,22 +107,13 @@ def q4_k_m(output: Output) -> str:
 def tile(kind: str, columns: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     """A stretch of valid random blocks of one type for rows of this many columns."""
     scale = columns**-0.5
-    if kind in LAYOUTS:
-        form = LAYOUTS[kind]
-        runs = rng.integers(0, 256, (TILE, form.run_bytes), dtype=np.uint8)
-        if form.bits == 4:
-            # -7 to 7: with -8, all weights lean one way, and all tokens choose the same experts.
-            low, high = rng.integers(1, 16, (2, *runs.shape), dtype=np.uint8)
-            runs = low | high << 4
-        values = (rng.uniform(0.5, 1.5, (TILE, 16)) * scale / (4.6 if form.bits == 4 else 73)).astype(
-            np.float16
-        )
-        if kind == "q4b32":  # the upper bits of such a value are one that a byte holds
+    if kind in STORED:
+        low, high, step, size = STORED[kind]
+        q_OI = (step * rng.integers(low, high, (ROWS * TILE, 32))).astype(np.int8)
+        values = (rng.uniform(0.5, 1.5, (ROWS * TILE, 1)) * scale / size).astype(np.float16)
+        if LAYOUTS[kind].scale_bytes == 1:  # the upper bits of such a value are one that a byte holds
             values = (values.view(np.uint16) & 0xFF80).view(np.float16)
-            runs[:, form.weight_bytes :] = scale_bytes(values)
-        else:
-            runs[:, form.weight_bytes :] = values.view(np.uint8)
-        return runs.reshape(-1)
+        return pack_quantized(q_OI, values, kind)
     size, at, typical = BLOCKS[kind]
     blocks = rng.integers(0, 256, (TILE, size), dtype=np.uint8)
     d = (rng.uniform(0.5, 1.5, TILE) * scale / typical).astype(np.float16)
@@ -136,12 +131,13 @@ def append_line(path: Path, record: Mapping[str, object]) -> None:
 
 def make(kind: str, path: Path) -> None:
     checkpoint, rng = Shapes(), np.random.default_rng(0)
-    outputs = text_outputs(checkpoint, "int4" if kind == "packed" else "q8_0")
+    target: Target = {"packed": "int4", "int3": "int3"}.get(kind, "q8_0")  # type: ignore[assignment]
+    outputs = text_outputs(checkpoint, target)
     if kind == "gguf":
         outputs = [Output(o.name, q4_k_m(o), o.shape, o.sources, o.kind) for o in outputs]
-    metadata = text_metadata(checkpoint, "int4" if kind == "packed" else "q8_0", outputs)
+    metadata = text_metadata(checkpoint, target, outputs)
     start = time.monotonic()
-    with GgufWriter(path, metadata, [o.spec() for o in outputs], PAGE if kind == "packed" else 32) as out:
+    with GgufWriter(path, metadata, [o.spec() for o in outputs], PAGE if target in PACKED else 32) as out:
         for output in outputs:
             columns, left = output.sources[0].columns, output.spec().n_bytes
             if output.kind == "float":
@@ -215,7 +211,7 @@ def main() -> None:
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
     making = verbs.add_parser("make")
-    making.add_argument("kind", choices=["packed", "gguf", "checkpoint"])
+    making.add_argument("kind", choices=["packed", "int3", "gguf", "checkpoint"])
     making.add_argument("path", type=Path)
     running = verbs.add_parser("run")
     running.add_argument("path", type=Path)

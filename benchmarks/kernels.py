@@ -19,7 +19,7 @@ from kimi_lite.bench import machine
 from kimi_lite.formats.packed import matrix_bytes
 from kimi_lite.runtime import kernels
 
-LAYOUTS = ("q4b32", "q4g32", "q8g32", "q5g32", "i4g32", "q4k", "q6k")
+LAYOUTS = ("q4b32", "q3b32", "q4g32", "q8g32", "q5g32", "i4g32", "q4k", "q6k")
 ROWS, COLUMNS = 256, 2048
 TOKENS, TOKENS_FROM_MEMORY = (1, 8, 128), (1, 2, 4, 8)
 FROM_MEMORY = 256 << 20  # bytes, more than any cache

@@ -332,14 +332,19 @@ def quantize(
             help="The file to write; GGUF has the weights for pictures beside it, as …-mmproj.gguf."
         ),
     ],
-    to: Annotated[str, typer.Option(help="int4 (packed), or GGUF as q8_0, q4_0, bf16 or f16.")] = "int4",
-    format: Annotated[str | None, typer.Option(help="int4 or gguf; follows from --to.")] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            help="int4 (packed), int3 (its routed experts in 3 bits), or GGUF as q8_0, q4_0, bf16 or f16."
+        ),
+    ] = "int4",
+    format: Annotated[str | None, typer.Option(help="int4, int3 or gguf; follows from --to.")] = None,
     calibrate: Annotated[
         list[str] | None,
         typer.Option(
             metavar="<path>",
-            help="Round int4 for text and pictures like your own: a file, or a folder of them; repeat it for several. "
-            "Slower, and closer to the published model.",
+            help="Round int4 or int3 for text and pictures like your own: a file, or a folder of them; repeat it for "
+            "several. Slower, and closer to the published model.",
         ),
     ] = None,
     verify: Annotated[

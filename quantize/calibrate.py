@@ -2,7 +2,7 @@
 
 Rounding each weight to the nearest step makes the weights' error least, not the error of the products, and a product's
 inputs are far from random: channels rise and fall together. So each matrix is rounded against the second moments of
-the inputs that it really gets (`encode.calibrated_q4b32`; GPTQ, Frantar et al. 2022, in the form of LDLQ, Chee et al. 2023).
+the inputs that it really gets (`encode.calibrated`).
 
 A file's tensors stand in the order in which a token meets them, so one walk over them does both: a tensor is rounded,
 and with the rounded tensor the sample goes on. Each matrix thereby learns from inputs that already carry the rounding of
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from kimi_lite.errors import ModelFileError
 from kimi_lite.formats.config import ModelConfig, TextConfig
 from kimi_lite.formats.packed import join_mlp, pack_quantized, unpack, weights_of
-from kimi_lite.quantize.encode import calibrated_q4b32, encode, triangular
+from kimi_lite.quantize.encode import GRIDS, calibrated, encode, triangular
 from kimi_lite.quantize.plan import Output
 
 F32 = NDArray[np.float32]
@@ -190,7 +190,7 @@ class Calibration:
             g_nF *= _sigmoid(g_nF)
             g_nF *= h_nD @ up_FD[part].T
             g_nF *= weight_n1
-            quantized.append(calibrated_q4b32(down_DF[:, part], *triangular(_moments(g_nF))))
+            quantized.append(calibrated(down_DF[:, part], output.type, *triangular(_moments(g_nF))))
             y_nD += g_nF @ weights_of(*quantized[-1], output.type)[:, : g_nF.shape[1]].T
         q_DF, scale_DG = (np.concatenate(each, 1) for each in zip(*quantized, strict=True))
         down_bytes = pack_quantized(q_DF, scale_DG, output.type)
@@ -199,8 +199,8 @@ class Calibration:
 
 def _rounded(weight_OI: F32, kind: str, seen: Factors) -> tuple[Bytes, F32]:
     """The matrix as it is stored, and the weights that the stored form stands for."""
-    if kind == "q4b32":
-        stored = pack_quantized(*calibrated_q4b32(weight_OI, *seen), kind)
+    if kind in GRIDS:
+        stored = pack_quantized(*calibrated(weight_OI, kind, *seen), kind)
     else:
         stored = encode(weight_OI, kind)
     return stored, _weights(stored, kind, *weight_OI.shape)

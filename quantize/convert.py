@@ -5,6 +5,7 @@ under way at once. Two threads encode while one writes, since numpy works outsid
 """
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,12 +17,13 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_lite.errors import ModelFileError, UsageError
+from kimi_lite.errors import KimiLiteWarning, ModelFileError, UsageError
 from kimi_lite.formats.gguf_file import GgufWriter, mmproj_beside, warn_of_mmproj_beside
 from kimi_lite.formats.packed import PAGE, join_mlp
 from kimi_lite.quantize.calibrate import Calibration, Passage
 from kimi_lite.quantize.encode import encode
 from kimi_lite.quantize.plan import (
+    PACKED,
     Checkpoint,
     Output,
     Target,
@@ -71,9 +73,10 @@ def quantize(
     file beside it.
 
     Args:
-        to: "int4" for the packed file; "q8_0", "q4_0", "bf16" or "f16" for standard GGUF.
-        format: "int4" or "gguf"; follows from `to`, and is checked against it when given.
-        sample: gives what the text model's int4 matrices are rounded for (`calibrate`), once the checkpoint is known to
+        to: "int4", or "int3" with the routed experts in 3 bits, for the packed file; "q8_0", "q4_0", "bf16" or "f16" for
+            standard GGUF.
+        format: "int4", "int3" or "gguf"; follows from `to`, and is checked against it when given.
+        sample: gives what the text model's 3- and 4-bit matrices are rounded for (`calibrate`), once the checkpoint is known to
             be whole; without it each weight is rounded to the nearest step.
 
     Raises:
@@ -84,11 +87,17 @@ def quantize(
     start = time.monotonic()
     if to not in get_args(Target):
         raise UsageError(f"--to {to}: expected one of {', '.join(get_args(Target))}")
-    own = "int4" if to == "int4" else "gguf"
+    own = to if to in PACKED else "gguf"
     if format not in (None, own):
         raise UsageError(f"--format {format} does not hold {to}; leave it out, or give --format {own}")
-    if sample and own != "int4":
-        raise UsageError(f"--calibrate rounds int4 only; leave it out for --to {to}")
+    if sample and to not in PACKED:
+        raise UsageError(f"--calibrate rounds int4 and int3 only; leave it out for --to {to}")
+    if to == "int3" and not sample:
+        warnings.warn(
+            "3 bits rounded to the nearest lose more than they must; give text and pictures like your own with --calibrate",
+            KimiLiteWarning,
+            stacklevel=2,
+        )
     if out.is_dir():
         raise UsageError(
             f"{out} is a directory; give the name of the file to write, such as {out / 'model.gguf'}"
@@ -97,7 +106,7 @@ def quantize(
     text = text_outputs(checkpoint, to)
     vision = vision_outputs(checkpoint, to) if checkpoint.config.vision else []
     checkpoint.finish()  # says what is missing before a byte is written
-    if to == "int4":
+    if to in PACKED:
         first = _calibrated(checkpoint, text, sample()) if sample else _encoded(text)
         outputs = text + vision
         metadata = text_metadata(checkpoint, to, outputs)

@@ -24,7 +24,10 @@ from kimi_lite.formats.packed import LAYOUTS, PAGE, matrix_bytes, mlp_bytes
 from kimi_lite.formats.safetensors_file import StoredTensor, open_checkpoint
 from kimi_lite.formats.vocab import Vocab
 
-Target = Literal["int4", "q8_0", "q4_0", "bf16", "f16"]
+Target = Literal["int4", "int3", "q8_0", "q4_0", "bf16", "f16"]
+# The packed targets: the layout of the routed experts. They are nine tenths of the file and half of what a token reads; all
+# else, which every token reads, is q4b32 and q8g32 in both.
+PACKED = {"int4": "q4b32", "int3": "q3b32"}
 Rows = Callable[[int, int], NDArray[np.float32]]  # start, count -> float32 [count, columns]
 
 IGNORED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")  # recomputed at run time
@@ -143,11 +146,13 @@ def _stored(tensor: StoredTensor | None) -> StoredTensor:
 
 def text_outputs(checkpoint: Checkpoint, target: Target) -> list[Output]:
     """The text model's tensors in file order."""
-    base = "q4b32" if target == "int4" else target.upper()
-    return list(_text(checkpoint, base))
+    if target in PACKED:
+        return list(_text(checkpoint, "q4b32", PACKED[target]))
+    return list(_text(checkpoint, target.upper(), None))
 
 
-def _text(checkpoint: Checkpoint, base: str) -> Iterator[Output]:
+def _text(checkpoint: Checkpoint, base: str, routed: str | None) -> Iterator[Output]:
+    """`routed` is the layout of packed routed experts, or None for standard GGUF."""
     c, p = checkpoint.config.text, checkpoint.config.text_prefix
     D, H, C, F = c.hidden_size, c.n_heads, c.kv_rank, c.expert_hidden_size
 
@@ -170,8 +175,9 @@ def _text(checkpoint: Checkpoint, base: str) -> Iterator[Output]:
             )
             for each in theirs
         ]
-        if base == "q4b32":
-            yield Output(f"{at}ffn{kind}.packed", base, (), tuple(s for part in parts for s in part), "mlp")
+        if routed:
+            layout = routed if kind == "_exps" else base
+            yield Output(f"{at}ffn{kind}.packed", layout, (), tuple(s for part in parts for s in part), "mlp")
             return
         for i, name in enumerate(("gate", "up", "down")):
             stacked = tuple(part[i] for part in parts)
@@ -253,8 +259,8 @@ def vision_outputs(checkpoint: Checkpoint, target: Target) -> list[Output]:
 
 
 def _vision_base(target: Target) -> str:
-    """An int4 model has its image side in 8 bits: it is 2.7 % of the weights, and its kernels read that."""
-    return {"int4": "q8g32", "q4_0": "Q8_0"}.get(target, target.upper())
+    """A packed model has its image side in 8 bits: it is 2.7 % of the weights, and its kernels read that."""
+    return "q8g32" if target in PACKED else "Q8_0" if target == "q4_0" else target.upper()
 
 
 def _vision(checkpoint: Checkpoint, base: str) -> Iterator[Output]:
@@ -351,7 +357,7 @@ def text_metadata(checkpoint: Checkpoint, target: Target, outputs: list[Output])
     template = directory / "chat_template.jinja"
     if template.exists():
         metadata["tokenizer.chat_template"] = template.read_text(encoding="utf-8")
-    if target != "int4":
+    if target not in PACKED:
         return metadata | {"general.file_type": FILE_TYPES[target.upper()]}
     packed = [output for output in outputs if output.packed]
     metadata |= {

@@ -1,6 +1,7 @@
 """Reads a packed or GGUF file back and compares every matrix with the checkpoint it was made from."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,16 @@ from kimi_lite.quantize.plan import Checkpoint, Output, Target, text_outputs, vi
 def tensor_errors(checkpoint_dir: Path, path: Path) -> Iterator[tuple[str, float]]:
     """(name, rms of the difference over rms of the weights) for each tensor of the file, in its order."""
     file, checkpoint = GgufFile(path), Checkpoint(checkpoint_dir)
-    target: Target = "int4" if "kimi_lite.packed.version" in file.metadata else "bf16"
+    packed = "kimi_lite.packed.version" in file.metadata
+    target: Target = "int4" if packed else "bf16"
     outputs = text_outputs(checkpoint, target)
-    if checkpoint.config.vision and target == "int4":  # else it is a file of its own
+    if checkpoint.config.vision and packed:  # else it is a file of its own
         outputs += vision_outputs(checkpoint, target)
-    for output in outputs:
+    layouts = dict(
+        zip(*(file.metadata.get(f"kimi_lite.packed.{key}", ()) for key in ("name", "layout")), strict=True)
+    )
+    for planned in outputs:
+        output = replace(planned, type=layouts.get(planned.name, planned.type))
         square = difference = 0.0
         for source, stored in zip(output.sources, _stored(file, output), strict=True):
             weight = source.read(0, source.rows).astype(np.float64)

@@ -137,21 +137,29 @@ class NumpyModel:
         return np.stack([pairs.real, pairs.imag], -1).reshape(-1)
 
 
-RUNS = {"q4b32": 272, "q4g32": 288, "q8g32": 544}  # bytes of 16 rows × 32 channels
+RUNS = {"q4b32": 272, "q3b32": 208, "q4g32": 288, "q8g32": 544}  # bytes of 16 rows × 32 channels
 
 
 def unpack(data: NDArray[np.uint8], layout: str, rows: int, columns: int) -> F64:
     """By docs/formats.md, one weight at a time in plain index arithmetic (vectorised over the file)."""
-    four, run = layout != "q8g32", RUNS[layout]
+    run = RUNS[layout]
     G, r, k = columns // 32, np.arange(rows)[:, None], np.arange(columns)[None]
     start = (r // 16 * G + k // 32) * run
     c = k % 32
-    if four:
+    if layout == "q3b32":
+        byte = data[start + np.minimum(c // 8, 2) * 64 + r % 16 * 4 + c % 4].astype(int)
+        three = [
+            data[start + 64 * t + r % 16 * 4 + c % 4].astype(int) >> np.where(c < 28, 0, 4) & 1
+            for t in range(3)
+        ]
+        u = np.where(c < 24, byte >> np.where(c % 8 < 4, 1, 5) & 7, three[0] + 2 * three[1] + 4 * three[2])
+        q = 2.0 * u - 8
+    elif layout != "q8g32":
         byte = data[start + c // 8 * 64 + r % 16 * 4 + c % 4]
         q = np.where(c % 8 < 4, byte & 15, byte >> 4).astype(np.float64) - 8
     else:
         q = data[start + c // 4 * 64 + r % 16 * 4 + c % 4].view(np.int8).astype(np.float64)
-    if layout == "q4b32":
+    if layout in ("q4b32", "q3b32"):
         byte = data[start + run - 16 + r % 16].astype(np.float64)
         sign, exponent, fraction = byte // 128, byte // 8 % 16, byte % 8
         return np.asarray(q * (-1) ** sign * (1 + fraction / 8) * 2 ** (exponent - 15))

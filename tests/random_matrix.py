@@ -12,10 +12,10 @@ def packed(
     rng: np.random.Generator, layout: str, O: int, I: int, count: int = 1, size: float = 0.01
 ) -> Matrix:
     """`count` matrices with scales of about `size`."""
-    low, high = (-127, 128) if layout == "q8g32" else (0, 16)
+    low, high, step = {"q8g32": (-127, 128, 1), "q3b32": (0, 8, 2)}.get(layout, (0, 16, 1))
     data = [
         pack_quantized(
-            rng.integers(low, high, (O, I)).astype(np.int8),
+            (step * rng.integers(low, high, (O, I))).astype(np.int8),
             random_scales(rng, layout, (O, I // 32), size),
             layout,
         )
@@ -29,7 +29,7 @@ def random_scales(
 ) -> NDArray[np.float16]:
     """Scales of both signs about so large, of those that the layout holds: bytes have three bits behind the leading one."""
     values = rng.normal(0, size, shape)
-    if layout == "q4b32":
+    if layout in ("q4b32", "q3b32"):
         fraction, exponent = np.frexp(np.clip(np.abs(values), 2.0**-15, 1.875))
         values = np.copysign(np.ldexp(np.floor(16 * fraction) / 16, exponent), values)
     return values.astype(np.float16)

@@ -7,6 +7,9 @@ and one broadcast of four activations feeds them all.
 
     q4b32   w = scale · (q - 8), q in 0…15    4 lines, 272 bytes a run   4.25 bits a weight, scales of one byte
             line j, byte 4r + c: low nibble channel 8j + c of row r, high nibble channel 8j + 4 + c
+    q3b32   w = scale · (q - 8), q even       3 lines, 208 bytes a run   3.25 bits a weight, scales of one byte
+            u = q / 2, 0…7; line t, byte 4r + c: bits 1-3 are u of channel 8t + c, bits 5-7 of channel 8t + 4 + c of row r;
+            bits 0 of the three lines are u of channel 24 + c, lowest first, bits 4 of channel 28 + c
     q8g32   w = scale · q, q in -127…127      8 lines, 544 bytes a run   8.5 bits a weight, float16 scales
             line j, byte 4r + c: channel 4j + c of row r
 
@@ -41,6 +44,7 @@ class Layout:
     bits: int
     run_bytes: int
     zero: int = 0  # the stored value that means weight 0, in those that quantize writes
+    scale_bytes: int = 2  # a scale, in those: one byte, or a float16
 
     @property
     def weight_bytes(self) -> int:
@@ -53,7 +57,8 @@ class Layout:
 
 
 LAYOUTS = {
-    "q4b32": Layout("q4b32", 4, 272, 8),
+    "q4b32": Layout("q4b32", 4, 272, 8, 1),
+    "q3b32": Layout("q3b32", 3, 208, 8, 1),
     "q4g32": Layout("q4g32", 4, 288, 8),
     "q8g32": Layout("q8g32", 8, 544, 0),
     "q5g32": Layout("q5g32", 5, 352),
@@ -61,7 +66,7 @@ LAYOUTS = {
     "q4k": Layout("q4k", 4, 296),
     "q6k": Layout("q6k", 6, 420),
 }
-QUANTIZED = ("q4b32", "q4g32", "q8g32")  # those that pack_quantized writes
+QUANTIZED = ("q4b32", "q3b32", "q4g32", "q8g32")  # those that pack_quantized writes
 
 
 def groups(in_features: int) -> int:
@@ -105,21 +110,28 @@ def scale_bytes(scale: NDArray[np.float16]) -> NDArray[np.uint8]:
 
 
 def pack_quantized(q_OI: NDArray[np.int8], scale_OG: NDArray[np.float16], layout: str) -> NDArray[np.uint8]:
-    """Interleave stored values (4 bits: 0…15, 8 bits: -127…127) and their scales, which for q4b32 are of those that a
-    byte holds. Returns uint8 [matrix_bytes]."""
+    """Interleave stored values (3 bits: 0, 2 … 14, 4 bits: 0…15, 8 bits: -127…127) and their scales, which are of those
+    that a byte holds where the layout has scales of one byte. Returns uint8 [matrix_bytes]."""
     form, (O, I) = LAYOUTS[layout], q_OI.shape
     B, G = -(-O // ROWS), groups(I)
     assert scale_OG.shape == (O, G), f"scales {scale_OG.shape} for a matrix of {q_OI.shape}"
     padded = np.full((B * ROWS, G * GROUP), form.zero, np.uint8)
     padded[:O, :I] = q_OI.view(np.uint8)
-    stored_OG = scale_OG if layout != "q4b32" else scale_bytes(scale_OG)
+    stored_OG = scale_OG if form.scale_bytes == 2 else scale_bytes(scale_OG)
     scales = np.zeros(
         (B * ROWS, G), stored_OG.dtype
     )  # past the end: weights are 0 by their scale, or by q = 8
     scales[:O] = stored_OG
     out = np.empty((B, G, form.run_bytes), np.uint8)
     blocks = padded.reshape(B, ROWS, G, GROUP).transpose(0, 2, 1, 3)  # [B, G, 16, 32]
-    if form.bits == 4:
+    if form.bits == 3:
+        parts = blocks.reshape(B, G, ROWS, 8, 4)  # of u doubled, in bits 1-3
+        rest = parts[..., 6, :] >> 1 | parts[..., 7, :] << 3  # bits 0-2 and 4-6
+        both = np.stack(
+            [parts[..., 2 * t, :] | parts[..., 2 * t + 1, :] << 4 | rest >> t & 0x11 for t in range(3)],
+            axis=3,
+        )
+    elif form.bits == 4:
         lines = blocks.reshape(B, G, ROWS, 4, 2, 4)  # row, line, low or high, channel
         both = lines[..., 0, :] | (lines[..., 1, :] << 4)
     else:
@@ -143,10 +155,15 @@ def unpack_quantized(
     lines = (
         runs[..., :n_weight_bytes].reshape(B, G, -1, ROWS, 4).transpose(0, 1, 3, 2, 4)
     )  # [B, G, 16, lines, 4]
-    values = np.stack([lines & 15, lines >> 4], axis=-2) if form.bits == 4 else lines
+    if form.bits == 3:
+        rest = sum((lines[..., t, :] & 0x11) << t for t in range(3))
+        parts = [part for t in range(3) for part in (lines[..., t, :] & 0x0E, lines[..., t, :] >> 4 & 0x0E)]
+        values = np.stack([*parts, rest << 1 & 0x0E, rest >> 3 & 0x0E], axis=3)
+    else:
+        values = np.stack([lines & 15, lines >> 4], axis=-2) if form.bits == 4 else lines
     q_OI = values.reshape(B, G, ROWS, GROUP).transpose(0, 2, 1, 3).reshape(B * ROWS, G * GROUP)
     stored = np.ascontiguousarray(runs[..., n_weight_bytes:])
-    scales = stored.view(np.float16) if layout != "q4b32" else scale_values(stored)  # [B, G, 16]
+    scales = stored.view(np.float16) if form.scale_bytes == 2 else scale_values(stored)  # [B, G, 16]
     scale_OG = scales.transpose(0, 2, 1).reshape(B * ROWS, G)
     return q_OI[:out_features, :in_features].view(np.int8), scale_OG[:out_features]
 

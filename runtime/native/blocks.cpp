@@ -10,7 +10,7 @@ namespace {
 
 constexpr Block kBlocks[] = {
     {"q4g32", Kind::q4g32, 32, 18, false, false}, {"q4b32", Kind::q4b32, 32, 17, false, false},
-    {"q8g32", Kind::q8g32, 32, 34, false, false},
+    {"q3b32", Kind::q3b32, 32, 13, false, false}, {"q8g32", Kind::q8g32, 32, 34, false, false},
     {"q5g32", Kind::q5g32, 32, 22, false, false}, {"i4g32", Kind::i4g32, 32, 18, false, false},
     {"q4k", Kind::q4k, 256, 148, false, true},    {"q6k", Kind::q6k, 256, 210, true, false},
     {"F32", Kind::F32, 1, 4, false, false},       {"F16", Kind::F16, 1, 2, false, false},

@@ -6,7 +6,7 @@
 
 namespace kimi {
 
-enum class Kind { q4g32, q4b32, q8g32, q5g32, i4g32, q4k, q6k, F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, IQ4_XS, Q4_K, Q5_K, Q6_K };
+enum class Kind { q4g32, q4b32, q3b32, q8g32, q5g32, i4g32, q4k, q6k, F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, IQ4_XS, Q4_K, Q5_K, Q6_K };
 
 struct Block {
   const char* name;

@@ -20,6 +20,7 @@ constexpr int kGroup = 32;   // input channels that share an activation scale
 constexpr int kChunk = 8;    // groups between two roundings of the running total
 constexpr int kQ4Run = 288;  // bytes of 16 rows x 32 channels: 4 lines of 64, 16 float16 scales
 constexpr int kQ4BRun = 272; // the same lines, 16 scales of one byte: a sign, four bits e, three bits m: (1 + m / 8) 2^(e - 15)
+constexpr int kQ3BRun = 208; // 3 lines of three bits a channel, the same scales
 constexpr int kQ8Run = 544;  // 8 lines of 64, 16 float16 scales
 constexpr int kQ5Run = 352;  // 4 lines, one line of fifth bits, 16 float16 scales
 // K-quants in sixteens: 256 channels share 16 float16 scales (and, in q4k, 16 scales of the minima), then come 8 runs.
@@ -44,7 +45,7 @@ static_assert(sizeof(PanelRun) == 512 + 4 * 3 * kRows, "PanelRun has no padding"
 constexpr int kTokenGroup = 32 + 4 + 4 + 4;  // bytes of one token's group
 
 // The layouts, the three kinds of panels, and q8g32 times activations of which none is negative.
-enum class Form { q4g32, q4b32, q8g32, q5g32, i4g32, q4k, q6k, panel, panel_halves, panel_offsets, q8g32_positive, count };
+enum class Form { q4g32, q4b32, q3b32, q8g32, q5g32, i4g32, q4k, q6k, panel, panel_halves, panel_offsets, q8g32_positive, count };
 
 // n row blocks times a tile of W tokens: token t's 16 floats of block i to out[i] + t * stride. Several go side by side for a few
 // tokens, because they share what is read of the tile, and because memory gives many streams more than one. `next` are n blocks

@@ -187,7 +187,7 @@ static void turn_values(const float* x, size_t stride, int n, int C, uint8_t* ou
 }
 
 #define KIMI_FORMS(call)                                                                                              \
-  {products::call<products::Q4>, products::call<products::Q4B>, products::call<products::Q8>, products::call<products::Q5>, \
+  {products::call<products::Q4>, products::call<products::Q4B>, products::call<products::Q3B>, products::call<products::Q8>, products::call<products::Q5>, \
    products::call<products::I4>, products::call<products::Q4K>, products::call<products::Q6K>, products::call<products::Panel<false, false>>,        \
    products::call<products::Panel<true, false>>, products::call<products::Panel<false, true>>, products::call<products::Q8Positive>}
 #define KIMI_TABLE(name, runs_here)                                                                                      \

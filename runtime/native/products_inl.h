@@ -36,6 +36,20 @@ struct Q4B : Q4 {
   static inline V scale(const uint8_t* w, int g, int, int r) { return byte_scales(run(w, g) + 256 + r); }
 };
 
+// Stored values are even, so they are those of Q4B, of which three bits are kept: lines 2t and 2t + 1 in line t, and of lines 6
+// and 7 a bit in each of the three.
+struct Q3B : Q4B {
+  static constexpr int bytes = kQ3BRun;
+  static inline const uint8_t* run(const uint8_t* w, int g) { return w + static_cast<size_t>(g) * bytes; }
+  template <int j>
+  static inline L line(const uint8_t* run, int r) {
+    const uint8_t* at = run + 4 * r;
+    if constexpr (j < 6) return leven<j % 2>(lload(at + 64 * (j / 2)));
+    else return leven<j % 2>(lthree(lload(at), lload(at + 64), lload(at + 128)));
+  }
+  static inline V scale(const uint8_t* w, int g, int, int r) { return byte_scales(run(w, g) + 192 + r); }
+};
+
 struct Q8 : Symmetric {
   static constexpr bool is_signed = true;
   static constexpr int shift = 4, bytes = kQ8Run, most = 127;
@@ -178,7 +192,7 @@ static inline void tile_product(const uint8_t* const (&w)[S], const uint8_t* con
   constexpr bool biased = F::is_signed ? bias_s8 != 0 && !F::positive : F::shift >= 0;
   constexpr int shift = F::shift >= 0 ? F::shift : 0;
   constexpr int groups_ahead = kReading.ahead / F::bytes + 1;
-  constexpr int lines = (F::bytes + (kReading.step > 64 ? 32 : 63)) / kReading.step;  // runs begin amid a line; where each is asked for, none is left out
+  constexpr int lines = (F::bytes + 63) / kReading.step;  // runs begin amid a line; where each is asked for, none is left out
   V total[n], acc[n];  // over finished chunks, and inside the present one
   for (int i = 0; i < n; ++i) total[i] = vset(0.0f);
   for (int g = 0; g < groups;) {

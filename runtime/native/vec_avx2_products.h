@@ -27,6 +27,14 @@ static inline I iadd(I x, I y) { return _mm256_add_epi32(x, y); }
 static inline L lload(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 static inline L llow(L w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
 static inline L lhigh(L w) { return _mm256_and_si256(_mm256_srli_epi16(w, 4), _mm256_set1_epi8(15)); }
+template <bool high> static inline L leven(L w) {
+  return _mm256_and_si256(high ? _mm256_srli_epi16(w, 4) : w, _mm256_set1_epi8(14));
+}
+static inline L lthree(L a, L b, L c) {
+  const L one = _mm256_and_si256(_mm256_slli_epi16(a, 1), _mm256_set1_epi8(0x22));
+  const L two = _mm256_and_si256(_mm256_slli_epi16(b, 2), _mm256_set1_epi8(0x44));
+  return _mm256_or_si256(_mm256_or_si256(one, two), _mm256_and_si256(_mm256_slli_epi16(c, 3), _mm256_set1_epi8(static_cast<char>(0x88))));
+}
 static inline L lor(L x, L y) { return _mm256_or_si256(x, y); }
 // Shifts run over 16-bit lanes; the masks keep only bits that came from the same byte.
 template <int j> static inline L lbit(L x) {

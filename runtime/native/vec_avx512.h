@@ -75,6 +75,14 @@ static inline I iadd(I x, I y) { return _mm512_add_epi32(x, y); }
 static inline L lload(const uint8_t* p) { return _mm512_loadu_si512(p); }
 static inline L llow(L w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
 static inline L lhigh(L w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
+template <bool high> static inline L leven(L w) {
+  return _mm512_and_si512(high ? _mm512_srli_epi16(w, 4) : w, _mm512_set1_epi8(14));
+}
+static inline L lthree(L a, L b, L c) {
+  constexpr int choose = 0xca;  // of the second where the first has ones, else of the third
+  const L two = _mm512_ternarylogic_epi64(_mm512_set1_epi8(0x22), _mm512_slli_epi16(a, 1), _mm512_slli_epi16(b, 2), choose);
+  return _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(0x88)), _mm512_slli_epi16(c, 3), two, choose);
+}
 static inline L lor(L a, L b) { return _mm512_or_si512(a, b); }
 // Shifts run over 16-bit lanes; the masks keep only bits that came from the same byte.
 template <int j> static inline L lbit(L a) {

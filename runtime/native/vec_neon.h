@@ -81,6 +81,17 @@ static inline I iadd(I a, I b) { EACH a.v[k] = vaddq_s32(a.v[k], b.v[k]); return
 static inline L lload(const uint8_t* p) { L r; EACH r.v[k] = vld1q_u8(p + 16 * k); return r; }
 static inline L llow(L a) { EACH a.v[k] = vandq_u8(a.v[k], vdupq_n_u8(15)); return a; }
 static inline L lhigh(L a) { EACH a.v[k] = vshrq_n_u8(a.v[k], 4); return a; }
+template <bool high> static inline L leven(L a) {
+  EACH a.v[k] = vandq_u8(high ? vshrq_n_u8(a.v[k], 4) : a.v[k], vdupq_n_u8(14));
+  return a;
+}
+static inline L lthree(L a, L b, L c) {
+  EACH {
+    const uint8x16_t two = vbslq_u8(vdupq_n_u8(0x22), vshlq_n_u8(a.v[k], 1), vshlq_n_u8(b.v[k], 2));
+    a.v[k] = vbslq_u8(vdupq_n_u8(0x88), vshlq_n_u8(c.v[k], 3), two);
+  }
+  return a;
+}
 static inline L lor(L a, L b) { EACH a.v[k] = vorrq_u8(a.v[k], b.v[k]); return a; }
 template <int j> static inline L lbit(L a) {
   EACH a.v[k] = vandq_u8(vshlq_u8(a.v[k], vdupq_n_s8(4 - j)), vdupq_n_u8(16));

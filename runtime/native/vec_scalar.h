@@ -100,6 +100,13 @@ struct L { uint8_t b[64]; };
 static inline L lload(const uint8_t* p) { L r; __builtin_memcpy(r.b, p, 64); return r; }
 static inline L llow(L a) { for (int k = 0; k < 64; ++k) a.b[k] &= 15; return a; }
 static inline L lhigh(L a) { for (int k = 0; k < 64; ++k) a.b[k] >>= 4; return a; }
+template <bool high> static inline L leven(L a) { for (int k = 0; k < 64; ++k) a.b[k] = a.b[k] >> (high ? 4 : 0) & 14; return a; }
+// Bits 0 of three, lowest first, in bits 1-3, and bits 4 in bits 5-7; the others are anything.
+static inline L lthree(L a, L b, L c) {
+  for (int k = 0; k < 64; ++k)
+    a.b[k] = static_cast<uint8_t>((a.b[k] << 1 & 0x22) | (b.b[k] << 2 & 0x44) | (c.b[k] << 3 & 0x88));
+  return a;
+}
 static inline L lor(L a, L b) { for (int k = 0; k < 64; ++k) a.b[k] |= b.b[k]; return a; }
 // Bit j of every byte, moved to bit 4; bits 2j and 2j + 1, moved to bits 4 and 5; what a code of IQ4_NL stands for.
 template <int j> static inline L lbit(L a) { for (int k = 0; k < 64; ++k) a.b[k] = static_cast<uint8_t>((a.b[k] >> j & 1) << 4); return a; }

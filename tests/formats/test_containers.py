@@ -232,8 +232,8 @@ def test_a_writer_that_fails_keeps_an_older_file(tmp_path: Path) -> None:
 @given(st.integers(1, 50), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_packing_can_be_undone_and_follows_the_specification(layout: str, O: int, G: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    low, high = (-127, 128) if layout == "q8g32" else (0, 16)
-    q = rng.integers(low, high, (O, 32 * G)).astype(np.int8)
+    low, high, step = {"q8g32": (-127, 128, 1), "q3b32": (0, 8, 2)}.get(layout, (0, 16, 1))
+    q = (step * rng.integers(low, high, (O, 32 * G))).astype(np.int8)
     scale = random_scales(rng, layout, (O, G), 1)
     data = pack_quantized(q, scale, layout)
     q2, scale2 = unpack_quantized(data, layout, O, 32 * G)
@@ -258,6 +258,16 @@ def test_the_worked_example_of_the_documentation() -> None:
     assert data[:5].tolist() == [0x51, 0x62, 0x73, 0x94, 0x8F]
     assert data[256:260].tolist() == [0x00, 0x3C, 0x00, 0xB5]
     assert len(data) == 288
+    q[0, :8], q[0, 24:] = [0, 2, 4, 6, 8, 10, 12, 14], [2, 4, 8, 0, 14, 8, 8, 8]
+    q[1, 0] = 14
+    data = pack_quantized(q, scale, "q3b32")
+    assert data[:5].tolist() == [0x91, 0xA2, 0xC4, 0xE6, 0x8E]
+    assert [data[64 * t : 64 * t + 4].tolist() for t in (1, 2)] == [
+        [0x98, 0x89, 0x88, 0x88],
+        [0x98, 0x98, 0x99, 0x98],
+    ]
+    assert data[192:196].tolist() == [0x78, 0xEA, 0x00, 0x00]
+    assert len(data) == 208
 
 
 def test_an_mlp_run_takes_gate_and_up_in_turn_then_down() -> None:

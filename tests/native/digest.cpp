@@ -68,7 +68,7 @@ void run(const Kernels& k, bool emulated = false) {
   std::vector<float> x(W * I), y(W * I);
   for (float& v : x) v = draw_float();
   std::vector<uint8_t> weights(G * sizeof(PanelRun));
-  const char* names[] = {"q4g32", "q4b32", "q8g32", "q5g32", "i4g32", "q4k", "q6k", "panel", "panel_halves", "panel_offsets", "q8g32_positive"};
+  const char* names[] = {"q4g32", "q4b32", "q3b32", "q8g32", "q5g32", "i4g32", "q4k", "q6k", "panel", "panel_halves", "panel_offsets", "q8g32_positive"};
   for (int form = 0; form < static_cast<int>(Form::count); ++form)
     for (int n_tokens = 1; n_tokens <= 8; ++n_tokens) {
       std::vector<uint8_t> tiles(static_cast<size_t>(n_tokens) * G * kTokenGroup);
@@ -92,7 +92,7 @@ void run(const Kernels& k, bool emulated = false) {
           std::memcpy(weights.data() + g * sizeof run, &run, sizeof run);
         }
       } else {
-        if (form != static_cast<int>(Form::q4b32))
+        if (form != static_cast<int>(Form::q4b32) && form != static_cast<int>(Form::q3b32))
           for (uint8_t& b : weights) b &= 0xbf;  // float16 scales stay finite, whatever bytes they are; signs stay
       }
       float out[8 * kMostBlocks * kRows];

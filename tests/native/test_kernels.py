@@ -37,7 +37,7 @@ def bound(w_OI: NDArray[Any], x_TI: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(gamma(min(8, groups) + groups // 8 + 1) * (np.abs(x_TI) @ np.abs(w_OI).T) + 1e-30)
 
 
-@pytest.mark.parametrize("layout", ["q4b32", "q4g32", "q8g32"])
+@pytest.mark.parametrize("layout", ["q4b32", "q3b32", "q4g32", "q8g32"])
 @pytest.mark.parametrize(("O", "I"), [(16, 32), (17, 64), (45, 288), (96, 1408)])
 @pytest.mark.parametrize("T", [1, 2, 3, 6, 7, 8, 13])
 def test_packed_products_follow_the_formula(isa: str, layout: str, O: int, I: int, T: int) -> None:
@@ -71,7 +71,7 @@ def test_activations_are_rounded_by_the_least_power_of_two_that_holds_them(isa: 
     assert np.isnan(kernels.linear(unit, one_infinite)).all()
 
 
-@pytest.mark.parametrize("layout", ["q4b32", "q4g32", "q8g32"])
+@pytest.mark.parametrize("layout", ["q4b32", "q3b32", "q4g32", "q8g32"])
 @pytest.mark.parametrize("size", [1e-29, 1e-31, 1e-37, 1e-42])
 def test_activations_next_to_nothing_give_next_to_nothing(isa: str, layout: str, size: float) -> None:
     rng = np.random.default_rng(1)
@@ -128,7 +128,7 @@ def test_float_products_are_not_quantized(isa: str, kind: str) -> None:
     assert (np.abs(y_TO - x_TI @ exact.T) <= gamma(20) * (np.abs(x_TI) @ np.abs(exact).T)).all()
 
 
-@pytest.mark.parametrize("layout", ["q4b32", "q4g32", "q8g32"])
+@pytest.mark.parametrize("layout", ["q4b32", "q3b32", "q4g32", "q8g32"])
 def test_embedding_rows_are_the_weights(isa: str, layout: str) -> None:
     matrix = packed(np.random.default_rng(4), layout, 50, 96)
     rows_OI = unpack(matrix.data, layout, 50, 96).astype(np.float32)
@@ -410,7 +410,7 @@ def test_the_cache_does_not_depend_on_how_it_was_filled(isa: str) -> None:
 
 def test_all_instruction_sets_and_thread_counts_give_the_same_bits() -> None:
     rng = np.random.default_rng(10)
-    matrices = [packed(rng, layout, 45, 320) for layout in ("q4b32", "q4g32", "q8g32")]
+    matrices = [packed(rng, layout, 45, 320) for layout in ("q4b32", "q3b32", "q4g32", "q8g32")]
     matrices += [Matrix(kind, random_blocks(rng, kind, 45, 512), 45, 512) for kind in GGML]
     matrices += [kernels.pack(m) for m in matrices if kernels.packed_as(m.layout)]
     before, results = kernels.isa(), []

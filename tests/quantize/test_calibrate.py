@@ -18,7 +18,7 @@ from kimi_lite.errors import KimiLiteWarning, ModelFileError, UsageError
 from kimi_lite.quantize import calibrate
 from kimi_lite.quantize.calibrate import Calibration, Passage
 from kimi_lite.quantize.convert import quantize
-from kimi_lite.quantize.encode import calibrated_q4b32, quantize_q4b32, triangular
+from kimi_lite.quantize.encode import calibrated, to_nearest, triangular
 from kimi_lite.quantize.plan import Checkpoint, text_outputs
 from kimi_lite.runtime.engine import Engine
 from kimi_lite.runtime.reference.evaluate import held_out
@@ -63,8 +63,8 @@ def test_the_factors_multiply_to_the_moments_and_padding_stands_alone() -> None:
 
 def test_without_correlation_it_is_rounding_to_the_nearest() -> None:
     w = np.random.default_rng(1).standard_normal((48, 96), np.float32) / np.float32(16)
-    q, scale = calibrated_q4b32(w, np.eye(96, dtype=np.float32), np.ones(96, np.float32))
-    plain_q, plain_scale = quantize_q4b32(w)
+    q, scale = calibrated(w, "q4b32", np.eye(96, dtype=np.float32), np.ones(96, np.float32))
+    plain_q, plain_scale = to_nearest(w, "q4b32")
     # Two scales may be equally good up to the order of a sum; hardly any are.
     same = (scale == plain_scale).all(1)
     assert same.mean() > 0.9
@@ -90,7 +90,7 @@ def test_weights_are_those_of_the_textbook() -> None:
         np.random.default_rng(2).standard_normal((64, 128), np.float32) / np.float32(16),
     )
     m_II = moments(x)
-    q, scale = calibrated_q4b32(w, *triangular(m_II))
+    q, scale = calibrated(w, "q4b32", *triangular(m_II))
     expected = gptq(w.astype(np.float64), m_II.astype(np.float64), scale.astype(np.float64))
     # Where float32 and float64 fall on different sides of a half, all that follows in that row may differ.
     assert (q == expected).all(1).mean() > 0.9
@@ -104,8 +104,8 @@ def test_products_of_the_inputs_err_half_as_much_as_by_rounding_to_the_nearest()
     fresh = some_inputs(3000, 256)[1000:]  # of the same kind, not the same
     error = {}
     for name, stored in {
-        "plain": quantize_q4b32(w),
-        "calibrated": calibrated_q4b32(w, *triangular(moments(x))),
+        "plain": to_nearest(w, "q4b32"),
+        "calibrated": calibrated(w, "q4b32", *triangular(moments(x))),
     }.items():
         error[name] = np.linalg.norm(fresh @ (weights(*stored) - w).T)
     assert error["calibrated"] < 0.5 * error["plain"]
@@ -322,7 +322,7 @@ def test_what_is_no_sample_is_one_sentence(
 def test_other_types_are_not_calibrated(tmp_path: Path) -> None:
     done = cli(NANO, tmp_path / "out.gguf", "--to", "q8_0", "--calibrate", tmp_path / "gone.txt")
     assert done.returncode == 2
-    assert done.stderr == "kimi-lite: --calibrate rounds int4 only; leave it out for --to q8_0\n"
+    assert done.stderr == "kimi-lite: --calibrate rounds int4 and int3 only; leave it out for --to q8_0\n"
 
 
 def test_pictures_need_an_image_side(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The CPU runtime against the slow numpy model, and against itself cut in every way."""
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,7 @@ from numpy_model import NumpyModel
 from rewrite import rewritten
 from tolerance import gamma
 
-from kimi_lite.errors import DoesNotFitError, ModelFileError, UsageError
+from kimi_lite.errors import DoesNotFitError, KimiLiteWarning, ModelFileError, UsageError
 from kimi_lite.formats.gguf_file import GgufFile
 from kimi_lite.formats.packed import join_mlp, pack_quantized, split_mlp, unpack_quantized
 from kimi_lite.pack import pack
@@ -29,7 +31,7 @@ from kimi_lite.runtime.weights import open_weights
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "kimi_lite" / "nano" / "kimi-vl-nano-int4.gguf"
-TARGETS = ("int4", "q8_0", "q4_0", "f16", "bf16")
+TARGETS = ("int4", "int3", "q8_0", "q4_0", "f16", "bf16")
 GREEDY = SamplingOptions()
 
 
@@ -38,8 +40,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     checkpoint = write_checkpoint(folder / "checkpoint", vision=None)
     made = {to: folder / f"{to}.gguf" for to in TARGETS}
-    for to, path in made.items():
-        quantize(checkpoint, path, to=to)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KimiLiteWarning)  # of int3 without calibration
+        for to, path in made.items():
+            quantize(checkpoint, path, to=to)  # type: ignore[arg-type]
     return made
 
 
@@ -372,36 +376,42 @@ def test_greedy_tokens_equal_the_numpy_models_on_200_prompts_of_nano() -> None:
     assert n_compared > 4000
 
 
-def in_q4g32(metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
-    """The same weights as int4 files held them before scales of one byte: every such scale is a float16 too."""
-    keys = ("name", "layout", "kind", "count", "rows", "columns")
-    table = [metadata[f"kimi_lite.packed.{key}"] for key in keys]
-    for i, (name, layout, kind, count, rows, columns) in enumerate(zip(*table, strict=True)):
-        if layout != "q4b32":
-            continue
-        table[1][i] = "q4g32"
+def in_layout(old: str, new: str) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    """A file's change that stores the same weights in a layout that holds them too."""
 
-        def turned(data: NDArray[np.uint8], O: int, I: int) -> NDArray[np.uint8]:
-            return pack_quantized(*unpack_quantized(data, "q4b32", O, I), "q4g32")
+    def turned(data: NDArray[np.uint8], O: int, I: int) -> NDArray[np.uint8]:
+        return pack_quantized(*unpack_quantized(data, old, O, I), new)
 
-        runs = []
-        for run in np.split(tensors[name][2].view(np.uint8), count):
-            if kind == "matrix":
-                runs.append(turned(run, rows, columns))
+    def change(metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
+        keys = ("name", "layout", "kind", "count", "rows", "columns")
+        table = [metadata[f"kimi_lite.packed.{key}"] for key in keys]
+        for i, (name, layout, kind, count, rows, columns) in enumerate(zip(*table, strict=True)):
+            if layout != old:
                 continue
-            gate, up, down = split_mlp(run, "q4b32", rows, columns)
-            parts = turned(gate, rows, columns), turned(up, rows, columns), turned(down, columns, rows)
-            runs.append(join_mlp(*parts, "q4g32", columns))
-        data = np.concatenate(runs)
-        tensors[name] = ("I8", (data.size,), data)
+            table[1][i] = new
+            runs = []
+            for run in np.split(tensors[name][2].view(np.uint8), count):
+                if kind == "matrix":
+                    runs.append(turned(run, rows, columns))
+                    continue
+                gate, up, down = split_mlp(run, old, rows, columns)
+                parts = turned(gate, rows, columns), turned(up, rows, columns), turned(down, columns, rows)
+                runs.append(join_mlp(*parts, new, columns))
+            data = np.concatenate(runs)
+            tensors[name] = ("I8", (data.size,), data)
+
+    return change
 
 
-def test_a_file_with_float16_scales_gives_the_bits_of_one_with_scales_of_a_byte(tmp_path: Path) -> None:
-    old = rewritten(NANO, tmp_path / "old.gguf", in_q4g32)
-    assert old.stat().st_size > NANO.stat().st_size
-    ids = list(range(40, 60))
+@pytest.mark.parametrize(("to", "layout", "wider"), [("int4", "q4b32", "q4g32"), ("int3", "q3b32", "q4b32")])
+def test_the_same_weights_in_a_wider_layout_give_the_same_bits(
+    files: dict[str, Path], tmp_path: Path, to: str, layout: str, wider: str
+) -> None:
+    """Every scale of one byte is a float16 too, as int4 files held them before; and q3b32's weights are among q4b32's."""
+    other = rewritten(files[to], tmp_path / "other.gguf", in_layout(layout, wider))
+    assert other.stat().st_size > files[to].stat().st_size
     logits = []
-    for path in (old, NANO):
+    for path in (other, files[to]):
         engine = Engine(path, context=64)
-        logits.append([engine.append(ids), engine.append([7])])
+        logits.append([engine.append(list(range(40, 60))), engine.append([7])])
     assert np.array_equal(logits[0], logits[1])
