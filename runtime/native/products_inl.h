@@ -14,19 +14,24 @@
 // its scales, each from row r on. Stored values are unsigned, at most `most`, with a bias of 8 << shift (none if shift is
 // negative), or signed bytes. Halves have a scale each; offsets are minima besides the scale.
 // Signed weights of activations that are never negative, as a softmax's are, can be easier to multiply: `positive`.
+// `once` asks for a line that is loaded once, however many lines are made of it: what one token wants, and costs two a tenth.
+// Where odd lines are upper halves of bytes (`upper`), `line_above` leaves one there, 16 times as large.
 struct Symmetric {
-  static constexpr bool is_signed = false, positive = false, halves = false, offsets = false;
+  static constexpr bool is_signed = false, positive = false, halves = false, offsets = false, upper = false;
   static inline V offset(const uint8_t*, int, int) { return vset(0.0f); }
 };
 
 struct Q4 : Symmetric {
+  static constexpr bool upper = true;
   static constexpr int shift = 0, bytes = kQ4Run, most = 15;
   static inline const uint8_t* run(const uint8_t* w, int g) { return w + static_cast<size_t>(g) * bytes; }
-  template <int j>
+  template <int j, bool once = false>
   static inline L line(const uint8_t* run, int r) {
-    const L two = lload(run + 64 * (j / 2) + 4 * r);
+    const L two = lload<once>(run + 64 * (j / 2) + 4 * r);
     return j % 2 ? lhigh(two) : llow(two);
   }
+  template <int j, bool once = false>
+  static inline L line_above(const uint8_t* run, int r) { return land(lload<once>(run + 64 * (j / 2) + 4 * r), 0xf0); }
   static inline V scale(const uint8_t* w, int g, int, int r) { return vhalf(reinterpret_cast<const uint16_t*>(run(w, g) + 256) + r); }
 };
 
@@ -41,11 +46,17 @@ struct Q4B : Q4 {
 struct Q3B : Q4B {
   static constexpr int bytes = kQ3BRun;
   static inline const uint8_t* run(const uint8_t* w, int g) { return w + static_cast<size_t>(g) * bytes; }
-  template <int j>
+  template <int j, bool once = false>
   static inline L line(const uint8_t* run, int r) {
-    const uint8_t* at = run + 4 * r;
-    if constexpr (j < 6) return leven<j % 2>(lload(at + 64 * (j / 2)));
-    else return leven<j % 2>(lthree(lload(at), lload(at + 64), lload(at + 128)));
+    const L two = both<j, once>(run + 4 * r);
+    return land(j % 2 ? lhigh(two) : two, 0x0e);
+  }
+  template <int j, bool once = false>
+  static inline L line_above(const uint8_t* run, int r) { return land(both<j, once>(run + 4 * r), 0xe0); }
+  template <int j, bool once = false>
+  static inline L both(const uint8_t* at) {
+    if constexpr (j < 6) return lload<once>(at + 64 * (j / 2));
+    else return lthree(lload<once>(at), lload<once>(at + 64), lload<once>(at + 128));
   }
   static inline V scale(const uint8_t* w, int g, int, int r) { return byte_scales(run(w, g) + 192 + r); }
 };
@@ -54,8 +65,8 @@ struct Q8 : Symmetric {
   static constexpr bool is_signed = true;
   static constexpr int shift = 4, bytes = kQ8Run, most = 127;
   static inline const uint8_t* run(const uint8_t* w, int g) { return w + static_cast<size_t>(g) * bytes; }
-  template <int j>
-  static inline L line(const uint8_t* run, int r) { return lload(run + 64 * j + 4 * r); }
+  template <int j, bool once = false>
+  static inline L line(const uint8_t* run, int r) { return lload<once>(run + 64 * j + 4 * r); }
   static inline V scale(const uint8_t* w, int g, int, int r) { return vhalf(reinterpret_cast<const uint16_t*>(run(w, g) + 512) + r); }
 };
 
@@ -66,18 +77,18 @@ struct Q8Positive : Q8 {
 struct Q5 : Symmetric {
   static constexpr int shift = 1, bytes = kQ5Run, most = 31;
   static inline const uint8_t* run(const uint8_t* w, int g) { return w + static_cast<size_t>(g) * bytes; }
-  template <int j>
+  template <int j, bool once = false>
   static inline L line(const uint8_t* run, int r) {  // line j's fifth bits are the bits j of one line
-    return lor(Q4::line<j>(run, r), lbit<j>(lload(run + 256 + 4 * r)));
+    return lor(Q4::line<j, once>(run, r), lbit<j>(lload<once>(run + 256 + 4 * r)));
   }
   static inline V scale(const uint8_t* w, int g, int, int r) { return vhalf(reinterpret_cast<const uint16_t*>(run(w, g) + 320) + r); }
 };
 
 struct I4 : Q4 {
-  static constexpr bool is_signed = true;
+  static constexpr bool is_signed = true, upper = false;
   static constexpr int shift = 4;
-  template <int j>
-  static inline L line(const uint8_t* run, int r) { return lcode(Q4::line<j>(run, r)); }
+  template <int j, bool once = false>
+  static inline L line(const uint8_t* run, int r) { return lcode(Q4::line<j, once>(run, r)); }
 };
 
 struct Q4K : Q4 {
@@ -94,13 +105,13 @@ struct Q4K : Q4 {
 };
 
 struct Q6K : Q4 {
-  static constexpr bool halves = true;
+  static constexpr bool halves = true, upper = false;
   static constexpr int shift = 2, bytes = kQ6KRun, most = 63;
   static inline const uint8_t* head(const uint8_t* w, int g) { return w + static_cast<size_t>(g / 8) * (kQ6KHead + 8 * kQ6KRun); }
   static inline const uint8_t* run(const uint8_t* w, int g) { return head(w, g) + kQ6KHead + g % 8 * kQ6KRun; }
-  template <int j>
+  template <int j, bool once = false>
   static inline L line(const uint8_t* run, int r) {  // line j's upper bits are the bit pairs j % 4 of line j / 4
-    return lor(Q4::line<j>(run, r), ltwo<j % 4>(lload(run + 256 + 64 * (j / 4) + 4 * r)));
+    return lor(Q4::line<j, once>(run, r), ltwo<j % 4>(lload<once>(run + 256 + 64 * (j / 4) + 4 * r)));
   }
   static inline V scale(const uint8_t* w, int g, int half, int r) {
     return vmul(vhalf(reinterpret_cast<const uint16_t*>(head(w, g)) + r), load_int8(run(w, g) + 384 + 16 * half + r));
@@ -147,6 +158,9 @@ struct Integers {
 };
 template <class F, int NT, int S>
 constexpr bool in_turn = !F::halves && kShortLines<F> == 0 && NT * S <= 2;
+// There odd lines need not be moved down, if products take weights of up to 240: their sum is, once.
+template <class F, int NT, int S>
+constexpr bool above = kWholeBytes && F::upper && in_turn<F, NT, S>;
 
 // Line j of S row blocks times NT tokens. All rows meet a token's four channels at once, which are broadcast once for them.
 template <class F, int NT, int S, int j>
@@ -155,7 +169,12 @@ KIMI_INLINE void line_product(const uint8_t* const (&run)[S], const int8_t* x, I
   constexpr int vectors = Integers<NT, S>::vectors;
   L w[vectors];
   KIMI_UNROLL
-  for (int k = 0; k < vectors; ++k) w[k] = F::template line<j>(run[k / kVectors], k % kVectors * kLanes);
+  for (int k = 0; k < vectors; ++k) {
+    const uint8_t* of = run[k / kVectors];
+    const int r = k % kVectors * kLanes;
+    if constexpr (above<F, NT, S> && j % 2) w[k] = F::template line_above<j, NT == 1>(of, r);
+    else w[k] = F::template line<j, NT == 1>(of, r);
+  }
   KIMI_UNROLL
   for (int i = 0; i < sums.n; ++i) {
     const int8_t* at = x + i / vectors * kGroup + 4 * j;
@@ -235,7 +254,7 @@ static inline void tile_product(const uint8_t* const (&w)[S], const uint8_t* con
       for (int i = 0; i < n; ++i) {
         const int t = i / vectors, k = i % vectors, r = k % kVectors * kLanes;
         const V xs = vset(scale[t]);
-        if (in_turn<F, NT, S>) sums.low[i] = iadd(sums.low[i], sums.high[i]);
+        if (in_turn<F, NT, S>) sums.low[i] = iadd(sums.low[i], above<F, NT, S> ? isixteenth(sums.high[i]) : sums.high[i]);
         acc[i] = vfma(itof(sums.low[i]), vscale(ws[k], xs), acc[i]);
         if (F::halves) acc[i] = vfma(itof(sums.high[i]), vscale(F::scale(w[k / kVectors], g, 1, r), xs), acc[i]);
         if (F::offsets)

@@ -20,16 +20,15 @@ static inline V byte_scales(const uint8_t* p) {  // widened with its sign, whose
   return _mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(~0x78000000)), _mm256_set1_epi32(112 << 23)));
 }
 static inline I iset(int32_t x) { return _mm256_set1_epi32(x); }
+static inline I isixteenth(I x) { return _mm256_srai_epi32(x, 4); }
 template <int n> static inline I ishl(I x) { return _mm256_slli_epi32(x, n); }
 static inline I izero() { return _mm256_setzero_si256(); }
 static inline V itof(I x) { return _mm256_cvtepi32_ps(x); }
 static inline I iadd(I x, I y) { return _mm256_add_epi32(x, y); }
-static inline L lload(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+template <bool = false> static inline L lload(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 static inline L llow(L w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
 static inline L lhigh(L w) { return _mm256_and_si256(_mm256_srli_epi16(w, 4), _mm256_set1_epi8(15)); }
-template <bool high> static inline L leven(L w) {
-  return _mm256_and_si256(high ? _mm256_srli_epi16(w, 4) : w, _mm256_set1_epi8(14));
-}
+static inline L land(L w, uint8_t mask) { return _mm256_and_si256(w, _mm256_set1_epi8(static_cast<char>(mask))); }
 static inline L lthree(L a, L b, L c) {
   const L one = _mm256_and_si256(_mm256_slli_epi16(a, 1), _mm256_set1_epi8(0x22));
   const L two = _mm256_and_si256(_mm256_slli_epi16(b, 2), _mm256_set1_epi8(0x44));
@@ -65,6 +64,7 @@ static inline I dot_u7(I acc, L w, const int8_t* x) { return dpbusd(acc, w, four
 static inline I dot_s8(I acc, L w, const int8_t* x) { return dot_u7(acc, _mm256_xor_si256(w, _mm256_set1_epi8(-128)), x); }
 static inline I dot_s8_positive(I acc, L w, const int8_t* x) { return dpbusd(acc, four_channels(x), w); }
 static constexpr int32_t bias_s8 = 128;
+static constexpr bool kWholeBytes = true;
 #else
 // Products of small unsigned values may be added up in 16 bits, which saves the widening of each: 16 sums of 2 channels.
 #define KIMI_SHORT_SUMS
@@ -85,6 +85,7 @@ static inline I dot_s8(I acc, L w, const int8_t* x) {
 // Activations that are unsigned as they are: signs take the ports of multiplications, which are what is scarce.
 static inline I dot_s8_positive(I acc, L w, const int8_t* x) { return widen_add(acc, _mm256_maddubs_epi16(four_channels(x), w)); }
 static constexpr int32_t bias_s8 = 0;
+static constexpr bool kWholeBytes = false;  // two products of more would not fit in 16 bits
 #endif
 static constexpr int kBatch = 4;
 static constexpr Reading kOfOne{2, 1024, 64, 3}, kOfPair = kOfOne, kOfFew{1, 4096, 64, 2};  // Zen 3; four streams spill sums

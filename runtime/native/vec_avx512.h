@@ -68,16 +68,22 @@ static inline void store_four(uint8_t* p, V a, V b, V c, V d) {
   _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
 static inline I iset(int32_t x) { return _mm512_set1_epi32(x); }
+static constexpr bool kWholeBytes = true;
+static inline I isixteenth(I x) { return _mm512_srai_epi32(x, 4); }
 template <int n> static inline I ishl(I x) { return _mm512_slli_epi32(x, n); }
 static inline I izero() { return _mm512_setzero_si512(); }
 static inline V itof(I x) { return _mm512_cvtepi32_ps(x); }
 static inline I iadd(I x, I y) { return _mm512_add_epi32(x, y); }
-static inline L lload(const uint8_t* p) { return _mm512_loadu_si512(p); }
+// Compilers load a line anew for each use, and a run's lines cross those of the cache, so each load is two. The asm is a
+// register's name; equal ones are one.
+template <bool once = false> static inline L lload(const uint8_t* p) {
+  L line = _mm512_loadu_si512(p);
+  if (once) asm("" : "+v"(line));
+  return line;
+}
 static inline L llow(L w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
 static inline L lhigh(L w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
-template <bool high> static inline L leven(L w) {
-  return _mm512_and_si512(high ? _mm512_srli_epi16(w, 4) : w, _mm512_set1_epi8(14));
-}
+static inline L land(L w, uint8_t mask) { return _mm512_and_si512(w, _mm512_set1_epi8(static_cast<char>(mask))); }
 static inline L lthree(L a, L b, L c) {
   constexpr int choose = 0xca;  // of the second where the first has ones, else of the third
   const L two = _mm512_ternarylogic_epi64(_mm512_set1_epi8(0x22), _mm512_slli_epi16(a, 1), _mm512_slli_epi16(b, 2), choose);

@@ -74,17 +74,16 @@ static inline void store_four(uint8_t* p, V a, V b, V c, V d) {
   vst4q_s8(reinterpret_cast<int8_t*>(p), bytes);
 }
 static inline I iset(int32_t x) { I r; EACH r.v[k] = vdupq_n_s32(x); return r; }
+static constexpr bool kWholeBytes = false;  // weights are signed bytes to a product
+static inline I isixteenth(I a) { return a; }
 template <int n> static inline I ishl(I a) { EACH a.v[k] = vshlq_n_s32(a.v[k], n); return a; }
 static inline I izero() { return iset(0); }
 static inline V itof(I a) { V r; EACH r.v[k] = vcvtq_f32_s32(a.v[k]); return r; }
 static inline I iadd(I a, I b) { EACH a.v[k] = vaddq_s32(a.v[k], b.v[k]); return a; }
-static inline L lload(const uint8_t* p) { L r; EACH r.v[k] = vld1q_u8(p + 16 * k); return r; }
+template <bool = false> static inline L lload(const uint8_t* p) { L r; EACH r.v[k] = vld1q_u8(p + 16 * k); return r; }
 static inline L llow(L a) { EACH a.v[k] = vandq_u8(a.v[k], vdupq_n_u8(15)); return a; }
 static inline L lhigh(L a) { EACH a.v[k] = vshrq_n_u8(a.v[k], 4); return a; }
-template <bool high> static inline L leven(L a) {
-  EACH a.v[k] = vandq_u8(high ? vshrq_n_u8(a.v[k], 4) : a.v[k], vdupq_n_u8(14));
-  return a;
-}
+static inline L land(L a, uint8_t mask) { EACH a.v[k] = vandq_u8(a.v[k], vdupq_n_u8(mask)); return a; }
 static inline L lthree(L a, L b, L c) {
   EACH {
     const uint8x16_t two = vbslq_u8(vdupq_n_u8(0x22), vshlq_n_u8(a.v[k], 1), vshlq_n_u8(b.v[k], 2));

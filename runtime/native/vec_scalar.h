@@ -91,16 +91,18 @@ static inline void store_four(uint8_t* p, V a, V b, V c, V d) {
   }
 }
 static inline I iset(int32_t x) { I r; EACH r.v[k] = x; return r; }
+static constexpr bool kWholeBytes = false;  // products of weights above 127, whose sums `isixteenth` divides
+static inline I isixteenth(I a) { return a; }
 template <int n> static inline I ishl(I a) { EACH a.v[k] = static_cast<int32_t>(static_cast<uint32_t>(a.v[k]) << n); return a; }
 static inline I izero() { I r; EACH r.v[k] = 0; return r; }
 static inline V itof(I a) { V r; EACH r.v[k] = static_cast<float>(a.v[k]); return r; }
 static inline I iadd(I a, I b) { EACH a.v[k] += b.v[k]; return a; }
 // A line of 64 weight bytes: 16 rows of 4 channels. `low` and `high` are a line's nibbles.
 struct L { uint8_t b[64]; };
-static inline L lload(const uint8_t* p) { L r; __builtin_memcpy(r.b, p, 64); return r; }
+template <bool = false> static inline L lload(const uint8_t* p) { L r; __builtin_memcpy(r.b, p, 64); return r; }
 static inline L llow(L a) { for (int k = 0; k < 64; ++k) a.b[k] &= 15; return a; }
 static inline L lhigh(L a) { for (int k = 0; k < 64; ++k) a.b[k] >>= 4; return a; }
-template <bool high> static inline L leven(L a) { for (int k = 0; k < 64; ++k) a.b[k] = a.b[k] >> (high ? 4 : 0) & 14; return a; }
+static inline L land(L a, uint8_t mask) { for (int k = 0; k < 64; ++k) a.b[k] &= mask; return a; }
 // Bits 0 of three, lowest first, in bits 1-3, and bits 4 in bits 5-7; the others are anything.
 static inline L lthree(L a, L b, L c) {
   for (int k = 0; k < 64; ++k)
