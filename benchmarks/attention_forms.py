@@ -43,7 +43,7 @@ def long_prompts(checkpoint: Path, seed: int, n: int) -> list[tuple[list[int], n
 
 
 def main() -> None:
-    arguments = asked_for(__doc__)
+    arguments = asked_for(__doc__).parse_args()
     asked = long_prompts(arguments.checkpoint, arguments.seed, arguments.n)
     for target in ("bf16", "int4"):
         with tempfile.TemporaryDirectory() as folder:

@@ -100,7 +100,7 @@ def append(model: CpuModel | HybridModel, ids: list[int]) -> NDArray[np.float32]
 
 
 def main() -> None:
-    a = asked_for(__doc__)
+    a = asked_for(__doc__).parse_args()
     set_threads(None)
     asked = questions(a.checkpoint, a.seed, a.n)
     with tempfile.TemporaryDirectory() as folder:

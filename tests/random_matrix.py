@@ -35,13 +35,13 @@ def random_scales(
     return values.astype(np.float16)
 
 
-def every_byte() -> tuple[Matrix, NDArray[np.float32]]:
-    """A q4b32 matrix [16, 512] with each scale that a byte can hold, once, and all weights one step; and its weights."""
+def every_byte(layout: str) -> tuple[Matrix, NDArray[np.float32]]:
+    """A matrix [16, 512] with each scale that a byte can hold, once, and all weights twice that; and its weights."""
     byte = np.arange(256)
     size = (1 + byte % 8 / 8) * 2.0 ** (byte // 8 % 16 - 15)
     scale_OG = (np.where(byte < 128, size, -size)).reshape(16, 16)
-    data = pack_quantized(np.full((16, 512), 9, np.int8), scale_OG.astype(np.float16), "q4b32")
-    return Matrix("q4b32", data, 16, 512), np.repeat(scale_OG, 32, 1).astype(np.float32)
+    data = pack_quantized(np.full((16, 512), 10, np.int8), scale_OG.astype(np.float16), layout)
+    return Matrix(layout, data, 16, 512), np.repeat(2 * scale_OG, 32, 1).astype(np.float32)
 
 
 def random_blocks(rng: np.random.Generator, kind: str, O: int, I: int) -> NDArray[np.uint8]:

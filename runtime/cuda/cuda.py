@@ -38,7 +38,7 @@ from kimi_lite.runtime.speeds import ASSUMED, Speeds
 from kimi_lite.runtime.vision import Progress, VisionWeights
 from kimi_lite.runtime.weights import Layer, Weights
 
-FORMS = {"q4g32": 0, "q8g32": 1, "q4b32": 2}  # as in products.cu
+FORMS = {"q4g32": 0, "q8g32": 1, "q4b32": 2, "q3b32": 3}  # as in products.cu
 INSTEAD = "run on the CPU with --vram 0, or make an int4 file of the published checkpoint: kimi-lite quantize CHECKPOINT model.gguf"
 
 

@@ -126,7 +126,9 @@ KERNEL deal(const int* ids, int n, int E, const u64* experts, Job* jobs, int* sl
   deal_slots(ids, n, E, experts, jobs, slots, reinterpret_cast<int*>(shared_memory));
 }
 
-DEVICE int run_bytes(int form) { return form == kQ4B ? Q4B::bytes : form == kQ4 ? Q4::bytes : Q8::bytes; }
+DEVICE int run_bytes(int form) {
+  return form == kQ4B ? Q4B::bytes : form == kQ3B ? Q3B::bytes : form == kQ4 ? Q4::bytes : Q8::bytes;
+}
 DEVICE size_t down_at(int form, int F, int D) {  // where down begins in an MLP's run
   return static_cast<size_t>(2 * (F / kRows)) * (D / kGroup) * run_bytes(form);
 }

@@ -16,7 +16,7 @@ struct Matrix {     // packed; `stride` bytes from row block to row block
   int form, rows, columns, stride;
 };
 
-enum { kQ4 = 0, kQ8 = 1, kQ4B = 2 };
+enum { kQ4 = 0, kQ8 = 1, kQ4B = 2, kQ3B = 3 };
 
 struct Halves {     // float16 scales, of four rows and of two
   using Four = uint2;
@@ -45,38 +45,70 @@ template <class Scales>
 struct Int4 : Scales {  // w = scale · (q - 8): the sums start at -8 · (sum of the activations)
   static constexpr int lines = 4, bytes = 256 + 4 * sizeof(typename Scales::Four);
   static constexpr bool biased = true;
-  DEVICE int dot(u32 w, int line, const u32* x, int sum) {
-    sum = __dp4a(static_cast<int>(w & 0x0f0f0f0fu), static_cast<int>(x[2 * line]), sum);
-    return __dp4a(static_cast<int>(w >> 4 & 0x0f0f0f0fu), static_cast<int>(x[2 * line + 1]), sum);
+  DEVICE int halves(u32 w, u32 mask, int line, const u32* x, int sum) {
+    sum = __dp4a(static_cast<int>(w & mask), static_cast<int>(x[2 * line]), sum);
+    return __dp4a(static_cast<int>(w >> 4 & mask), static_cast<int>(x[2 * line + 1]), sum);
+  }
+  DEVICE int dot(const u32 (&w)[4], const u32* x, int sum) {  // a row's words of all lines
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum = halves(w[j], 0x0f0f0f0fu, j, x, sum);
+    return sum;
   }
   // For the tensor cores 16 · (q - 8): the nibble goes to the upper half of its byte, whose sign then is turned. A sum
   // comes out 16 times as large, and the bits of 1.5 · 2^19 count sixteenths.
-  static constexpr int ahead = 4, origin = 0x49400000;
+  static constexpr int ahead = 4, words = 1, origin = 0x49400000;
   static constexpr float zero = 786432.0f;
-  DEVICE void unpack(const uint2 (&w)[1], u32 (&a)[4]) {
-    const u32 nibble = 0xf0f0f0f0u, sign = 0x80808080u;
-    a[0] = and_xor(w[0].x << 4, nibble, sign), a[1] = and_xor(w[0].y << 4, nibble, sign);
-    a[2] = and_xor(w[0].x, nibble, sign), a[3] = and_xor(w[0].y, nibble, sign);
+  DEVICE int first_line(int t) { return t; }  // of the words that lane t of four needs
+  DEVICE void signed_halves(uint2 w, u32 mask, u32 (&a)[4]) {
+    const u32 sign = 0x80808080u;
+    a[0] = and_xor(w.x << 4, mask, sign), a[1] = and_xor(w.y << 4, mask, sign);
+    a[2] = and_xor(w.x, mask, sign), a[3] = and_xor(w.y, mask, sign);
   }
+  DEVICE void unpack(const uint2 (&w)[1], int, u32 (&a)[4]) { signed_halves(w[0], 0xf0f0f0f0u, a); }
 };
 
 using Q4 = Int4<Halves>;
 using Q4B = Int4<Bytes>;
 
+// The same in even q, of which three bits are kept: a fourth line's words are made of a bit in each half byte of the three.
+struct Q3B : Q4B {
+  static constexpr int lines = 3, bytes = 208;
+  DEVICE u32 fourth(u32 a, u32 b, u32 c) {
+    const u32 bit = 0x11111111u;
+    return (a & bit) << 1 | (b & bit) << 2 | (c & bit) << 3;
+  }
+  DEVICE int dot(const u32 (&w)[3], const u32* x, int sum) {
+    const u32 mask = 0x0e0e0e0eu;
+#pragma unroll
+    for (int j = 0; j < 3; ++j) sum = halves(w[j], mask, j, x, sum);
+    return halves(fourth(w[0], w[1], w[2]), mask, 3, x, sum);
+  }
+  static constexpr int ahead = 2, words = 3;
+  DEVICE int first_line(int) { return 0; }
+  DEVICE void unpack(const uint2 (&w)[3], int t, u32 (&a)[4]) {
+    const uint2 own = t == 0 ? w[0] : t == 1 ? w[1] : t == 2 ? w[2]
+        : uint2{fourth(w[0].x, w[1].x, w[2].x), fourth(w[0].y, w[1].y, w[2].y)};
+    signed_halves(own, 0xe0e0e0e0u, a);
+  }
+};
+
 struct Q8 : Halves {  // w = scale · q
   static constexpr int lines = 8, bytes = 544;
   static constexpr bool biased = false;
-  DEVICE int dot(u32 w, int line, const u32* x, int sum) {
-    return __dp4a(static_cast<int>(w), static_cast<int>(x[line]), sum);
+  DEVICE int dot(const u32 (&w)[8], const u32* x, int sum) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum = __dp4a(static_cast<int>(w[j]), static_cast<int>(x[j]), sum);
+    return sum;
   }
-  static constexpr int ahead = 4, origin = 0x4b400000;  // the bits of 1.5 · 2^23, which count ones
+  static constexpr int ahead = 4, words = 2, origin = 0x4b400000;  // the bits of 1.5 · 2^23, which count ones
   static constexpr float zero = 12582912.0f;
-  DEVICE void unpack(const uint2 (&w)[2], u32 (&a)[4]) { a[0] = w[0].x, a[1] = w[0].y, a[2] = w[1].x, a[3] = w[1].y; }
+  DEVICE int first_line(int t) { return 2 * t; }
+  DEVICE void unpack(const uint2 (&w)[2], int, u32 (&a)[4]) { a[0] = w[0].x, a[1] = w[0].y, a[2] = w[1].x, a[3] = w[1].y; }
 };
 
 // Groups whose weights a thread asks for before it uses the first of them: a card answers after hundreds of clocks.
 template <class Form, int NT>
-DEVICE constexpr int ahead() { return NT > 1 ? 1 : Form::lines == 4 ? 4 : 2; }
+DEVICE constexpr int ahead() { return NT > 1 ? 1 : Form::lines <= 4 ? 4 : 2; }
 
 // Rows 4 quad..4 quad + 3 of a row block, groups first..last - 1 (within one chunk), times the listed rows of x.
 template <class Form, int NT>
@@ -89,13 +121,16 @@ DEVICE void chunk_total(const u8* block, const Rows& x, const int (&token)[NT], 
     for (int r = 0; r < 4; ++r) total[t][r] = 0.0f;
 #pragma unroll 1
   for (int begin = first; begin < last; begin += many) {
-    uint4 line[many][Form::lines];
+    u32 row[many][4][Form::lines];  // of each row its words of all lines
     typename Form::Four scales[many];
 #pragma unroll
     for (int i = 0; i < many; ++i) {  // past the end, the last one again
       const u8* run = block + static_cast<size_t>(least(begin + i, last - 1)) * Form::bytes;
 #pragma unroll
-      for (int j = 0; j < Form::lines; ++j) line[i][j] = *reinterpret_cast<const uint4*>(run + 64 * j + 16 * quad);
+      for (int j = 0; j < Form::lines; ++j) {
+        const uint4 line = *reinterpret_cast<const uint4*>(run + 64 * j + 16 * quad);
+        row[i][0][j] = line.x, row[i][1][j] = line.y, row[i][2][j] = line.z, row[i][3][j] = line.w;
+      }
       scales[i] = reinterpret_cast<const typename Form::Four*>(run + 64 * Form::lines)[quad];
     }
 #pragma unroll
@@ -111,18 +146,11 @@ DEVICE void chunk_total(const u8* block, const Rows& x, const int (&token)[NT], 
         const uint4 a = values[0], b = values[1];
         const u32 word[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
         const int start = Form::biased ? x.sum[at] : 0;
-        int sum[4] = {start, start, start, start};
-#pragma unroll
-        for (int j = 0; j < Form::lines; ++j) {
-          sum[0] = Form::dot(line[i][j].x, j, word, sum[0]);
-          sum[1] = Form::dot(line[i][j].y, j, word, sum[1]);
-          sum[2] = Form::dot(line[i][j].z, j, word, sum[2]);
-          sum[3] = Form::dot(line[i][j].w, j, word, sum[3]);
-        }
         const float x_scale = x.scale[at];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          const float sum_to_here = fmaf(static_cast<float>(sum[r]), scale[r] * x_scale, total[t][r]);
+          const int sum = Form::dot(row[i][r], word, start);
+          const float sum_to_here = fmaf(static_cast<float>(sum), scale[r] * x_scale, total[t][r]);
           total[t][r] = there ? sum_to_here : total[t][r];
         }
       }
@@ -135,6 +163,7 @@ DEVICE void chunk_total(int form, const u8* block, const Rows& x, const int (&to
                         float (&total)[NT][4]) {
   const int first = chunk * kChunk, last = least(first + kChunk, x.groups);
   if (form == kQ4B) chunk_total<Q4B, NT>(block, x, token, first, last, quad, total);
+  else if (form == kQ3B) chunk_total<Q3B, NT>(block, x, token, first, last, quad, total);
   else if (form == kQ4) chunk_total<Q4, NT>(block, x, token, first, last, quad, total);
   else chunk_total<Q8, NT>(block, x, token, first, last, quad, total);
 }
@@ -148,7 +177,7 @@ DEVICE void chunk_total(int form, const u8* block, const Rows& x, const int (&to
 // Which channels meet in a step's column is free, as long as both sides agree: lane 4 g + t takes channels 8 t..8 t + 7
 // of its rows and tokens. Those are the two halves of one packed word of int4, and eight bytes in a row of a token. Which
 // row is which is free too: it takes rows 2 g and 2 g + 1, whose words are neighbours. So a warp asks for the lines of a
-// run as they lie, 256 bytes at a time.
+// run as they lie, 256 bytes at a time. (Of three bits a channel each lane asks for all three lines, for two row blocks.)
 constexpr int kTile = 32;           // tokens
 constexpr int kTall = 8;            // row blocks
 constexpr int kEights = kTile / 8;  // steps that share an unpacked weight
@@ -178,8 +207,7 @@ DEVICE void bring(Chunk& chunk, const Rows& x, size_t row, int first, int reach)
 // A lane's weights of a group of two row blocks: of each its words, and the scales of its two rows.
 template <class Form>
 struct Held {
-  static constexpr int words = Form::lines / 4;
-  uint2 word[2][words];
+  uint2 word[2][Form::words];
   u32 scales[2];
 };
 
@@ -190,11 +218,10 @@ struct Place {
 
 template <class Form>
 DEVICE void ask(Held<Form>& held, const Place& place, int group) {
-  constexpr int words = Held<Form>::words;
 #pragma unroll
   for (int b = 0; b < 2; ++b) {
 #pragma unroll
-    for (int j = 0; j < words; ++j) held.word[b][j] = read_8(place.word[b] + group * Form::bytes + 64 * j);
+    for (int j = 0; j < Form::words; ++j) held.word[b][j] = read_8(place.word[b] + group * Form::bytes + 64 * j);
     held.scales[b] = Form::read_two(place.scales[b] + group * Form::bytes);
   }
 }
@@ -246,7 +273,7 @@ DEVICE void add_chunk(Held<Form> (&held)[Form::ahead], Place& place, int groups,
       float scale[2][2];
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
-        Form::unpack(held[i].word[b], a[b]);
+        Form::unpack(held[i].word[b], lane() % 4, a[b]);
         Form::scales(held[i].scales[b], scale[b]);
       }
       add_group<Form, E>(a, scale, chunk, k + i, total);
@@ -275,7 +302,7 @@ DEVICE void tile_sums(const u8* blocks, int stride, int count, const Rows& x, in
 #pragma unroll
   for (int b = 0; b < 2; ++b) {
     const u8* block = blocks + static_cast<size_t>(least(2 * warp() + b, count - 1)) * stride + begin * Form::bytes;
-    place.word[b] = block + 64 * Held<Form>::words * t + 8 * g;
+    place.word[b] = block + 64 * Form::first_line(t) + 8 * g;
     place.scales[b] = block + 64 * Form::lines + sizeof(typename Form::Four) / 2 * g;
   }
 #pragma unroll
@@ -317,6 +344,7 @@ DEVICE const float* multiply_tile(int form, const u8* blocks, int stride, int co
   float sum[kHeld], *out = shared_floats();
   const auto everything = [=](int) { return x.groups; };
   if (form == kQ4B) tile_sums<Q4B>(blocks, stride, count, x, n, row_of, 0, x.groups, everything, sum);
+  else if (form == kQ3B) tile_sums<Q3B>(blocks, stride, count, x, n, row_of, 0, x.groups, everything, sum);
   else if (form == kQ4) tile_sums<Q4>(blocks, stride, count, x, n, row_of, 0, x.groups, everything, sum);
   else tile_sums<Q8>(blocks, stride, count, x, n, row_of, 0, x.groups, everything, sum);
   __syncthreads();

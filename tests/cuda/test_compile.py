@@ -18,7 +18,7 @@ REGISTERS = 1 << 16  # of a multiprocessor, and the most that one block can have
 # The low twelve bits of a machine instruction; what they are for the tensor cores' step on 8-bit integers was read off a
 # kernel that does two of them and nothing else, compiled for each of the cards above.
 OPCODE, IMMA = 0xFFF, 0x237
-FORMS = {"product_32": 3, "heads_32": 3, "gate_up_32": 3, "down_jobs_32": 3, "scores_32": 1, "weigh_32": 1}
+FORMS = {"product_32": 4, "heads_32": 4, "gate_up_32": 4, "down_jobs_32": 4, "scores_32": 1, "weigh_32": 1}
 STEPS = 8  # of a tile's group: two row blocks, four times eight tokens
 
 

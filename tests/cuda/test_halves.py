@@ -232,7 +232,7 @@ def test_a_layer_of_kimi_vl_a3b_keeps_the_bits_and_a_cards_limits(
         start += T
 
 
-@pytest.mark.parametrize("layout", ["q4b32", "q4g32", "q8g32"])
+@pytest.mark.parametrize("layout", ["q4b32", "q3b32", "q4g32", "q8g32"])
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("T", [1, 9, MANY + 1])
 def test_dense_layers_and_experts_of_a_standard_file(

@@ -98,7 +98,7 @@ def test_norm_gives_the_cpus_floats_and_their_int8_rows(
         np.testing.assert_array_equal(found, formula)
 
 
-@pytest.mark.parametrize("layout", ["q4b32", "q4g32", "q8g32"])
+@pytest.mark.parametrize("layout", ["q4b32", "q3b32", "q4g32", "q8g32"])
 @pytest.mark.parametrize(("O", "I"), [(16, 32), (17, 64), (45, 288), (33, 1408), (16, 2304)])
 @pytest.mark.parametrize("T", [1, 3, 8, 33, MANY, MANY + 17])
 def test_products_are_the_cpus(card: Card, layout: str, O: int, I: int, T: int) -> None:
@@ -119,9 +119,10 @@ def test_products_are_the_cpus(card: Card, layout: str, O: int, I: int, T: int) 
     np.testing.assert_array_equal(get(card, ya, (T, O)), before_TO + product_TO)
 
 
+@pytest.mark.parametrize("layout", ["q4b32", "q3b32"])
 @pytest.mark.parametrize("T", [1, 8, 33])
-def test_each_scale_of_one_byte_is_the_cpus(card: Card, T: int) -> None:
-    matrix, _ = every_byte()
+def test_each_scale_of_one_byte_is_the_cpus(card: Card, T: int, layout: str) -> None:
+    matrix, _ = every_byte(layout)
     x_TI = np.random.default_rng(T).standard_normal((T, 512), dtype=np.float32)
     normed_TI, rows = norm(card, x_TI, np.ones(512, np.float32), 1e-5)
     y = card.allocate(T * 16 * 4, "a test")
@@ -129,7 +130,7 @@ def test_each_scale_of_one_byte_is_the_cpus(card: Card, T: int) -> None:
     np.testing.assert_array_equal(get(card, y, (T, 16)), kernels.linear(matrix, normed_TI))
 
 
-@pytest.mark.parametrize("layout", ["q4b32", "q4g32", "q8g32"])
+@pytest.mark.parametrize("layout", ["q4b32", "q3b32", "q4g32", "q8g32"])
 @pytest.mark.parametrize(
     ("T", "H", "O", "I"),
     [(1, 3, 64, 96), (3, 2, 32, 32), (9, 2, 96, 288), (MANY, 2, 128, 32), (MANY + 9, 1, 160, 544)],

@@ -10,6 +10,7 @@ from fake_driver import FakeDriver
 
 from kimi_lite.api import nano_path
 from kimi_lite.errors import KimiLiteWarning, UsageError
+from kimi_lite.quantize.calibrate import Passage
 from kimi_lite.quantize.convert import quantize
 from kimi_lite.runtime.cost import sizes_of
 from kimi_lite.runtime.cuda.cuda import CudaDevice
@@ -76,16 +77,17 @@ def test_waiting_for_the_card_in_mid_step_changes_no_bit(
         assert np.array_equal(engine.append(ids), cpu.append(ids))
 
 
-@pytest.mark.parametrize("to", ["q4_0", "q8_0"])
-def test_a_standard_gguf_that_is_packed_at_load_runs_with_the_bits_of_the_cpu(
-    card: FakeDriver, tmp_path: Path, to: Literal["q4_0", "q8_0"]
+@pytest.mark.parametrize("to", ["q4_0", "q8_0", "int3"])
+def test_a_standard_gguf_that_is_packed_at_load_and_a_file_of_three_bits_run_with_the_bits_of_the_cpu(
+    card: FakeDriver, tmp_path: Path, to: Literal["q4_0", "q8_0", "int3"]
 ) -> None:
     path = tmp_path / f"{to}.gguf"
-    quantize(nano_path().parent, path, to=to)
+    sample = (lambda: [Passage(range(200))]) if to == "int3" else None
+    quantize(nano_path().parent, path, to=to, sample=sample)
     engine, cpu = Engine(path, context=CONTEXT, vram=1 << 26), Engine(path, context=CONTEXT)
     assert isinstance(engine.model, HybridModel)
     assert engine.model.plan.whole
-    for ids in ([5, 6, 7, 8, 9, 10, 11, 12, 13], [14]):
+    for ids in ([5, 6, 7, 8, 9, 10, 11, 12, 13], [14], list(range(15, 75))):
         assert np.array_equal(engine.append(ids), cpu.append(ids))
 
 
@@ -94,7 +96,7 @@ def test_a_file_that_no_gpu_kernel_reads_runs_on_the_cpu_or_says_what_to_do(
 ) -> None:
     path = tmp_path / "bf16.gguf"
     quantize(nano_path().parent, path, to="bf16")
-    says = r"the layout BF16 has no GPU kernel, only q4g32, q8g32, q4b32 have .*--vram 0, or .*kimi-lite quantize CHECK"
+    says = r"the layout BF16 has no GPU kernel, only q4g32, q8g32, q4b32, q3b32 have .*--vram 0, or .*kimi-lite quantize CHECK"
     with pytest.raises(UsageError, match=rf"^layer 0, q: {says}"):
         Engine(path, context=CONTEXT, vram=1 << 26)
     with pytest.warns(KimiLiteWarning, match=rf"the CPU runs, because the card cannot: .*{says}"):

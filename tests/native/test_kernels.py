@@ -137,8 +137,9 @@ def test_embedding_rows_are_the_weights(isa: str, layout: str) -> None:
         assert np.array_equal(kernels.embed(matrix, np.array(ids, np.int32)), rows_OI[ids])
 
 
-def test_each_scale_of_one_byte_is_read_for_what_it_stands_for(isa: str) -> None:
-    matrix, w_OI = every_byte()
+@pytest.mark.parametrize("layout", ["q4b32", "q3b32"])
+def test_each_scale_of_one_byte_is_read_for_what_it_stands_for(isa: str, layout: str) -> None:
+    matrix, w_OI = every_byte(layout)
     assert np.array_equal(kernels.embed(matrix, np.arange(16, dtype=np.int32)), w_OI)
     one_of_each_group = np.kron(np.eye(16), np.eye(1, 32)).astype(np.float32)
     for T in (1, 2, 4, 8, 16):
