@@ -32,11 +32,12 @@ F32 = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Factors = tuple[F32, F32]
 
-DAMPING = 0.01  # of the mean squared input, added to each: few tokens say nothing about most directions
-OTHERS, THEIR_WEIGHT = (
-    512,
-    0.1,
-)  # tokens that an expert sees beside its own, and the router weight they are given
+# Of the mean squared input, added to each: few tokens say nothing about most directions. More where all inputs are alike, as in a
+# sample of one line repeated: rounding errors of a float32 factor reach some 2^-24 of the largest eigenvalue, which is up to
+# as many times the mean as there are columns.
+DAMPING = (0.01, 0.1, 1.0)
+OTHERS = 512  # tokens that an expert sees beside its own,
+THEIR_WEIGHT = 0.1  # and the router weight that they are given
 ROWS_AT_ONCE = 2048  # of the embedding and the head
 WIDEST = 1408  # columns of a down projection that are rounded for each other: an expert's; wider MLPs are sums of such
 
@@ -110,7 +111,7 @@ class Calibration:
         yield from self._keep(output)
         weight_1D = self.kept[output.name.split(".")[-2]][0]
         self.h_TD = _norm(self.x_TD, weight_1D, self.config.rms_eps)
-        self.seen = triangular(_moments(self.h_TD))
+        self.seen = _factored(self.h_TD)
 
     def _project(self, output: Output) -> Iterator[Bytes]:
         """A matrix whose inputs are the normalised rows: q, kv_a and the head."""
@@ -148,7 +149,7 @@ class Calibration:
                 value_nV = score_nn @ (c_nC @ v_HVC[head].T)
                 sums_TX[first:end, at] = value_nV / score_nn.sum(-1, keepdims=True)
         (source,) = output.sources
-        stored, o_DX = _rounded(source.read(0, source.rows), output.type, triangular(_moments(sums_TX)))
+        stored, o_DX = _rounded(source.read(0, source.rows), output.type, _factored(sums_TX))
         self.x_TD += sums_TX @ o_DX.T
         self.kept.clear()
         yield stored
@@ -159,7 +160,7 @@ class Calibration:
         score_TE = _sigmoid(self.h_TD @ router_ED.T)
         chosen_TA = np.argsort(-(score_TE + bias_E), axis=1, kind="stable")[:, : c.n_active]
         weight_TA = np.take_along_axis(score_TE, chosen_TA, 1)
-        weight_TA *= c.routed_scale / weight_TA.sum(1, keepdims=True)
+        weight_TA *= c.routed_scale / (weight_TA.sum(1, keepdims=True) + np.float32(1e-20))
         others = np.unique(np.linspace(0, len(self.h_TD) - 1, OTHERS).astype(int))
         for e in range(c.n_experts):
             tokens, place = np.nonzero(chosen_TA == e)
@@ -180,7 +181,7 @@ class Calibration:
     ) -> tuple[Bytes, F32]:
         """One expert's bytes, and its outputs times the weights of the tokens that it is shown."""
         gate, up, down = output.sources[first : first + 3]
-        seen = seen or triangular(_moments(h_nD * weight_n1))
+        seen = seen or _factored(h_nD * weight_n1)
         gate_bytes, gate_FD = _rounded(gate.read(0, gate.rows), output.type, seen)
         up_bytes, up_FD = _rounded(up.read(0, up.rows), output.type, seen)
         down_DF, y_nD, quantized = down.read(0, down.rows), np.zeros_like(h_nD), []
@@ -190,7 +191,7 @@ class Calibration:
             g_nF *= _sigmoid(g_nF)
             g_nF *= h_nD @ up_FD[part].T
             g_nF *= weight_n1
-            quantized.append(calibrated(down_DF[:, part], output.type, *triangular(_moments(g_nF))))
+            quantized.append(calibrated(down_DF[:, part], output.type, *_factored(g_nF)))
             y_nD += g_nF @ weights_of(*quantized[-1], output.type)[:, : g_nF.shape[1]].T
         q_DF, scale_DG = (np.concatenate(each, 1) for each in zip(*quantized, strict=True))
         down_bytes = pack_quantized(q_DF, scale_DG, output.type)
@@ -212,8 +213,8 @@ def _weights(stored: Bytes, kind: str, rows: int, columns: int) -> F32:
     return unpack(stored, kind, rows, columns)
 
 
-def _moments(x_nI: F32) -> F32:
-    """The sum of x x' over the rows, damped."""
+def _factored(x_nI: F32) -> Factors:
+    """U and D of the sum of x x' over the rows, damped."""
     with np.errstate(over="ignore", invalid="ignore"):
         m_II = x_nI.T @ x_nI
     mean = np.diagonal(m_II).mean()
@@ -221,8 +222,14 @@ def _moments(x_nI: F32) -> F32:
         raise ModelFileError(
             "the sample's activations are not finite numbers here; the checkpoint is damaged"
         )
-    m_II[np.diag_indices(len(m_II))] += DAMPING * mean + np.float32(1e-12)
-    return m_II
+    diagonal_I = np.diagonal(m_II).copy()
+    for damping in DAMPING:
+        np.fill_diagonal(m_II, diagonal_I + np.float32(damping) * mean + np.float32(1e-12))
+        try:
+            return triangular(m_II)
+        except np.linalg.LinAlgError:
+            continue
+    raise AssertionError("moments as large as their own mean beside them have no factor")
 
 
 def _norm(x_nI: F32, weight: F32, eps: float) -> F32:

@@ -77,7 +77,7 @@ def quantize(
             standard GGUF.
         format: "int4", "int3" or "gguf"; follows from `to`, and is checked against it when given.
         sample: gives what the text model's 3- and 4-bit matrices are rounded for (`calibrate`), once the checkpoint is known to
-            be whole; without it each weight is rounded to the nearest step.
+            be whole and the disk to have room; without it each weight is rounded to the nearest step.
 
     Raises:
         ModelFileError: the checkpoint is incomplete, damaged or another model's. Nothing is written.
@@ -107,7 +107,7 @@ def quantize(
     vision = vision_outputs(checkpoint, to) if checkpoint.config.vision else []
     checkpoint.finish()  # says what is missing before a byte is written
     if to in PACKED:
-        first = _calibrated(checkpoint, text, sample()) if sample else _encoded(text)
+        first = _calibrated(checkpoint, text, sample) if sample else _encoded(text)
         outputs = text + vision
         metadata = text_metadata(checkpoint, to, outputs)
         files = [_File(out, metadata, outputs, chain(first, _encoded(vision)), PAGE)]
@@ -159,8 +159,10 @@ def _written(file: _File) -> Iterator[tuple[str, int]]:
             yield name, piece.size
 
 
-def _calibrated(checkpoint: Checkpoint, outputs: list[Output], sample: Sequence[Passage]) -> Pieces:
-    calibration = Calibration(checkpoint.config, sample)
+def _calibrated(
+    checkpoint: Checkpoint, outputs: list[Output], sample: Callable[[], Sequence[Passage]]
+) -> Pieces:
+    calibration = Calibration(checkpoint.config, sample())
     for output in outputs:
         for piece in calibration.pieces(output):
             yield output.name, piece

@@ -31,9 +31,9 @@ TILE_WEIGHTS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The weights that a layout with scales of one byte holds: q - 8 from -8 to 7, every so-manieth, times the scale."""
+    """The weights that a layout with scales of one byte holds: q - 8 from -8 to 7 times the scale, all or the even ones."""
 
-    every: int
+    every: int  # q's steps: 1 or 2
     choices: tuple[int, ...]  # scales that are tried, counted in bytes from the first that reaches |m| / 8
 
     @property

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import gguf
 import numpy as np
@@ -199,13 +200,24 @@ def test_the_error_of_normal_weights_is_what_the_grid_predicts(
     assert least < float(np.sqrt(((back - w) ** 2).mean())) < most
 
 
-def test_verify_reports_each_tensor(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("to", "least", "most"), [("int4", 0.07, 0.09), ("int3", 0.15, 0.193)])
+@pytest.mark.filterwarnings("ignore:3 bits rounded to the nearest")
+def test_verify_reports_each_tensor(
+    tmp_path: Path, to: Literal["int4", "int3"], least: float, most: float
+) -> None:
     checkpoint = write_checkpoint(tmp_path / "c", vision=None)
-    quantize(checkpoint, tmp_path / "m.gguf")
+    quantize(checkpoint, tmp_path / "m.gguf", to=to)
     errors = dict(tensor_errors(checkpoint, tmp_path / "m.gguf"))
-    assert 0.07 < errors["blk.1.ffn_exps.packed"] < 0.09
+    assert least < errors["blk.1.ffn_exps.packed"] < most
+    assert 0.07 < errors["blk.1.ffn_shexp.packed"] < 0.09
     assert 0.003 < errors["token_embd.weight"] < 0.008
     assert errors["blk.1.ffn_gate_inp.weight"] == 0
+
+
+def test_three_bits_without_a_sample_say_that_they_should_have_one(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "c", vision=None)
+    with pytest.warns(KimiLiteWarning, match=r"lose more than they must; .* --calibrate"):
+        quantize(checkpoint, tmp_path / "m.gguf", to="int3")
 
 
 def test_quantizing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
