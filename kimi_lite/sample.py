@@ -97,6 +97,8 @@ def _text(file: str) -> str | None:
         ) from None
     except OSError as error:
         raise UsageError(f"--calibrate {file}: cannot be read ({error.strerror})") from None
+    if data.startswith(b"%PDF-"):  # which may be all ASCII, and is pages
+        return None
     try:
         # The last character may have been cut through.
         text = data.decode("utf-8", "ignore" if len(data) == MAX_BYTES else "strict")

@@ -345,6 +345,12 @@ def test_what_is_no_sample_is_one_sentence(
     assert not list(tmp_path.glob("*out.gguf*"))
 
 
+def test_a_pdf_is_pages_even_if_it_reads_like_text(tmp_path: Path) -> None:
+    (tmp_path / "broken.pdf").write_text("%PDF-1.4\n" + "some words " * 50, encoding="ascii")
+    with pytest.raises(UsageError, match=r"--calibrate .*broken\.pdf"):
+        passages(NANO, [str(tmp_path / "broken.pdf")], tmp_path)
+
+
 def test_other_types_are_not_calibrated(tmp_path: Path) -> None:
     done = cli(NANO, tmp_path / "out.gguf", "--to", "q8_0", "--calibrate", tmp_path / "gone.txt")
     assert done.returncode == 2
