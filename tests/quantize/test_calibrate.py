@@ -309,6 +309,7 @@ def test_pictures_in_a_folder_are_encoded_and_the_rest_is_named(tmp_path: Path) 
     Image.new("RGB", (90, 40), "blue").save(folder / "blue.jpg")
     (folder / "note.txt").write_text("Grüße, 世界", encoding="utf-8")
     (folder / "weights.bin").write_bytes(bytes(range(256)))
+    (folder / ".hidden.txt").write_text("left alone", encoding="utf-8")
     with pytest.warns(KimiLiteWarning, match=r"left out 1 files .*weights\.bin"):
         found = passages(NANO, [str(folder)], tmp_path)
     rows = [p.rows_MD for p in found if p.rows_MD is not None]
@@ -330,6 +331,7 @@ def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
         ("gone.txt", None, "not found; give a text file, a picture, or a folder of them"),
         ("empty.txt", b"  \n", "no text and no picture in it"),
         ("model.bin", b"\x93\x00\xff" * 50, "not a picture that is read here"),
+        ("zeros.bin", bytes(300), "not a picture that is read here"),
     ],
 )
 def test_what_is_no_sample_is_one_sentence(
