@@ -135,6 +135,15 @@ def from_bytes(data: bytes, name: str, selection: tuple[str, str] | None = None)
     return [Picture(name, _decode(data, name))]
 
 
+def begins_like_one(head: bytes) -> bool:
+    """Whether a file with these first bytes is worth opening as a picture, PDF or video; what it is shows then."""
+    from PIL import Image
+
+    Image.init()
+    accepts = [Image.OPEN[f][1] for f in FORMATS if f in Image.OPEN]
+    return _kind(head) is not None or any(accept is not None and accept(head[:16]) for accept in accepts)
+
+
 def _kind(head: bytes) -> Kind | None:
     """What kimi_lite/isolated.py decodes: PDF; MP4, QuickTime, Matroska, WebM and AVI; HEIC. Else None."""
     if b"%PDF-" in head[:1024]:

@@ -310,6 +310,8 @@ def test_pictures_in_a_folder_are_encoded_and_the_rest_is_named(tmp_path: Path) 
     (folder / "note.txt").write_text("Grüße, 世界", encoding="utf-8")
     (folder / "weights.bin").write_bytes(bytes(range(256)))
     (folder / ".hidden.txt").write_text("left alone", encoding="utf-8")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("left alone too", encoding="utf-8")
     with pytest.warns(KimiLiteWarning, match=r"left out 1 files .*weights\.bin"):
         found = passages(NANO, [str(folder)], tmp_path)
     rows = [p.rows_MD for p in found if p.rows_MD is not None]
@@ -345,6 +347,18 @@ def test_what_is_no_sample_is_one_sentence(
     assert name in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.glob("*out.gguf*"))
+
+
+def test_many_other_files_do_not_crowd_pictures_out(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"{i:02}.docx").write_bytes(b"PK\x03\x04" + bytes([i, 0, 255]) * 20)
+    Image.new("RGB", (60, 40), "red").save(folder / "07.png")
+    (folder / "08.jpg").write_bytes(b"\xff\xd8\xff\xe0 begins like one")
+    with pytest.warns(KimiLiteWarning, match=r"left out 61 files"):
+        found = passages(NANO, [str(folder)], tmp_path)
+    assert [p.rows_MD is not None for p in found] == [True]
 
 
 def test_a_pdf_is_pages_even_if_it_reads_like_text(tmp_path: Path) -> None:
