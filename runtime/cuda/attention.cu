@@ -234,10 +234,10 @@ DEVICE float one_group(const uint4* steps, float scale, const Rows& x, size_t ro
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const uint4 w = steps[i], v = values[i];
-    sum = __dp4a(static_cast<int>(w.x), static_cast<int>(v.x), sum);
-    sum = __dp4a(static_cast<int>(w.y), static_cast<int>(v.y), sum);
-    sum = __dp4a(static_cast<int>(w.z), static_cast<int>(v.z), sum);
-    sum = __dp4a(static_cast<int>(w.w), static_cast<int>(v.w), sum);
+    sum = dp4a(w.x, v.x, sum);
+    sum = dp4a(w.y, v.y, sum);
+    sum = dp4a(w.z, v.z, sum);
+    sum = dp4a(w.w, v.w, sum);
   }
   return 0.0f + fmaf(static_cast<float>(sum), scale * x.scale[at], 0.0f);
 }

@@ -46,8 +46,8 @@ struct Int4 : Scales {  // w = scale · (q - 8): the sums start at -8 · (sum of
   static constexpr int lines = 4, bytes = 256 + 4 * sizeof(typename Scales::Four);
   static constexpr bool biased = true;
   DEVICE int halves(u32 w, u32 mask, int line, const u32* x, int sum) {
-    sum = __dp4a(static_cast<int>(w & mask), static_cast<int>(x[2 * line]), sum);
-    return __dp4a(static_cast<int>(w >> 4 & mask), static_cast<int>(x[2 * line + 1]), sum);
+    sum = dp4a(w & mask, x[2 * line], sum);
+    return dp4a(w >> 4 & mask, x[2 * line + 1], sum);
   }
   DEVICE int dot(const u32 (&w)[4], const u32* x, int sum) {  // a row's words of all lines
 #pragma unroll
@@ -97,7 +97,7 @@ struct Q8 : Halves {  // w = scale · q
   static constexpr bool biased = false;
   DEVICE int dot(const u32 (&w)[8], const u32* x, int sum) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) sum = __dp4a(static_cast<int>(w[j]), static_cast<int>(x[j]), sum);
+    for (int j = 0; j < 8; ++j) sum = dp4a(w[j], x[j], sum);
     return sum;
   }
   static constexpr int ahead = 4, words = 2, origin = 0x4b400000;  // the bits of 1.5 · 2^23, which count ones

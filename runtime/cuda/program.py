@@ -28,6 +28,8 @@ from kimi_lite.runtime.directories import cache_directory, written
 FILES = ("arithmetic.cu", "products.cu", "attention.cu", "experts.cu", "vision.cu")  # in the order of reading
 # The CPU engine's bits: no contraction, IEEE division and roots, subnormal numbers kept.
 OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
+ON_ALL_CORES = "--split-compile=0"
+KNOWN_SINCE = (12, 1)  # the version of NVRTC that first compiles on several cores
 OLDEST = 75  # compute capability times ten of Turing; the program is compiled for this and newer
 
 
@@ -182,6 +184,8 @@ class Nvrtc:
         self._call("nvrtcCreateProgram", ctypes.byref(program), text.encode(), b"kernels.cu", 0, None, None)
         try:
             options = [f"--gpu-architecture=sm_{target}", *OPTIONS]
+            if self.version >= KNOWN_SINCE:
+                options.append(ON_ALL_CORES)
             array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
             code = self._library.nvrtcCompileProgram(program, len(options), array)
             if code:

@@ -208,7 +208,7 @@ T __shfl_down_sync(unsigned, T value, int step, int width) {
   const unsigned lane = threadIdx.x % 32;
   return shim::exchange(value, static_cast<int>(lane) % width + step < width ? lane + step : lane);
 }
-inline int __dp4a(int a, int b, int sum) {
+inline int dp4a(uint32_t a, uint32_t b, int sum) {
   for (int k = 0; k < 32; k += 8) sum += static_cast<int>(static_cast<int8_t>(a >> k)) * static_cast<int8_t>(b >> k);
   return sum;
 }
