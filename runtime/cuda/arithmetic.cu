@@ -87,6 +87,7 @@ DEVICE int dp4a(u32 a, u32 b, int sum) {
   asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(sum));
   return d;
 }
+
 DEVICE u32 and_xor(u32 a, u32 b, u32 c) {  // a & b ^ c
   u32 d;
   asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
