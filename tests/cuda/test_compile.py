@@ -61,23 +61,13 @@ def test_compilers_that_can_use_all_cores(
     monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], options: list[str]
 ) -> None:
     nvrtc, asked = Nvrtc(), list[list[str]]()
+    compile_program = nvrtc._library.nvrtcCompileProgram
 
-    class Listening:
-        """The library; notes what a program is compiled with."""
+    def listening(made: Any, n: int, array: Any) -> Any:
+        asked.append([option.decode() for option in array])
+        return compile_program(made, n, array)
 
-        def __getattr__(self, name: str) -> Any:
-            function = getattr(library, name)
-            if name != "nvrtcCompileProgram":
-                return function
-
-            def listening(made: Any, n: int, array: Any) -> Any:
-                asked.append([option.decode() for option in array])
-                return function(made, n, array)
-
-            return listening
-
-    library = nvrtc._library
-    monkeypatch.setattr(nvrtc, "_library", Listening())
+    monkeypatch.setattr(nvrtc._library, "nvrtcCompileProgram", listening)
     monkeypatch.setattr(nvrtc, "version", version)
     assert nvrtc.compile('extern "C" __global__ void nothing() {}', 86).startswith(b"\x7fELF")
     assert asked == [["--gpu-architecture=sm_86", *program.OPTIONS, *options]]
