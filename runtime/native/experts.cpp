@@ -66,8 +66,8 @@ void gate_and_up(const Job& job, int from, int to, float* gate, float* up) {
     }
     return blocks.multiply(packed_form(g), job.in, 0);
   }
-  row_blocks(g, from, to, job.in, gate, (to - from) * kRows);
-  row_blocks(u, from, to, job.in, up, (to - from) * kRows);
+  row_blocks(g, from, to, job.in, gate, (to - from) * kRows, u, from);
+  row_blocks(u, from, to, job.in, up, (to - from) * kRows, g, to);
 }
 
 // The first half of all jobs: hidden values, quantized unless a down matrix is stored as floats.

@@ -11,6 +11,9 @@ using namespace kimi;
 bool runs_here() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+#ifdef KIMI_ZEN4
+         __builtin_cpu_supports("avx512vbmi") &&
+#endif
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 }  // namespace

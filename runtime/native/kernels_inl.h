@@ -47,6 +47,11 @@ namespace products {
 #include KIMI_PRODUCT_VECTOR
 #endif
 #include "products_inl.h"
+#ifdef KIMI_MANY
+#include KIMI_MANY
+#else
+constexpr int kManyFrom = 0;
+#endif
 }  // namespace products
 
 static float dot(const float* a, const float* b, int n) {
@@ -190,6 +195,11 @@ static void turn_values(const float* x, size_t stride, int n, int C, uint8_t* ou
   {products::call<products::Q4>, products::call<products::Q4B>, products::call<products::Q3B>, products::call<products::Q8>, products::call<products::Q5>, \
    products::call<products::I4>, products::call<products::Q4K>, products::call<products::Q6K>, products::call<products::Panel<false, false>>,        \
    products::call<products::Panel<true, false>>, products::call<products::Panel<false, true>>, products::call<products::Q8Positive>}
+#ifdef KIMI_MANY  // the forms before q8g32
+#define KIMI_MANY_FORMS {nullptr, products::many<products::Q4B>, products::many<products::Q3B>}
+#else
+#define KIMI_MANY_FORMS {}
+#endif
 #define KIMI_TABLE(name, runs_here)                                                                                      \
-  {name, runs_here, products::kEveryWidth, KIMI_FORMS(blocks),                                                           \
+  {name, runs_here, products::kEveryWidth, products::kManyFrom, KIMI_FORMS(blocks), KIMI_MANY_FORMS,                     \
    quantize, dots, half_to_float, rms_norm, silu_mul, sigmoid, axpy, residual, softmax, store_row, turn_rows, turn_values, KIMI_FORMS(turned)}

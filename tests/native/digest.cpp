@@ -122,6 +122,31 @@ void run(const Kernels& k, bool emulated = false) {
       k.turned[form](weights.data(), G, turned.data(), kRows);
       say(k, names[form], turned.data(), sizeof(float) * turned.size(), " turned round");
     }
+  // Many tokens: two parts where there is a way of their own, the last tile not full, and a last chunk of five groups.
+  constexpr int kMany = 205, few_groups = 21;
+  std::vector<uint8_t> tiles(static_cast<size_t>(kMany) * few_groups * kTokenGroup);
+  std::vector<float> out(2 * kMany * kRows);
+  for (const Form form : {Form::q4b32, Form::q3b32}) {
+    const auto each_tile = [&](auto call) {
+      for (int first = 0, width; first < kMany; first += width)
+        width = k.tile_width(kMany - first), call(first, width, tiles.data() + static_cast<size_t>(first) * few_groups * kTokenGroup);
+    };
+    each_tile([&](int first, int width, uint8_t* tile) {
+      for (int t = 0; t < width; ++t) k.quantize(x.data() + (first + t), few_groups, tile, width, t);
+    });
+    for (uint8_t& b : weights) b = static_cast<uint8_t>(draw());
+    const void *blocks[] = {weights.data(), weights.data() + few_groups * kQ4BRun}, *next[] = {blocks[1], blocks[0]};
+    for (int n : {1, 2}) {
+      const auto multiply = [&](BlocksKernel kernel, int first, int width, const uint8_t* tile) {
+        float* to[] = {out.data() + first * n * kRows, out.data() + first * n * kRows + kRows};
+        kernel(blocks, next, n, tile, few_groups, width, to, n * kRows);
+      };
+      const int which = static_cast<int>(form);
+      if (k.many[which]) multiply(k.many[which], 0, kMany, tiles.data());
+      else each_tile([&](int first, int width, const uint8_t* tile) { multiply(k.blocks[which], first, width, tile); });
+      say(k, names[which], out.data(), sizeof(float) * n * kMany * kRows, " many tokens");
+    }
+  }
   std::vector<uint8_t> tile(static_cast<size_t>(W) * G * kTokenGroup);
   for (int t = 0; t < W; ++t) k.quantize(x.data() + t * I, G, tile.data(), W, t);
   for (int g = 0; g < G; ++g)  // but for the scales, which a tile may keep as exponents; `residual` multiplies by them

@@ -39,7 +39,7 @@ def bound(w_OI: NDArray[Any], x_TI: NDArray[Any]) -> NDArray[Any]:
 
 @pytest.mark.parametrize("layout", ["q4b32", "q3b32", "q4g32", "q8g32"])
 @pytest.mark.parametrize(("O", "I"), [(16, 32), (17, 64), (45, 288), (96, 1408)])
-@pytest.mark.parametrize("T", [1, 2, 3, 6, 7, 8, 13])
+@pytest.mark.parametrize("T", [1, 2, 3, 6, 7, 8, 13, 27])
 def test_packed_products_follow_the_formula(isa: str, layout: str, O: int, I: int, T: int) -> None:
     rng = np.random.default_rng(O * I + T)
     matrix = packed(rng, layout, O, I)
@@ -83,6 +83,21 @@ def test_activations_next_to_nothing_give_next_to_nothing(isa: str, layout: str,
     y_TO = kernels.linear(matrix, x_TI)
     assert (np.abs(y_TO) <= 1.01 * most).all()
     assert (y_TO != 0).any() == (size > 1e-30)
+
+
+@pytest.mark.parametrize("layout", ["q4b32", "q3b32"])
+@pytest.mark.parametrize("T", [24, 205])  # 205: two parts on Zen 4, and a tile of five
+def test_many_tokens_have_the_bits_of_each_alone(isa: str, layout: str, T: int) -> None:
+    rng = np.random.default_rng(T)
+    matrix = packed(rng, layout, 45, 352)  # a row block beside another and one without; a chunk of 8 groups and one of 3
+    size_T1 = 10.0 ** rng.uniform(-31, 36, (T, 1))
+    x_TI = (size_T1 * rng.standard_normal((T, 352))).astype(np.float32)
+    x_TI[3, 40] = np.inf
+    x_TI[7], x_TI[11, 32:64] = 0, 0
+    y_TO = kernels.linear(matrix, x_TI)
+    alone_TO = np.concatenate([kernels.linear(matrix, x_TI[t : t + 1]) for t in range(T)])
+    assert np.array_equal(y_TO.view(np.uint32), alone_TO.view(np.uint32))
+    assert np.isnan(y_TO).any(axis=1).nonzero()[0].tolist() == [3]
 
 
 @pytest.mark.parametrize("kind", GGML)
@@ -145,6 +160,8 @@ def test_each_scale_of_one_byte_is_read_for_what_it_stands_for(isa: str, layout:
     for T in (1, 2, 4, 8, 16):
         y_TO = np.concatenate([kernels.linear(matrix, x) for x in np.split(one_of_each_group, 16 // T)])
         assert np.array_equal(y_TO.T, w_OI[:, ::32]), T
+    twice_TO = kernels.linear(matrix, np.tile(one_of_each_group, (2, 1)))
+    assert np.array_equal(twice_TO, np.tile(w_OI[:, ::32].T, (2, 1)))
 
 
 @pytest.mark.parametrize("T", [1, 5])
