@@ -89,7 +89,9 @@ def test_activations_next_to_nothing_give_next_to_nothing(isa: str, layout: str,
 @pytest.mark.parametrize("T", [24, 205])  # 205: two parts on Zen 4, and a tile of five
 def test_many_tokens_have_the_bits_of_each_alone(isa: str, layout: str, T: int) -> None:
     rng = np.random.default_rng(T)
-    matrix = packed(rng, layout, 45, 352)  # a row block beside another and one without; a chunk of 8 groups and one of 3
+    matrix = packed(
+        rng, layout, 45, 352
+    )  # a row block beside another and one without; a chunk of 8 groups and one of 3
     size_T1 = 10.0 ** rng.uniform(-31, 36, (T, 1))
     x_TI = (size_T1 * rng.standard_normal((T, 352))).astype(np.float32)
     x_TI[3, 40] = np.inf
