@@ -46,11 +46,17 @@ static inline void unpack(const uint8_t* w, int groups, Unpacked* out) {
   }
 }
 
-// One chunk of a row block times a tile of W tokens, added to total [W][16]. Of what is multiplied next, a few lines a group are
-// asked for on the way.
+struct Totals {  // 16 floats a token
+  float* at;
+  size_t stride;
+  Totals from(int token) const { return {at + token * stride, stride}; }
+};
+
+// One chunk of a row block times a tile of W tokens: after = before + the chunk's sums. Of what is multiplied next, a few lines a
+// group are asked for on the way.
 constexpr int kHints = 3;  // two row blocks' make six, and a tile of eight has 352 bytes a group
 template <int W>
-static void chunk_product(const Unpacked* w, const uint8_t* tile, int groups, const uint8_t* next, float* total) {
+static void chunk_product(const Unpacked* w, const uint8_t* tile, int groups, const uint8_t* next, Totals before, Totals after) {
   V acc[W];
   KIMI_UNROLL
   for (int i = 0; i < W; ++i) acc[i] = vset(0.0f);
@@ -74,10 +80,10 @@ static void chunk_product(const Unpacked* w, const uint8_t* tile, int groups, co
     for (int i = 0; i < W; ++i) acc[i] = vadd(acc[i], vscale(itof(sums[i]), vadd(row, vset(exponent[i]))));
   }
   KIMI_UNROLL
-  for (int i = 0; i < W; ++i) vstore(total + i * kRows, vadd(vload(total + i * kRows), acc[i]));
+  for (int i = 0; i < W; ++i) vstore(after.from(i).at, vadd(vload(before.from(i).at), acc[i]));
 }
 
-using ChunkProduct = void (*)(const Unpacked* w, const uint8_t* tile, int groups, const uint8_t* next, float* total);
+using ChunkProduct = void (*)(const Unpacked* w, const uint8_t* tile, int groups, const uint8_t* next, Totals before, Totals after);
 constexpr ChunkProduct kChunkProducts[kTile] = {chunk_product<1>, chunk_product<2>, chunk_product<3>, chunk_product<4>,
                                                 chunk_product<5>, chunk_product<6>, chunk_product<7>, chunk_product<8>};
 
@@ -88,7 +94,7 @@ template <class F>
 static void many(const void* const* w, const void* const* next, int n, const uint8_t* tiles, int groups, int tokens, float* const* out,
                  size_t stride) {
   alignas(64) Unpacked unpacked[kPair][kChunk];
-  alignas(64) float total[kPair][kTokensAtOnce * kRows];
+  alignas(64) float total[kPair][kTokensAtOnce * kRows], none[kRows] = {};
   const auto block = [](const void* w) { return static_cast<const uint8_t*>(w); };
   for (int from = 0, count; from < tokens; from += count) {  // as few parts as can be, all about as long
     const int left = (tokens - from + kTile - 1) / kTile * kTile, parts = (left + kTokensAtOnce - 1) / kTokensAtOnce;
@@ -96,8 +102,6 @@ static void many(const void* const* w, const void* const* next, int n, const uin
     if (count > tokens - from) count = tokens - from;
     const auto width = [&](int i) { return count - i < kTile ? count - i : kTile; };
     const auto tile_at = [&](int i, int g) { return tiles + (static_cast<size_t>(from + i) * groups + g * width(i)) * kTokenGroup; };
-    for (int s = 0; s < n; ++s)
-      for (int i = 0; i < count; ++i) vstore(total[s] + i * kRows, vset(0.0f));
     for (int g = 0, size; g < groups; g += size) {
       size = groups - g < kChunk ? groups - g : kChunk;
       for (int s = 0; s < n; ++s) unpack<F>(F::run(block(w[s]), g), size, unpacked[s]);
@@ -109,11 +113,12 @@ static void many(const void* const* w, const void* const* next, int n, const uin
           const uint8_t* ahead = g + size < groups ? F::run(block(w[s]), g + size) : block(from + count < tokens ? w[s] : next[s]);
           constexpr int lines = kChunk * F::bytes / 64 + 1;
           for (int k = lines * i / count; k < lines * (i + W) / count; ++k) __builtin_prefetch(ahead + 64 * k);
-          kChunkProducts[W - 1](unpacked[s], tile_at(i, g), size, then + s * kChunk * kHints * 64, total[s] + i * kRows);
+          // The last chunk's go where they belong: a pass of its own for them waited nine cycles a token for its stores.
+          const Totals kept{total[s], kRows}, before = g ? kept : Totals{none, 0};
+          const Totals after = g + size < groups ? kept : Totals{out[s] + from * stride, stride};
+          kChunkProducts[W - 1](unpacked[s], tile_at(i, g), size, then + s * kChunk * kHints * 64, before.from(i), after.from(i));
         }
       }
     }
-    for (int s = 0; s < n; ++s)
-      for (int i = 0; i < count; ++i) vstore(out[s] + (from + i) * stride, vload(total[s] + i * kRows));
   }
 }
