@@ -95,33 +95,31 @@ void attend(const Expanded& e, int h, const Heads& q, const Heads& qr, int posit
   const float* scales = e.scales + h * e.padded();
   const int width = e.key_groups() * kGroup, own = position / kGroup, groups = own + 1;
   const size_t stride = static_cast<size_t>(groups) * kGroup + kRows;
-  float* row = row_.get(width);
+  float* row = row_.get(static_cast<size_t>(W) * width);
   float* score = score_.get(W * stride);
   uint8_t* query = query_.get(W * token_bytes(width));
   const size_t tile = static_cast<size_t>(W) * kTokenGroup;  // bytes of one group
   uint8_t* weights = weights_.get(tile * (groups + 2));
-  std::fill_n(row, width, 0.0f);
   for (int i = 0; i < W; ++i) {
-    std::memcpy(row, q.at(i, h), sizeof(float) * e.N);
-    std::memcpy(row + e.N, qr.at(i, h), sizeof(float) * e.R);
-    kernels().quantize(row, width / kGroup, query, W, i);
+    float* at = row + i * width;
+    std::memcpy(at, q.at(i, h), sizeof(float) * e.N);
+    std::memcpy(at + e.N, qr.at(i, h), sizeof(float) * e.R);
+    std::fill(at + e.N + e.R, at + width, 0.0f);
   }
+  kernels().quantize(row, width, W, width / kGroup, query, W, 0);
   const int seen = (position + W + kRows - 1) / kRows;  // row blocks of keys
   for (int b = 0; b < seen; b += kPair)
     kernels().side_by_side(Form::q8g32, keys + b * e.key_stride(), e.key_stride(), std::min(kPair, seen - b), query, e.key_groups(), W,
                            score + b * kRows, stride);
   // Sinks and neighbours dwarf the rest of their group, so those two groups have a second int8 digit, behind the others.
   const int twice[2] = {0, own}, n_twice = own ? 2 : 1;
-  float inverse[kTile], lost[kGroup];
-  for (int i = 0; i < W; ++i) {
-    float* s = score + i * stride;
-    inverse[i] = 1.0f / kernels().softmax(s, position + i + 1, scale);
-    for (int k = 0; k < groups * kGroup; ++k) s[k] *= scales[k];
-    kernels().quantize(s, groups, weights, W, i);
-    for (int d = 0; d < n_twice; ++d) {
-      kernels().residual(s + twice[d] * kGroup, weights + tile * twice[d], W, i, lost);
-      kernels().quantize(lost, 1, weights + tile * (groups + d), W, i);
-    }
+  float inverse[kTile], lost[kTile * kGroup];
+  for (int i = 0; i < W; ++i) inverse[i] = 1.0f / kernels().softmax(score + i * stride, position + i + 1, scale, scales);
+  kernels().quantize(score, stride, W, groups, weights, W, 0);
+  for (int d = 0; d < n_twice; ++d) {
+    for (int i = 0; i < W; ++i)
+      kernels().residual(score + i * stride + twice[d] * kGroup, weights + tile * twice[d], W, i, lost + i * kGroup);
+    kernels().quantize(lost, kGroup, W, 1, weights + tile * (groups + d), W, 0);
   }
   for (int b = 0; b < e.V / kRows; ++b) {
     const uint8_t* rows = values + b * e.value_stride();

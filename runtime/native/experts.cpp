@@ -107,7 +107,7 @@ void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
   }
   if (wanted) {
     uint8_t* at = rows.get(in_bytes * T);
-    const auto quantize = [&](int t, int) { kernels().quantize(x + static_cast<size_t>(t) * D, D / kGroup, at + t * in_bytes, 1, 0); };
+    const auto quantize = [&](int t, int) { kernels().quantize(x + static_cast<size_t>(t) * D, 0, 1, D / kGroup, at + t * in_bytes, 1, 0); };
     const auto collect = [&](int j, int) {
       Operand& in = jobs[j].in;
       in.tiles = gather(at, D, in.tokens, in.n, const_cast<uint8_t*>(in.tiles));
@@ -137,7 +137,7 @@ void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
     for (int first = 0, W; first < n; first += W) {
       W = tile_width(n, first);
       uint8_t* tile = const_cast<uint8_t*>(job.hidden.tiles) + first * token_bytes(F) + static_cast<size_t>(g) * W * kTokenGroup;
-      for (int lane = 0; lane < W; ++lane) kernels().quantize(gate + (first + lane) * width, groups, tile, W, lane);
+      kernels().quantize(gate + first * width, width, W, groups, tile, W, 0);
     }
   });
 }
@@ -179,8 +179,7 @@ void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A,
         kernels().axpy(job.slots ? weights[job.slots[i]] : 1.0f, part + static_cast<size_t>(i) * padded, padded,
                        sum + static_cast<size_t>(job.tokens[i]) * padded);
     }
-    for (int t = 0; t < T; ++t)
-      for (int r = 0; r < rows; ++r) y[static_cast<size_t>(t) * D + from * kRows + r] += sum[static_cast<size_t>(t) * padded + r];
+    for (int t = 0; t < T; ++t) kernels().axpy(1.0f, sum + static_cast<size_t>(t) * padded, rows, y + static_cast<size_t>(t) * D + from * kRows);
   });
 }
 

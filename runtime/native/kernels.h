@@ -67,10 +67,10 @@ struct Kernels {
   // The same of W tokens in tiles, one behind the other, and at most kPair row blocks, where many have a faster way; null where not.
   // A group's term that is no float by itself, beyond 3.4e38, may be infinite here and in `acc` not.
   BlocksKernel many[static_cast<int>(Form::count)];
-  // One token's floats into lane `lane` of a tile of W: scale = the least power of two that takes a group's largest value to at
+  // n tokens' floats, `stride` from token to token, into the lanes from `lane` on of a tile of W: scale = the least power of two that takes a group's largest value to at
   // most 127, q = nearest even of x / scale. A group with nothing above 1e-30 is zeros with the scale 1; one with an infinite
   // value, or with values that are no numbers only, has a scale that is not a number.
-  void (*quantize)(const float* x, int groups, uint8_t* tile, int W, int lane);
+  void (*quantize)(const float* x, size_t stride, int n, int groups, uint8_t* tile, int W, int lane);
   // out[i * stride + j] = dot product of a[i] and b[j], n floats each; n is a multiple of 16 here and below.
   void (*dots)(const float* const* a, int n_a, const float* const* b, int n_b, int n, float* out, size_t stride);
   void (*half_to_float)(const uint16_t* x, int n, float* out);
@@ -80,8 +80,9 @@ struct Kernels {
   void (*axpy)(float a, const float* x, int n, float* y);  // y = fma(a, x, y)
   // Adds what one token's group lost when it was quantized: x - scale * q, 32 floats, to be quantized once more.
   void (*residual)(const float* x, const uint8_t* tile, int W, int lane, float* out);
-  // s = exp(scale * (s - the largest of the first n)), 0 from n up to the next multiple of 32; returns their sum.
-  float (*softmax)(float* s, int n, float scale);
+  // s = exp(scale * (s - the largest of the first n)), 0 from n up to the next multiple of 32; returns their sum. With `times`, each
+  // is multiplied by its float there, after the sum.
+  float (*softmax)(float* s, int n, float scale, const float* times);
   // One row of `groups` * 32 floats as row r of a q8g32 row block.
   void (*store_row)(const float* x, int groups, uint8_t* block, int r);
   // Rows first..first+n-1 of a q8g32 matrix, turned round: channel block b of C / 16 becomes one q8g32 run of 16 channels

@@ -24,7 +24,7 @@ static inline int32_t exponent_of(float absmax) {
 }
 
 // One token's groups into a tile.
-static void quantize(const float* x, int groups, uint8_t* tile, int W, int lane) {
+static inline void quantize_token(const float* x, int groups, uint8_t* tile, int W, int lane) {
   for (int g = 0; g < groups; ++g, x += kGroup, tile += W * kTokenGroup) {
     const V a = vload(x), b = vload(x + 16);
     const float absmax = lane_max(vmax(vabs(a), vabs(b)));
@@ -40,6 +40,16 @@ static void quantize(const float* x, int groups, uint8_t* tile, int W, int lane)
     sums[lane] = whole;
     sums[W + lane] = low;
   }
+}
+
+#ifdef KIMI_QUANTIZE_TILE
+#include KIMI_QUANTIZE_TILE
+#endif
+static void quantize(const float* x, size_t stride, int n, int groups, uint8_t* tile, int W, int lane) {
+#ifdef KIMI_QUANTIZE_TILE
+  if (n == kTile) return quantize_tile(x, stride, groups, tile);
+#endif
+  for (int i = 0; i < n; ++i) quantize_token(x + i * stride, groups, tile, W, lane + i);
 }
 
 namespace products {
@@ -119,7 +129,7 @@ static void residual(const float* x, const uint8_t* tile, int W, int lane, float
   for (int k = 0; k < kGroup; k += 16) vstore(out + k, vfma(scale, load_int8(tile + lane * kGroup + k), vload(x + k)));
 }
 
-static float softmax(float* s, int n, float scale) {
+static float softmax(float* s, int n, float scale, const float* times) {
   const int padded = (n + kGroup - 1) / kGroup * kGroup;
   for (int k = n; k < padded; ++k) s[k] = -INFINITY;
   V top = vload(s);
@@ -128,7 +138,11 @@ static float softmax(float* s, int n, float scale) {
   for (int k = 0; k < padded; k += 16) vstore(s + k, vexp(vmul(by, vsub(vload(s + k), most))));
   for (int k = n; k < padded; ++k) s[k] = 0.0f;
   V total = vset(0.0f);
-  for (int k = 0; k < padded; k += 16) total = vadd(total, vload(s + k));
+  for (int k = 0; k < padded; k += 16) {
+    const V x = vload(s + k);
+    total = vadd(total, x);
+    if (times) vstore(s + k, vmul(x, vload(times + k)));
+  }
   return lane_sum(total);
 }
 

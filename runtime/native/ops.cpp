@@ -68,8 +68,7 @@ int blocks_a_task(const Weights& w, int T, int blocks) {
 const uint8_t* tiles_of(const float* x, size_t stride, int T, int columns, uint8_t* out) {
   for (int first = 0, W; first < T; first += W) {
     W = tile_width(T, first);
-    uint8_t* tile = out + first * token_bytes(columns);
-    for (int lane = 0; lane < W; ++lane) kernels().quantize(x + (first + lane) * stride, columns / kGroup, tile, W, lane);
+    kernels().quantize(x + first * stride, stride, W, columns / kGroup, out + first * token_bytes(columns), W, 0);
   }
   return out;
 }

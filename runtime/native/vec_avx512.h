@@ -1,4 +1,5 @@
 // Sixteen floats in one AVX-512 register; VNNI sums four byte products a lane and step.
+#define KIMI_QUANTIZE_TILE "quantize_avx512.h"
 using V = __m512;
 using I = __m512i;
 using L = __m512i;
@@ -15,8 +16,10 @@ static inline V vfma(V x, V y, V z) { return _mm512_fmadd_ps(x, y, z); }
 #ifdef KIMI_ZEN4  // two of four units multiply, others scale; Intel's two do both, scaling in two steps
 #define KIMI_EXPONENTS
 static inline float kept(int32_t e) { return static_cast<float>(e); }
+static inline __m256 kept(__m256i e) { return _mm256_cvtepi32_ps(e); }
 static inline V vscale(V x, V power) { return _mm512_scalef_ps(x, power); }
 #else
+static inline __m256 kept(__m256i e) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23)); }
 static inline V vscale(V x, V power) { return vmul(x, power); }
 #endif
 static inline V vabs(V x) { return _mm512_abs_ps(x); }

@@ -80,7 +80,7 @@ void run(const Kernels& k, bool emulated = false) {
           width = k.tile_width(n_tokens - first), call(first, width, tiles.data() + static_cast<size_t>(first) * G * kTokenGroup);
       };
       each_tile([&](int first, int width, uint8_t* tile) {
-        for (int t = 0; t < width; ++t) k.quantize(y.data() + (first + t) * I, G, tile, width, t);
+        k.quantize(y.data() + first * I, I, width, G, tile, width, 0);
       });
       for (uint8_t& b : weights) b = static_cast<uint8_t>(draw());
       if (form >= static_cast<int>(Form::panel) && !positive) {
@@ -132,7 +132,7 @@ void run(const Kernels& k, bool emulated = false) {
         width = k.tile_width(kMany - first), call(first, width, tiles.data() + static_cast<size_t>(first) * few_groups * kTokenGroup);
     };
     each_tile([&](int first, int width, uint8_t* tile) {
-      for (int t = 0; t < width; ++t) k.quantize(x.data() + (first + t), few_groups, tile, width, t);
+      k.quantize(x.data() + first, 1, width, few_groups, tile, width, 0);
     });
     for (uint8_t& b : weights) b = static_cast<uint8_t>(draw());
     const void *blocks[] = {weights.data(), weights.data() + few_groups * kQ4BRun}, *next[] = {blocks[1], blocks[0]};
@@ -148,11 +148,20 @@ void run(const Kernels& k, bool emulated = false) {
     }
   }
   std::vector<uint8_t> tile(static_cast<size_t>(W) * G * kTokenGroup);
-  for (int t = 0; t < W; ++t) k.quantize(x.data() + t * I, G, tile.data(), W, t);
-  for (int g = 0; g < G; ++g)  // but for the scales, which a tile may keep as exponents; `residual` multiplies by them
-    std::memset(tile.data() + (g * kTokenGroup + kGroup) * W, 0, sizeof(float) * W);
-  say(k, "quantize", tile.data(), tile.size());
-  for (int t = 0; t < W; ++t) k.quantize(x.data() + t * I, G, tile.data(), W, t);
+  // A whole tile and token by token; values of all sizes, those around 1e-30 and zeros among them.
+  for (int i = 0; i < W * I; ++i) {
+    const uint32_t power = static_cast<uint32_t>(7 + i / kGroup * 53 % 230) << 23;  // 2^-120 to 2^109
+    float by;
+    std::memcpy(&by, &power, sizeof by);
+    y[i] = i / kGroup % 31 ? x[i] * by : 0.0f;
+  }
+  for (int step : {W, 1}) {
+    for (int t = 0; t < W; t += step) k.quantize(y.data() + t * I, I, step, G, tile.data(), W, t);
+    for (int g = 0; g < G; ++g)  // but for the scales, which a tile may keep as exponents; `residual` multiplies by them
+      std::memset(tile.data() + (g * kTokenGroup + kGroup) * W, 0, sizeof(float) * W);
+    say(k, "quantize", tile.data(), tile.size(), step == W ? " a tile" : " tokens");
+  }
+  k.quantize(x.data(), I, W, G, tile.data(), W, 0);
   const float* tokens[W];
   for (int t = 0; t < W; ++t) tokens[t] = x.data() + t * I;
   float dots[5][7];
@@ -174,7 +183,7 @@ void run(const Kernels& k, bool emulated = false) {
     for (int t = 0; t < W; ++t) k.residual(x.data() + t * I + g * kGroup, tile.data() + g * W * kTokenGroup, W, t, y.data() + t * I + g * kGroup);
   say(k, "residual", y.data(), 4 * W * I);
   std::vector<float> s(x.begin(), x.begin() + 128);
-  const float total = k.softmax(s.data(), 101, 3.0f);
+  const float total = k.softmax(s.data(), 101, 3.0f, nullptr);
   say(k, "softmax", s.data(), 4 * s.size());
   say(k, "softmax total", &total, sizeof total);
   constexpr int groups = 3;
