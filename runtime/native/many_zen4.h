@@ -5,7 +5,7 @@
 // byte. So weights take their scale's number and sign: a group's sum is exact as before, what is left of the scale is an
 // exponent, and idle units put it in together with the activations' (vscalefps). That is 64 instructions on the two units for
 // a group of 16 rows and eight tokens instead of 72, and the same bits. Making such weights takes as long as 0.4 of their products
-// with one tile. So a chunk of two row blocks is unpacked once and meets tile after tile, while it is in the first cache.
+// with one tile. So a span of two chunks is unpacked once and meets tile after tile, while it is in the first cache.
 
 struct Unpacked {              // a group of 16 rows
   uint8_t line[8][64];         // 128 + weight * number of its scale, as products take them
@@ -52,71 +52,81 @@ struct Totals {  // 16 floats a token
   Totals from(int token) const { return {at + token * stride, stride}; }
 };
 
-// One chunk of a row block times a tile of W tokens: after = before + the chunk's sums. Of what is multiplied next, a few lines a
-// group are asked for on the way.
-constexpr int kHints = 3;  // two row blocks' make six, and a tile of eight has 352 bytes a group
+constexpr int kSpan = 2 * kChunk;  // groups that are unpacked at a time: with a tile's and the next tile's they fill the first cache
+constexpr int kHints = 6;          // a tile of eight has 352 bytes a group
+
+// A span of a row block times a tile of W tokens: after = before + its chunks' sums. Of the tile that is multiplied next, a few
+// lines a group are asked for on the way.
 template <int W>
-static void chunk_product(const Unpacked* w, const uint8_t* tile, int groups, const uint8_t* next, Totals before, Totals after) {
-  V acc[W];
+static void span_product(const Unpacked* w, const uint8_t* tile, int groups, const uint8_t* next, Totals before, Totals after) {
+  V total[W], acc[W];
   KIMI_UNROLL
-  for (int i = 0; i < W; ++i) acc[i] = vset(0.0f);
-  for (int g = 0; g < groups; ++g, ++w, tile += W * kTokenGroup, next += 64 * kHints) {
-    const int8_t* x = reinterpret_cast<const int8_t*>(tile);
-    const float* exponent = reinterpret_cast<const float*>(tile + W * kGroup);
-    const int32_t* sum = reinterpret_cast<const int32_t*>(tile + W * (kGroup + 4));
-    I sums[W];
+  for (int i = 0; i < W; ++i) total[i] = vload(before.from(i).at);
+  for (int g = 0; g < groups;) {
+    const int end = g + kChunk < groups ? g + kChunk : groups;
     KIMI_UNROLL
-    for (int i = 0; i < W; ++i)  // -128 times the activations' sum: sixteen times what the tile has
-      asm("vpslld $4, %1%{1to16%}, %0" : "=v"(sums[i]) : "m"(sum[i]));
-    KIMI_UNROLL
-    for (int j = 0; j < 8; ++j) {
-      const L line = lload<true>(w->line[j]);
+    for (int i = 0; i < W; ++i) acc[i] = vset(0.0f);
+    for (; g < end; ++g, ++w, tile += W * kTokenGroup, next += 64 * kHints) {
+      const int8_t* x = reinterpret_cast<const int8_t*>(tile);
+      const float* exponent = reinterpret_cast<const float*>(tile + W * kGroup);
+      const int32_t* sum = reinterpret_cast<const int32_t*>(tile + W * (kGroup + 4));
+      I sums[W];
       KIMI_UNROLL
-      for (int i = 0; i < W; ++i) sums[i] = dot_u7(sums[i], line, x + i * kGroup + 4 * j);
+      for (int i = 0; i < W; ++i)  // -128 times the activations' sum: sixteen times what the tile has
+        asm("vpslld $4, %1%{1to16%}, %0" : "=v"(sums[i]) : "m"(sum[i]));
+      KIMI_UNROLL
+      for (int j = 0; j < 8; ++j) {
+        const L line = lload<true>(w->line[j]);
+        KIMI_UNROLL
+        for (int i = 0; i < W; ++i) sums[i] = dot_u7(sums[i], line, x + i * kGroup + 4 * j);
+      }
+      for (int i = 0; i < kHints; ++i) __builtin_prefetch(next + 64 * i);
+      const V row = vload(w->exponent);
+      KIMI_UNROLL
+      for (int i = 0; i < W; ++i) acc[i] = vadd(acc[i], vscale(itof(sums[i]), vadd(row, vset(exponent[i]))));
     }
-    for (int i = 0; i < kHints; ++i) __builtin_prefetch(next + 64 * i);
-    const V row = vload(w->exponent);
     KIMI_UNROLL
-    for (int i = 0; i < W; ++i) acc[i] = vadd(acc[i], vscale(itof(sums[i]), vadd(row, vset(exponent[i]))));
+    for (int i = 0; i < W; ++i) total[i] = vadd(total[i], acc[i]);
   }
   KIMI_UNROLL
-  for (int i = 0; i < W; ++i) vstore(after.from(i).at, vadd(vload(before.from(i).at), acc[i]));
+  for (int i = 0; i < W; ++i) vstore(after.from(i).at, total[i]);
 }
 
-using ChunkProduct = void (*)(const Unpacked* w, const uint8_t* tile, int groups, const uint8_t* next, Totals before, Totals after);
-constexpr ChunkProduct kChunkProducts[kTile] = {chunk_product<1>, chunk_product<2>, chunk_product<3>, chunk_product<4>,
-                                                chunk_product<5>, chunk_product<6>, chunk_product<7>, chunk_product<8>};
+using SpanProduct = void (*)(const Unpacked* w, const uint8_t* tile, int groups, const uint8_t* next, Totals before, Totals after);
+constexpr SpanProduct kSpanProducts[kTile] = {span_product<1>, span_product<2>, span_product<3>, span_product<4>,
+                                              span_product<5>, span_product<6>, span_product<7>, span_product<8>};
 
 constexpr int kManyFrom = 24;
-constexpr int kTokensAtOnce = 96;  // whose totals stay in the first cache beside two unpacked chunks
+constexpr int kTokensAtOnce = 256;  // that meet an unpacked span; their tiles stay in the second cache
 
 template <class F>
 static void many(const void* const* w, const void* const* next, int n, const uint8_t* tiles, int groups, int tokens, float* const* out,
                  size_t stride) {
-  alignas(64) Unpacked unpacked[kPair][kChunk];
-  alignas(64) float total[kPair][kTokensAtOnce * kRows], none[kRows] = {};
+  alignas(64) Unpacked unpacked[kSpan];
+  alignas(64) float total[kTokensAtOnce * kRows], none[kRows] = {};
+  constexpr int lines = kSpan * F::bytes / 64 + 1;
   const auto block = [](const void* w) { return static_cast<const uint8_t*>(w); };
   for (int from = 0, count; from < tokens; from += count) {  // as few parts as can be, all about as long
     const int left = (tokens - from + kTile - 1) / kTile * kTile, parts = (left + kTokensAtOnce - 1) / kTokensAtOnce;
     count = (left / kTile + parts - 1) / parts * kTile;
     if (count > tokens - from) count = tokens - from;
+    const int share = (lines * kTile + count - 1) / count;
     const auto width = [&](int i) { return count - i < kTile ? count - i : kTile; };
     const auto tile_at = [&](int i, int g) { return tiles + (static_cast<size_t>(from + i) * groups + g * width(i)) * kTokenGroup; };
-    for (int g = 0, size; g < groups; g += size) {
-      size = groups - g < kChunk ? groups - g : kChunk;
-      for (int s = 0; s < n; ++s) unpack<F>(F::run(block(w[s]), g), size, unpacked[s]);
-      for (int i = 0, W; i < count; i += W) {
-        W = width(i);
-        const uint8_t* then = i + W < count ? tile_at(i + W, g) : tile_at(0, g + size);
-        for (int s = 0; s < n; ++s) {
-          // This tile's share of the chunk that is unpacked next.
-          const uint8_t* ahead = g + size < groups ? F::run(block(w[s]), g + size) : block(from + count < tokens ? w[s] : next[s]);
-          constexpr int lines = kChunk * F::bytes / 64 + 1;
-          for (int k = lines * i / count; k < lines * (i + W) / count; ++k) __builtin_prefetch(ahead + 64 * k);
-          // The last chunk's go where they belong: a pass of its own for them waited nine cycles a token for its stores.
-          const Totals kept{total[s], kRows}, before = g ? kept : Totals{none, 0};
-          const Totals after = g + size < groups ? kept : Totals{out[s] + from * stride, stride};
-          kChunkProducts[W - 1](unpacked[s], tile_at(i, g), size, then + s * kChunk * kHints * 64, before.from(i), after.from(i));
+    for (int s = 0; s < n; ++s) {
+      const void* following = s + 1 < n ? w[s + 1] : from + count < tokens ? w[0] : next[0];
+      for (int g = 0, size; g < groups; g += size) {
+        size = groups - g < kSpan ? groups - g : kSpan;
+        unpack<F>(F::run(block(w[s]), g), size, unpacked);
+        const bool last = g + size == groups;
+        const uint8_t* ahead = last ? block(following) : F::run(block(w[s]), g + size);
+        // The last span's go where they belong: a pass of its own for them waited nine cycles a token for its stores.
+        const Totals kept{total, kRows}, before = g ? kept : Totals{none, 0}, after = last ? Totals{out[s] + from * stride, stride} : kept;
+        for (int i = 0, W, line = 0; i < count; i += W) {
+          W = width(i);
+          for (const int end = line + share < lines ? line + share : lines; line < end; ++line) __builtin_prefetch(ahead + 64 * line);
+          const uint8_t* then = i + W < count ? tile_at(i + W, g) : tile_at(0, last ? 0 : g + size);
+          kSpanProducts[W - 1](unpacked, tile_at(i, g), size, then, before.from(i), after.from(i));
         }
       }
     }

@@ -123,7 +123,7 @@ void run(const Kernels& k, bool emulated = false) {
       say(k, names[form], turned.data(), sizeof(float) * turned.size(), " turned round");
     }
   // Many tokens: two parts where there is a way of their own, the last tile not full, and a last chunk of five groups.
-  constexpr int kMany = 205, few_groups = 21;
+  constexpr int kMany = 301, few_groups = 21;
   std::vector<uint8_t> tiles(static_cast<size_t>(kMany) * few_groups * kTokenGroup);
   std::vector<float> out(2 * kMany * kRows);
   for (const Form form : {Form::q4b32, Form::q3b32}) {
