@@ -1,5 +1,5 @@
 // Quantizing a whole tile of eight tokens, a group of all at once: what is found of a token, its largest value and its sums, then
-// fills a lane, not a vector, and is stored with its neighbours'. One token at a time took 54 cycles a group in a prompt, for
+// fills a lane, not a vector, and is stored with its neighbours'. One token at a time took some 50 cycles a group in a prompt, for
 // chains of shuffles and five small stores into lines that another token had left. Included by kernels_inl.h.
 
 // Of two vectors each half against the other: the first's in the lower half, the second's in the upper.
