@@ -67,9 +67,9 @@ struct Kernels {
   // The same of W tokens in tiles, one behind the other, and at most kPair row blocks, where many have a faster way; null where not.
   // A group's term that is no float by itself, beyond 3.4e38, may be infinite here and in `acc` not.
   BlocksKernel many[static_cast<int>(Form::count)];
-  // n tokens' floats, `stride` from token to token, into the lanes from `lane` on of a tile of W: scale = the least power of two that takes a group's largest value to at
-  // most 127, q = nearest even of x / scale. A group with nothing above 1e-30 is zeros with the scale 1; one with an infinite
-  // value, or with values that are no numbers only, has a scale that is not a number.
+  // n tokens' floats, `stride` from token to token, into the lanes from `lane` on of a tile of W: scale = the least power of two
+  // that takes a group's largest value to at most 127, q = nearest even of x / scale. A group with nothing above 1e-30 is zeros
+  // with the scale 1; one with an infinite value, or with values that are no numbers only, has a scale that is not a number.
   void (*quantize)(const float* x, size_t stride, int n, int groups, uint8_t* tile, int W, int lane);
   // out[i * stride + j] = dot product of a[i] and b[j], n floats each; n is a multiple of 16 here and below.
   void (*dots)(const float* const* a, int n_a, const float* const* b, int n_b, int n, float* out, size_t stride);
