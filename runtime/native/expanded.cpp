@@ -106,7 +106,7 @@ void attend(const Expanded& e, int h, const Heads& q, const Heads& qr, int posit
     std::memcpy(at + e.N, qr.at(i, h), sizeof(float) * e.R);
     std::fill(at + e.N + e.R, at + width, 0.0f);
   }
-  kernels().quantize(row, width, W, width / kGroup, query, W, 0);
+  kernels().quantize(row, width, W, width / kGroup, {query, W}, 0);
   const int seen = (position + W + kRows - 1) / kRows;  // row blocks of keys
   for (int b = 0; b < seen; b += kPair)
     kernels().side_by_side(Form::q8g32, keys + b * e.key_stride(), e.key_stride(), std::min(kPair, seen - b), query, e.key_groups(), W,
@@ -115,11 +115,11 @@ void attend(const Expanded& e, int h, const Heads& q, const Heads& qr, int posit
   const int twice[2] = {0, own}, n_twice = own ? 2 : 1;
   float inverse[kTile], lost[kTile * kGroup];
   for (int i = 0; i < W; ++i) inverse[i] = 1.0f / kernels().softmax(score + i * stride, position + i + 1, scale, scales);
-  kernels().quantize(score, stride, W, groups, weights, W, 0);
+  kernels().quantize(score, stride, W, groups, {weights, W}, 0);
   for (int d = 0; d < n_twice; ++d) {
     for (int i = 0; i < W; ++i)
       kernels().residual(score + i * stride + twice[d] * kGroup, weights + tile * twice[d], W, i, lost + i * kGroup);
-    kernels().quantize(lost, kGroup, W, 1, weights + tile * (groups + d), W, 0);
+    kernels().quantize(lost, kGroup, W, 1, {weights + tile * (groups + d), W}, 0);
   }
   for (int b = 0; b < e.V / kRows; ++b) {
     const uint8_t* rows = values + b * e.value_stride();

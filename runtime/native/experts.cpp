@@ -8,17 +8,21 @@ namespace kimi {
 namespace {
 
 // The listed rows of `rows`, each a tile of one token, put together as tiles; a single row is a tile already.
-const uint8_t* gather(const uint8_t* rows, int columns, const int32_t* tokens, int n, uint8_t* out) {
+const uint8_t* gather(const uint8_t* rows, int columns, const int32_t* tokens, int n, bool for_many, uint8_t* out) {
   const size_t size = token_bytes(columns);
   if (n == 1) return rows + tokens[0] * size;
   for (int first = 0, W; first < n; first += W) {
     W = tile_width(n, first);
+    const Tile to = tile_of(out, n, columns, for_many, first, W);
     for (int lane = 0; lane < W; ++lane) {
       const uint8_t* row = rows + tokens[first + lane] * size;
-      uint8_t* at = out + first * size;
-      for (int g = 0; g < columns / kGroup; ++g, row += kTokenGroup, at += W * kTokenGroup) {
+      uint8_t* at = to.at;
+      for (int g = 0; g < columns / kGroup; ++g, row += kTokenGroup, at += to.step) {
         std::memcpy(at + lane * kGroup, row, kGroup);
-        for (int k = 0; k < 3; ++k) std::memcpy(at + W * (kGroup + 4 * k) + 4 * lane, row + kGroup + 4 * k, 4);
+        int32_t rest[3];  // the scale and two sums
+        std::memcpy(rest, row + kGroup, sizeof(rest));
+        if (for_many) rest[2] = 16 * rest[1];
+        for (int k = 0; k < 3; ++k) std::memcpy(at + W * (kGroup + 4 * k) + 4 * lane, rest + k, 4);
       }
     }
   }
@@ -98,19 +102,19 @@ void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
   float* floats_at = hidden_floats.get(n_floats);
   for (Job& job : jobs) {
     const int n = job.n, F = job.gate->rows;
-    job.in = {in_at, n, D, x, static_cast<size_t>(D), job.tokens};
+    job.in = {in_at, n, D, x, static_cast<size_t>(D), job.tokens, many_meet(*job.gate, n) && many_meet(*job.up, n)};
     if (in_at) in_at += n * in_bytes;
     const bool floats = is_float(*job.down);
-    job.hidden = {floats ? nullptr : tiles_at, n, F, floats ? floats_at : nullptr, static_cast<size_t>(F), numbers};
+    job.hidden = {floats ? nullptr : tiles_at, n, F, floats ? floats_at : nullptr, static_cast<size_t>(F), numbers, many_meet(*job.down, n)};
     if (floats) floats_at += static_cast<size_t>(n) * F;
     else tiles_at += n * token_bytes(F);
   }
   if (wanted) {
     uint8_t* at = rows.get(in_bytes * T);
-    const auto quantize = [&](int t, int) { kernels().quantize(x + static_cast<size_t>(t) * D, 0, 1, D / kGroup, at + t * in_bytes, 1, 0); };
+    const auto quantize = [&](int t, int) { kernels().quantize(x + static_cast<size_t>(t) * D, 0, 1, D / kGroup, {at + t * in_bytes, 1}, 0); };
     const auto collect = [&](int j, int) {
       Operand& in = jobs[j].in;
-      in.tiles = gather(at, D, in.tokens, in.n, const_cast<uint8_t*>(in.tiles));
+      in.tiles = gather(at, D, in.tokens, in.n, in.for_many, const_cast<uint8_t*>(in.tiles));
     };
     if (T < 4) {
       for (int t = 0; t < T; ++t) quantize(t, 0);
@@ -136,8 +140,9 @@ void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
     }
     for (int first = 0, W; first < n; first += W) {
       W = tile_width(n, first);
-      uint8_t* tile = const_cast<uint8_t*>(job.hidden.tiles) + first * token_bytes(F) + static_cast<size_t>(g) * W * kTokenGroup;
-      kernels().quantize(gate + first * width, width, W, groups, tile, W, 0);
+      Tile to = tile_of(const_cast<uint8_t*>(job.hidden.tiles), n, F, job.hidden.for_many, first, W);
+      to.at += g * to.step;
+      kernels().quantize(gate + first * width, width, W, groups, to, 0);
     }
   });
 }
@@ -150,10 +155,11 @@ void each_down(int D, const Task& task) {
   pool().run((blocks + step - 1) / step, [&](int i, int) { task(i * step, std::min((i + 1) * step, blocks)); });
 }
 
-// Row blocks from..to of a job's down times its hidden values. A task takes them from one job after the other.
-void down(const std::vector<Job>& jobs, size_t j, int from, int to, float* out, size_t stride) {
-  const bool last = j + 1 == jobs.size();
-  row_blocks(*jobs[j].down, from, to, jobs[j].hidden, out, stride, *jobs[last ? 0 : j + 1].down, last ? to : from);
+// Row blocks b..end of a job's down times its hidden values, for a task that takes from..to of one job after the other.
+void down(const std::vector<Job>& jobs, size_t j, int b, int end, int from, int to, float* out, size_t stride) {
+  const bool more = end < to, last = j + 1 == jobs.size();
+  const Weights& following = *jobs[more ? j : last ? 0 : j + 1].down;
+  row_blocks(*jobs[j].down, b, end, jobs[j].hidden, out, stride, following, more ? end : last ? to : from);
 }
 
 }  // namespace
@@ -173,11 +179,15 @@ void mixture(const Mlp& routed, const int32_t* ids, const float* weights, int A,
     std::fill_n(sum, static_cast<size_t>(T) * padded, 0.0f);
     for (size_t j = 0; j < jobs.size(); ++j) {
       const Job& job = jobs[j];
-      float* part = scratch.out.get(static_cast<size_t>(job.hidden.n) * padded);
-      down(jobs, j, from, to, part, padded);
-      for (int i = 0; i < job.hidden.n; ++i)
-        kernels().axpy(job.slots ? weights[job.slots[i]] : 1.0f, part + static_cast<size_t>(i) * padded, padded,
-                       sum + static_cast<size_t>(job.tokens[i]) * padded);
+      const int step = job.hidden.n == 1 ? to - from : kPair;  // of many tokens so little that it stays in the first caches
+      for (int b = from; b < to; b += step) {
+        const int end = std::min(b + step, to), width = (end - b) * kRows;
+        float* part = scratch.out.get(static_cast<size_t>(job.hidden.n) * width);
+        down(jobs, j, b, end, from, to, part, width);
+        for (int i = 0; i < job.hidden.n; ++i)
+          kernels().axpy(job.slots ? weights[job.slots[i]] : 1.0f, part + static_cast<size_t>(i) * width, width,
+                         sum + static_cast<size_t>(job.tokens[i]) * padded + (b - from) * kRows);
+      }
     }
     for (int t = 0; t < T; ++t) kernels().axpy(1.0f, sum + static_cast<size_t>(t) * padded, rows, y + static_cast<size_t>(t) * D + from * kRows);
   });
@@ -192,7 +202,7 @@ void expert_outputs(const Mlp& mlp, const int32_t* experts, const int32_t* token
     for (size_t j = 0; j < jobs.size(); ++j) {
       const Job& job = jobs[j];
       float* part = scratch.out.get(static_cast<size_t>(job.hidden.n) * padded);
-      down(jobs, j, from, to, part, padded);
+      down(jobs, j, from, to, from, to, part, padded);
       for (int i = 0; i < job.hidden.n; ++i)
         std::memcpy(y + static_cast<size_t>(job.slots[i]) * D + from * kRows, part + static_cast<size_t>(i) * padded, sizeof(float) * rows);
     }

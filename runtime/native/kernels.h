@@ -43,6 +43,16 @@ static_assert(sizeof(PanelRun) == 512 + 4 * 3 * kRows, "PanelRun has no padding"
 // floats (2^e, or e where multiplying by it is cheaper), W times -8 x (sum of the values), W times the same of the first 16
 // channels. One pointer walks a tile.
 constexpr int kTokenGroup = 32 + 4 + 4 + 4;  // bytes of one token's group
+// Where a tile of W tokens stands, alone; or for `many`, in every group beside the other tiles of n tokens. Products begin with a sum
+// there, so 16 times the second stands in the third's place.
+struct Tile {
+  uint8_t* at;
+  int W;
+  size_t step;  // bytes from group to group
+  bool for_many;
+  Tile(uint8_t* at, int W) : at(at), W(W), step(static_cast<size_t>(W) * kTokenGroup), for_many(false) {}
+  Tile(uint8_t* at, int W, int n) : at(at), W(W), step(static_cast<size_t>(n) * kTokenGroup), for_many(true) {}
+};
 
 // The layouts, the three kinds of panels, and q8g32 times activations of which none is negative.
 enum class Form { q4g32, q4b32, q3b32, q8g32, q5g32, i4g32, q4k, q6k, panel, panel_halves, panel_offsets, q8g32_positive, count };
@@ -64,13 +74,13 @@ struct Kernels {
   bool every_width;           // tiles of 3, 5, 6 and 7 tokens too, not only of 8, 4, 2 and 1
   int many_from;              // tokens from which `many` pays
   BlocksKernel blocks[static_cast<int>(Form::count)];
-  // The same of W tokens in tiles, one behind the other, and at most kPair row blocks, where many have a faster way; null where not.
-  // A group's term that is no float by itself, beyond 3.4e38, may be infinite here and in `acc` not.
+  // The same of W tokens, in each group in tiles side by side, and at most kPair row blocks, where many have a faster way; null where
+  // not. A group's term that is no float by itself, beyond 3.4e38, may be infinite here and in `acc` not.
   BlocksKernel many[static_cast<int>(Form::count)];
-  // n tokens' floats, `stride` from token to token, into the lanes from `lane` on of a tile of W: scale = the least power of two
+  // n tokens' floats, `stride` from token to token, into the lanes from `lane` on of a tile: scale = the least power of two
   // that takes a group's largest value to at most 127, q = nearest even of x / scale. A group with nothing above 1e-30 is zeros
   // with the scale 1; one with an infinite value, or with values that are no numbers only, has a scale that is not a number.
-  void (*quantize)(const float* x, size_t stride, int n, int groups, uint8_t* tile, int W, int lane);
+  void (*quantize)(const float* x, size_t stride, int n, int groups, Tile to, int lane);
   // out[i * stride + j] = dot product of a[i] and b[j], n floats each; n is a multiple of 16 here and below.
   void (*dots)(const float* const* a, int n_a, const float* const* b, int n_b, int n, float* out, size_t stride);
   void (*half_to_float)(const uint16_t* x, int n, float* out);

@@ -24,8 +24,10 @@ static inline int32_t exponent_of(float absmax) {
 }
 
 // One token's groups into a tile.
-static inline void quantize_token(const float* x, int groups, uint8_t* tile, int W, int lane) {
-  for (int g = 0; g < groups; ++g, x += kGroup, tile += W * kTokenGroup) {
+static inline void quantize_token(const float* x, int groups, Tile to, int lane) {
+  const int W = to.W;
+  uint8_t* tile = to.at;
+  for (int g = 0; g < groups; ++g, x += kGroup, tile += to.step) {
     const V a = vload(x), b = vload(x + 16);
     const float absmax = lane_max(vmax(vabs(a), vabs(b)));
     const bool some = absmax > 1e-30f;
@@ -38,18 +40,18 @@ static inline void quantize_token(const float* x, int groups, uint8_t* tile, int
     int32_t* sums = reinterpret_cast<int32_t*>(scales + W);
     scales[lane] = kept(e) + (absmax - absmax);  // which is 0, or not a number
     sums[lane] = whole;
-    sums[W + lane] = low;
+    sums[W + lane] = to.for_many ? 16 * whole : low;
   }
 }
 
 #ifdef KIMI_QUANTIZE_TILE
 #include KIMI_QUANTIZE_TILE
 #endif
-static void quantize(const float* x, size_t stride, int n, int groups, uint8_t* tile, int W, int lane) {
+static void quantize(const float* x, size_t stride, int n, int groups, Tile to, int lane) {
 #ifdef KIMI_QUANTIZE_TILE
-  if (n == kTile) return quantize_tile(x, stride, groups, tile);
+  if (n == kTile) return quantize_tile(x, stride, groups, to);
 #endif
-  for (int i = 0; i < n; ++i) quantize_token(x + i * stride, groups, tile, W, lane + i);
+  for (int i = 0; i < n; ++i) quantize_token(x + i * stride, groups, to, lane + i);
 }
 
 namespace products {

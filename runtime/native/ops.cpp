@@ -68,7 +68,7 @@ int blocks_a_task(const Weights& w, int T, int blocks) {
 const uint8_t* tiles_of(const float* x, size_t stride, int T, int columns, uint8_t* out) {
   for (int first = 0, W; first < T; first += W) {
     W = tile_width(T, first);
-    kernels().quantize(x + first * stride, stride, W, columns / kGroup, out + first * token_bytes(columns), W, 0);
+    kernels().quantize(x + first * stride, stride, W, columns / kGroup, {out + first * token_bytes(columns), W}, 0);
   }
   return out;
 }
@@ -134,27 +134,31 @@ void set_threads(int n) {
 }
 
 void products(const std::vector<Product>& all, const float* x, size_t x_stride, int T) {
-  static Buffer<uint8_t> buffer;
+  static Buffer<uint8_t> buffers[2];
   const int columns = all[0].w->columns;
-  Operand operand{nullptr, T, columns, x, x_stride, counting(T)};
+  Operand operands[2];  // in tiles alone, and for many
+  for (bool for_many : {false, true}) operands[for_many] = {nullptr, T, columns, x, x_stride, counting(T), for_many};
+  const auto meets = [&](const Product& p) -> Operand& { return operands[many_meet(*p.w, T)]; };
   std::vector<int> ends;
   int n_tasks = 0, n_blocks = 0;
   for (const Product& p : all) n_blocks += blocks_of(p.w->rows);
   for (const Product& p : all) {
-    if (!is_float(*p.w)) operand.tiles = buffer.get(token_bytes(columns) * T);
+    if (!is_float(*p.w)) meets(p).tiles = buffers[meets(p).for_many].get(token_bytes(columns) * T);
     const int step = blocks_a_task(*p.w, T, n_blocks);
     ends.push_back(n_tasks += (blocks_of(p.w->rows) + step - 1) / step);
   }
-  if (operand.tiles)
-    each_tile(T, [&](int first, int W) {
-      tiles_of(x + first * x_stride, x_stride, W, columns, buffer.get(0) + first * token_bytes(columns));
-    });
+  for (const Operand& operand : operands)
+    if (operand.tiles)
+      each_tile(T, [&](int first, int W) {
+        const Tile to = tile_of(buffers[operand.for_many].get(0), T, columns, operand.for_many, first, W);
+        kernels().quantize(x + first * x_stride, x_stride, W, columns / kGroup, to, 0);
+      });
   pool().run(n_tasks, [&](int i, int) {
     size_t which = 0;
     while (i >= ends[which]) ++which;
     const Product& p = all[which];
     const int step = blocks_a_task(*p.w, T, n_blocks), from = (i - (which ? ends[which - 1] : 0)) * step;
-    row_blocks_into(*p.w, from, std::min(from + step, blocks_of(p.w->rows)), operand, p.y, p.stride, p.add);
+    row_blocks_into(*p.w, from, std::min(from + step, blocks_of(p.w->rows)), meets(p), p.y, p.stride, p.add);
   });
 }
 

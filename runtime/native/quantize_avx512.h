@@ -5,11 +5,12 @@
 // Of two vectors each half against the other: the first's in the lower half, the second's in the upper.
 static inline V halves_max(V a, V b) { return vmax(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); }
 
-static void quantize_tile(const float* x, size_t stride, int groups, uint8_t* tile) {
+static void quantize_tile(const float* x, size_t stride, int groups, Tile to) {
+  uint8_t* tile = to.at;
   const __m512i by_token = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
   const __m512i first_halves = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 0, 0, 0, 0, 0, 0, 0, 0);
   const __m512i second_halves = _mm512_add_epi32(first_halves, _mm512_set1_epi32(4));
-  for (int g = 0; g < groups; ++g, x += kGroup, tile += kTile * kTokenGroup) {
+  for (int g = 0; g < groups; ++g, x += kGroup, tile += to.step) {
     V a[kTile], b[kTile], most[kTile], four[2];
     for (int i = 0; i < kTile; ++i) {
       a[i] = vload(x + i * stride), b[i] = vload(x + i * stride + 16);
@@ -50,6 +51,6 @@ static void quantize_tile(const float* x, size_t stride, int groups, uint8_t* ti
     float* scales = reinterpret_cast<float*>(tile + kTile * kGroup);
     _mm256_storeu_ps(scales, _mm256_add_ps(kept(e), _mm256_sub_ps(absmax, absmax)));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(scales + kTile), whole);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(scales + 2 * kTile), low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(scales + 2 * kTile), to.for_many ? _mm256_slli_epi32(whole, 4) : low);
   }
 }

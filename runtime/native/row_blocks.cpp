@@ -51,8 +51,8 @@ void row_block(const Weights& w, int b, const Operand& x, float* out, size_t str
 
 void Blocks::multiply(Form form, const Operand& x, size_t stride) const {
   const size_t size = token_bytes(x.columns);
-  const BlocksKernel kernel = kernels().blocks[static_cast<int>(form)], many = kernels().many[static_cast<int>(form)];
-  if (many && x.n >= kernels().many_from) return many(these, next, n, x.tiles, x.columns / kGroup, x.n, out, stride);
+  const BlocksKernel kernel = kernels().blocks[static_cast<int>(form)];
+  if (x.for_many) return kernels().many[static_cast<int>(form)](these, next, n, x.tiles, x.columns / kGroup, x.n, out, stride);
   for (int first = 0, W; first < x.n; first += W) {
     W = tile_width(x.n, first);
     float* to[kMostBlocks];

@@ -9,15 +9,24 @@ inline bool is_float(const Weights& w) { return w.block->elements == 1; }
 inline int blocks_of(int rows) { return (rows + kRows - 1) / kRows; }
 inline Form packed_form(const Weights& w) { return static_cast<Form>(w.block->kind); }  // Kind and Form list them in one order
 
-// n rows of activations as the kernels take them: quantized, in tiles; and as the floats they were, for matrices stored
-// as floats, which multiply the rows of x that `tokens` lists.
+// n rows of activations as the kernels take them: quantized, in tiles, alone or `for_many`; and as the floats they were, for matrices
+// stored as floats, which multiply the rows of x that `tokens` lists.
 struct Operand {
   const uint8_t* tiles;
   int n, columns;
   const float* x;
   size_t x_stride;       // floats from row to row
   const int32_t* tokens;
+  bool for_many = false;
 };
+// Does w meet n tokens by the kernels' way for many?
+inline bool many_meet(const Weights& w, int n) {
+  return is_packed(w.block->kind) && kernels().many[static_cast<int>(packed_form(w))] && n >= kernels().many_from;
+}
+// Tokens first..first+W among n of so many columns, whose tiles begin at `tiles`.
+inline Tile tile_of(uint8_t* tiles, int n, int columns, bool for_many, int first, int W) {
+  return for_many ? Tile(tiles + first * kTokenGroup, W, n) : Tile(tiles + first * token_bytes(columns), W);
+}
 
 struct Scratch {  // per thread
   Buffer<PanelRun> panel;

@@ -80,7 +80,7 @@ void run(const Kernels& k, bool emulated = false) {
           width = k.tile_width(n_tokens - first), call(first, width, tiles.data() + static_cast<size_t>(first) * G * kTokenGroup);
       };
       each_tile([&](int first, int width, uint8_t* tile) {
-        k.quantize(y.data() + first * I, I, width, G, tile, width, 0);
+        k.quantize(y.data() + first * I, I, width, G, {tile, width}, 0);
       });
       for (uint8_t& b : weights) b = static_cast<uint8_t>(draw());
       if (form >= static_cast<int>(Form::panel) && !positive) {
@@ -122,31 +122,33 @@ void run(const Kernels& k, bool emulated = false) {
       k.turned[form](weights.data(), G, turned.data(), kRows);
       say(k, names[form], turned.data(), sizeof(float) * turned.size(), " turned round");
     }
-  // Many tokens: two parts where there is a way of their own, the last tile not full, and a last chunk of five groups.
-  constexpr int kMany = 301, few_groups = 21;
-  std::vector<uint8_t> tiles(static_cast<size_t>(kMany) * few_groups * kTokenGroup);
-  std::vector<float> out(2 * kMany * kRows);
-  for (const Form form : {Form::q4b32, Form::q3b32}) {
-    const auto each_tile = [&](auto call) {
-      for (int first = 0, width; first < kMany; first += width)
-        width = k.tile_width(kMany - first), call(first, width, tiles.data() + static_cast<size_t>(first) * few_groups * kTokenGroup);
-    };
-    each_tile([&](int first, int width, uint8_t* tile) {
-      k.quantize(x.data() + first, 1, width, few_groups, tile, width, 0);
-    });
-    for (uint8_t& b : weights) b = static_cast<uint8_t>(draw());
-    const void *blocks[] = {weights.data(), weights.data() + few_groups * kQ4BRun}, *next[] = {blocks[1], blocks[0]};
-    for (int n : {1, 2}) {
-      const auto multiply = [&](BlocksKernel kernel, int first, int width, const uint8_t* tile) {
-        float* to[] = {out.data() + first * n * kRows, out.data() + first * n * kRows + kRows};
-        kernel(blocks, next, n, tile, few_groups, width, to, n * kRows);
-      };
+  // Many tokens, where there is a way of their own in several parts and with any number in the last tile; a last chunk of five groups.
+  constexpr int few_groups = 21;
+  for (const int many : {17, 18, 19, 20, 21, 22, 23, 24, 301})
+    for (const Form form : {Form::q4b32, Form::q3b32}) {
       const int which = static_cast<int>(form);
-      if (k.many[which]) multiply(k.many[which], 0, kMany, tiles.data());
-      else each_tile([&](int first, int width, const uint8_t* tile) { multiply(k.blocks[which], first, width, tile); });
-      say(k, names[which], out.data(), sizeof(float) * n * kMany * kRows, " many tokens");
+      std::vector<uint8_t> tiles(static_cast<size_t>(many) * few_groups * kTokenGroup);
+      std::vector<float> out(2 * many * kRows);
+      const auto each_tile = [&](auto call) {
+        for (int first = 0, width; first < many; first += width) {
+          width = k.tile_width(many - first);
+          call(first, k.many[which] ? Tile(tiles.data() + static_cast<size_t>(first) * kTokenGroup, width, many)
+                                    : Tile(tiles.data() + static_cast<size_t>(first) * few_groups * kTokenGroup, width));
+        }
+      };
+      each_tile([&](int first, Tile tile) { k.quantize(x.data() + first, 1, tile.W, few_groups, tile, 0); });
+      for (uint8_t& b : weights) b = static_cast<uint8_t>(draw());
+      const void *blocks[] = {weights.data(), weights.data() + few_groups * kQ4BRun}, *next[] = {blocks[1], blocks[0]};
+      for (int n : {1, 2}) {
+        const auto multiply = [&](BlocksKernel kernel, int first, int width, const uint8_t* tile) {
+          float* to[] = {out.data() + first * n * kRows, out.data() + first * n * kRows + kRows};
+          kernel(blocks, next, n, tile, few_groups, width, to, n * kRows);
+        };
+        if (k.many[which]) multiply(k.many[which], 0, many, tiles.data());
+        else each_tile([&](int first, Tile tile) { multiply(k.blocks[which], first, tile.W, tile.at); });
+        say(k, names[which], out.data(), sizeof(float) * n * many * kRows, " many tokens");
+      }
     }
-  }
   std::vector<uint8_t> tile(static_cast<size_t>(W) * G * kTokenGroup);
   // A whole tile and token by token; values of all sizes, those around 1e-30 and zeros among them.
   for (int i = 0; i < W * I; ++i) {
@@ -156,12 +158,12 @@ void run(const Kernels& k, bool emulated = false) {
     y[i] = i / kGroup % 31 ? x[i] * by : 0.0f;
   }
   for (int step : {W, 1}) {
-    for (int t = 0; t < W; t += step) k.quantize(y.data() + t * I, I, step, G, tile.data(), W, t);
+    for (int t = 0; t < W; t += step) k.quantize(y.data() + t * I, I, step, G, {tile.data(), W}, t);
     for (int g = 0; g < G; ++g)  // but for the scales, which a tile may keep as exponents; `residual` multiplies by them
       std::memset(tile.data() + (g * kTokenGroup + kGroup) * W, 0, sizeof(float) * W);
     say(k, "quantize", tile.data(), tile.size(), step == W ? " a tile" : " tokens");
   }
-  k.quantize(x.data(), I, W, G, tile.data(), W, 0);
+  k.quantize(x.data(), I, W, G, {tile.data(), W}, 0);
   const float* tokens[W];
   for (int t = 0; t < W; ++t) tokens[t] = x.data() + t * I;
   float dots[5][7];
