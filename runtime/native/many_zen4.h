@@ -140,6 +140,7 @@ static void many_blocks(const void* const* w, const void* const* next, int n, co
       const uint8_t* soon = g + kAhead < groups ? run(w[s], g + kAhead) : run(next[s], g + kAhead - groups);
       for (int i = 0; i < F::bytes / 64 + 1; ++i) __builtin_prefetch(soon + 64 * i);
       const ptrdiff_t ahead = (last ? -g : 1) * static_cast<ptrdiff_t>(step) + s * kHints * 64;
+      // Where the caller wants them, lines can be 512 bytes apart, and drive each other out of the first cache.
       const Totals kept{sum[s], kRows}, earlier = g < kChunk ? Totals{none, 0} : kept, total = last ? Totals{out[s], stride} : kept;
       if (end) tiles_of_group<F, kRest, true>(rows, following, tiles, ahead, tokens / kTile, first, chunk[s], earlier, total);
       else tiles_of_group<F, kRest, false>(rows, following, tiles, ahead, tokens / kTile, first, chunk[s], earlier, total);
