@@ -96,7 +96,7 @@ KIMI_INLINE void tile_of_group(Rows& rows, const Packed<F>& following, const uin
 }
 
 constexpr int kManyFrom = 16;
-constexpr int kTokensAtOnce = 96;  // whose sums for two row blocks stay in the first cache
+constexpr int kTokensAtOnce = 128;  // whose sums for two row blocks stay in the first cache
 constexpr int kAhead = 4;          // groups until weights that are asked for are unpacked
 constexpr int kHints = 3;          // lines of a tile, which has 352 bytes, that each of two row blocks asks for
 

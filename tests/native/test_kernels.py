@@ -88,7 +88,7 @@ def test_activations_next_to_nothing_give_next_to_nothing(isa: str, layout: str,
 
 
 @pytest.mark.parametrize("layout", ["q4b32", "q3b32"])
-@pytest.mark.parametrize("T", [*range(17, 25), 301])  # on Zen 4 any number in the last tile; 301: four parts
+@pytest.mark.parametrize("T", [*range(17, 25), 301])  # on Zen 4 any number in the last tile; 301: three parts
 def test_many_tokens_have_the_bits_of_each_alone(isa: str, layout: str, T: int) -> None:
     rng = np.random.default_rng(T)
     matrix = packed(
