@@ -70,7 +70,7 @@ struct OneToken {
     std::fill(row + C + R, row + width, 0.0f);
     int first, W;
     place(h, &first, &W);
-    kernels().quantize(row, 0, 1, row_groups, {queries + first * token_bytes(width), W}, h - first);
+    kernels().quantize_row(row, row_groups, {queries + first * token_bytes(width), W}, h - first);
   }
   // The tile that holds head h.
   void place(int h, int* first, int* W) const {
@@ -101,15 +101,15 @@ struct OneToken {
     float lost[kGroup];
     if (groups) {
       uint8_t* tile = weights + static_cast<size_t>(first) * kTokenGroup * groups;
-      kernels().quantize(s, 0, 1, groups, {tile, W}, lane);
+      kernels().quantize_row(s, groups, {tile, W}, lane);
       kernels().residual(s, tile, W, lane, lost);
-      kernels().quantize(lost, 0, 1, 1, {rest + first * kTokenGroup, W}, lane);
+      kernels().quantize_row(lost, 1, {rest + first * kTokenGroup, W}, lane);
     }
     if (own) {
       uint8_t* tile = last + first * kTokenGroup;
-      kernels().quantize(s + groups * kGroup, 0, 1, 1, {tile, W}, lane);
+      kernels().quantize_row(s + groups * kGroup, 1, {tile, W}, lane);
       kernels().residual(s + groups * kGroup, tile, W, lane, lost);
-      kernels().quantize(lost, 0, 1, 1, {last_rest + first * kTokenGroup, W}, lane);
+      kernels().quantize_row(lost, 1, {last_rest + first * kTokenGroup, W}, lane);
     }
   }
   void sum(int pair, float* u) const {  // 32 channels; u [H][C]

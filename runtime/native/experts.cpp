@@ -111,7 +111,7 @@ void run_hidden(std::vector<Job>& jobs, const float* x, int T, int D) {
   }
   if (wanted) {
     uint8_t* at = rows.get(in_bytes * T);
-    const auto quantize = [&](int t, int) { kernels().quantize(x + static_cast<size_t>(t) * D, 0, 1, D / kGroup, {at + t * in_bytes, 1}, 0); };
+    const auto quantize = [&](int t, int) { kernels().quantize_row(x + static_cast<size_t>(t) * D, D / kGroup, {at + t * in_bytes, 1}, 0); };
     const auto collect = [&](int j, int) {
       Operand& in = jobs[j].in;
       in.tiles = gather(at, D, in.tokens, in.n, in.for_many, const_cast<uint8_t*>(in.tiles));

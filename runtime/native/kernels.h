@@ -108,6 +108,8 @@ struct Kernels {
   // n tokens stand in tiles: as many of 8 as there are, then the rest, in one or of 4, 2, 1. How many the first takes.
   int tile_width(int n) const { return n >= kTile ? kTile : every_width ? n : n >= 4 ? 4 : n >= 2 ? 2 : 1; }
 
+  void quantize_row(const float* x, int groups, Tile to, int lane) const { quantize(x, 0, 1, groups, to, lane); }  // one token's
+
   // `blocks` for n neighbours, at most kPair, `block_stride` bytes apart, whose floats are neighbours too.
   void side_by_side(Form form, const uint8_t* w, size_t block_stride, int n, const uint8_t* tile, int groups, int W, float* out,
                     size_t stride) const {

@@ -16,7 +16,7 @@ from numpy_model import cached, int8_groups, turned, two_digits, unpack
 from random_matrix import every_byte, packed, random_blocks
 from tolerance import U32, gamma
 
-from kimi_lite.formats.packed import pack_quantized
+from kimi_lite.formats.packed import LAYOUTS, pack_quantized
 from kimi_lite.runtime import _kernels, kernels
 from kimi_lite.runtime.kernels import Matrix, Mlp
 
@@ -102,6 +102,18 @@ def test_many_tokens_have_the_bits_of_each_alone(isa: str, layout: str, T: int) 
     alone_TO = np.concatenate([kernels.linear(matrix, x_TI[t : t + 1]) for t in range(T)])
     assert np.array_equal(y_TO.view(np.uint32), alone_TO.view(np.uint32))
     assert np.unique(np.nonzero(np.isnan(y_TO))[0]).tolist() == [3]
+
+
+@pytest.mark.parametrize("layout", ["q4b32", "q3b32"])
+def test_zen_4_has_a_way_of_its_own_for_16_tokens_and_more(isa: str, layout: str) -> None:
+    # It gives the same bits, so what shows it is a term beyond 3.4e38 that a fused step brings back: 3.6e38 - 2.4e38.
+    q_OI = np.full((16, 64), LAYOUTS[layout].zero, np.int8)
+    q_OI[:, 0], q_OI[:, 32] = 8 - 4, 8 + 6
+    data = pack_quantized(q_OI, np.ones((16, 2), np.float16), layout)
+    x_TI = np.full((16, 64), 6e37, np.float32)
+    for T in (1, 8, 15, 16):
+        y_TO = kernels.linear(Matrix(layout, data, 16, 64), x_TI[:T])
+        assert np.isinf(y_TO).all() if (isa, T) == ("zen4", 16) else np.isfinite(y_TO).all(), T
 
 
 @pytest.mark.parametrize("layout", ["q4b32", "q3b32", "q8g32"])
