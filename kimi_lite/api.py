@@ -61,6 +61,9 @@ class Stats:
     )
     guessed: int = 0  # tokens that were guessed from what repeats itself, and checked
     guessed_right: int = 0  # of them, those that the answer went on with: each saved a step
+    thinking_tokens: int = (
+        0  # of `tokens`, those of the thinking, its marks included where the model drew them
+    )
 
     @property
     def decode_tok_per_s(self) -> float:
@@ -231,6 +234,29 @@ class Model:
             said[event.kind].append(event.text)
         raise AssertionError("an answer ended without its last event")
 
+    def reply(
+        self,
+        messages: Sequence[Message],
+        *,
+        options: SamplingOptions | None = None,
+        max_tokens: int | None = None,
+        thinking_budget: int | None = None,
+        stop: Sequence[str] = (),
+        schema: object = None,
+        regex: str | None = None,
+        logprobs: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Event]:
+        """The next turn of a conversation that the caller keeps; the model's own stays as it is.
+
+        Pictures stand in the messages as `encode` gives them. Earlier thinking does not belong there: the makers do not send it back.
+        Raises what `chat` raises.
+        """
+        constraint = self._constraint(schema, regex)
+        return self._run(
+            messages, options, max_tokens, thinking_budget, stop, on_progress, 0.0, constraint, logprobs
+        )
+
     async def achat(self, text: str, **arguments: object) -> AsyncIterator[Event]:
         """`chat` for asynchronous code: the model runs in a thread, events arrive as they come."""
         import asyncio
@@ -329,7 +355,7 @@ class Model:
 
     def _run(
         self,
-        messages: list[Message],
+        messages: Sequence[Message],
         options: SamplingOptions | None,
         max_tokens: int | None,
         thinking_budget: int | None,
@@ -353,7 +379,7 @@ class Model:
         first = None
         produced: list[int] = []
         n_prompt, n_reused = len(prompt), None
-        guessed = guessed_right = 0
+        guessed = guessed_right = thinking_tokens = 0
         drawn: list[Likelihood] = []
 
         def note(logits_V: NDArray[np.float32], token: int) -> None:
@@ -377,8 +403,11 @@ class Model:
                 first = first or time.perf_counter()
                 n_reused = engine.n_reused if n_reused is None else n_reused
                 produced.append(token)
+                before = stream.part
                 for kind, piece in stream.feed(engine.tokenizer.decode_bytes([token])):
                     yield Event(kind, piece)
+                if "thinking" in (before, stream.part):
+                    thinking_tokens = len(produced)
                 if stream.stopped:
                     break
                 if budget is not None and stream.part == "thinking" and len(produced) >= budget:
@@ -413,6 +442,7 @@ class Model:
             engine.gpu_dense,
             guessed,
             guessed_right,
+            thinking_tokens,
         )
         found = None if logprobs is None else tuple(map(self._token_logprob, drawn))
         yield Event("done", reason=reason, stats=stats, logprobs=found)

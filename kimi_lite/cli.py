@@ -14,6 +14,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kimi_lite.errors import UsageError
+from kimi_lite.options import (
+    Budget,
+    Context,
+    EngineName,
+    GpuDense,
+    GpuLayers,
+    MaxImageTokens,
+    MaxTokens,
+    Mmproj,
+    Model,
+    Offline,
+    Seed,
+    System,
+    Temperature,
+    Threads,
+    TopP,
+    Vram,
+)
 from kimi_lite.runtime.speeds import ASSUMED
 
 if TYPE_CHECKING:
@@ -27,52 +45,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Kimi-VL-A3B, whole and faithful, on a laptop CPU or one graphics card.",
 )
-
-Model = Annotated[
-    Path | None, typer.Argument(help="A packed int4 or GGUF file; without it, the small kimi-vl-nano.")
-]
-Context = Annotated[int | None, typer.Option(help="Tokens of context to reserve; by default up to 32768.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; by default one per physical core.")]
-Vram = Annotated[
-    str | None,
-    typer.Option(
-        help="Take at most this much of a graphics card's memory: 8G, 800M, or 0 for the CPU alone; by default a card "
-        "is used if one works."
-    ),
-]
-GpuDense = Annotated[
-    str | None,
-    typer.Option(
-        help="Multiply the dense weights on the card by bitsandbytes, in nf4, int8 or bf16; by default our own kernels "
-        "multiply the file's."
-    ),
-]
-Temperature = Annotated[
-    float, typer.Option(help="0 repeats exactly; the makers recommend 0.6 to 0.8 for Thinking.")
-]
-TopP = Annotated[
-    float, typer.Option(help="Draw from the most likely tokens that together have this probability.")
-]
-Seed = Annotated[int | None, typer.Option(help="Repeats a draw at a temperature above 0.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Stop after this many tokens, thinking included.")]
-Budget = Annotated[int | None, typer.Option(help="Close the thinking after this many tokens and answer.")]
-Mmproj = Annotated[
-    Path | None,
-    typer.Option(
-        help="The file with the image side; by default MODEL-mmproj.gguf beside MODEL.gguf, or else MODEL.gguf itself."
-    ),
-]
-MaxImageTokens = Annotated[
-    int | None, typer.Option(help="At most this many tokens a picture: less detail, less time.")
-]
-Offline = Annotated[bool, typer.Option("--offline", help="Fetch no pictures from the web.")]
-EngineName = Annotated[
-    str, typer.Option(help="kimi-lite, or llama.cpp for standard GGUF files on any card that it drives.")
-]
-GpuLayers = Annotated[
-    int | None, typer.Option(help="With llama.cpp: layers on the graphics card; by default all.")
-]
-System = Annotated[str | None, typer.Option(help="Replaces the default system message.")]
 
 REAL_MODEL = (
     "kimi-lite: no model was named, so this is kimi-vl-nano, a toy for trying things out. For the real one: "
@@ -321,6 +293,73 @@ def chat(
     _say_placement(opened.engine.placement)
     opened.conversation.system = system
     Session(opened, options, max_tokens, thinking_budget, show_thinking=not hide_thinking).run()
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; one that other machines reach needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port; 0 takes a free one.")] = 8080,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Requests must carry the key in this file; by default KIMI_LITE_API_KEY, if it is set."
+        ),
+    ] = None,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Fetch pictures that requests name by their URL on the web.")
+    ] = False,
+    mmproj: Mmproj = None,
+    max_image_tokens: MaxImageTokens = None,
+    max_tokens: MaxTokens = None,
+    thinking_budget: Budget = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    context: Context = None,
+    threads: Threads = None,
+    vram: Vram = None,
+    engine: EngineName = "kimi-lite",
+    gpu_layers: GpuLayers = None,
+    gpu_dense: GpuDense = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No line for each answer.")] = False,
+) -> None:
+    """Answer programs that speak OpenAI's chat completions, over HTTP.
+
+    Sampling and limits are what a request gets that does not say.
+    """
+    try:
+        from kimi_lite.server import Service, listen, read_key
+        from kimi_lite.server import serve as answer
+    except ModuleNotFoundError as error:
+        raise UsageError(f"serve needs {error.name}; pip install 'kimi-lite[serve]'") from None
+    from kimi_lite.api import load
+    from kimi_lite.runtime.sampling import SamplingOptions
+
+    key = read_key(api_key_file)
+    options = SamplingOptions(temperature=temperature, top_p=top_p)
+    with listen(host, port, key) as listening:  # before the model, which takes longer
+        if model is None:
+            print(REAL_MODEL, file=sys.stderr)
+        opened = load(
+            model,
+            mmproj=mmproj,
+            context=context,
+            threads=threads,
+            vram=vram,
+            max_image_tokens=max_image_tokens,
+            offline=not fetch,
+            engine=engine,
+            gpu_layers=gpu_layers,
+            gpu_dense=gpu_dense,
+        )
+        _say_placement(opened.engine.placement)
+        service = Service(opened, key, fetch, options, max_tokens, thinking_budget, quiet)
+        name, at = listening.getsockname()[:2]
+        where = f"http://{f'[{name}]' if ':' in name else name}:{at}/v1"
+        print(f"kimi-lite: {service.name} answers at {where}, until Ctrl-C", file=sys.stderr, flush=True)
+        answer(service, listening)
 
 
 @app.command()

@@ -59,6 +59,11 @@ def machine_report() -> Iterator[str]:
         if find_spec(package) is None:
             yield f"          not in use: {what}, which need pip install 'kimi-lite[{extra}]'"
     yield from llama_report()
+    missing = [name for name in ("msgspec", "starlette", "uvicorn") if find_spec(name) is None]
+    if missing:
+        yield f"server    not in use: kimi-lite serve needs {', '.join(missing)}; pip install 'kimi-lite[serve]'"
+    else:
+        yield "server    kimi-lite serve MODEL answers programs that speak OpenAI's chat completions"
     for package in (
         "numpy",
         "gguf",

@@ -34,6 +34,7 @@ class SamplingOptions:
             ("min_p", 0 <= self.min_p < 1, "0 to below 1"),
             ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0, 1 for none"),
             ("presence_penalty", abs(self.presence_penalty) <= 100, "-100 to 100"),
+            ("seed", self.seed is None or self.seed >= 0, "0 or more, or none"),
         ):
             if not ok:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected {expected}")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("", "ask", "chat", "quantize", "pack", "info", "bench", "plan", "doctor")
+COMMANDS = ("", "ask", "chat", "serve", "quantize", "pack", "info", "bench", "plan", "doctor")
 HEAD = """# Commands
 
 What `--help` prints, and the exit codes that scripts may rely on.

@@ -119,7 +119,9 @@ def test_a_request_that_cannot_be_is_one_sentence(
         model.ask(text, **arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_p": 0}, {"min_p": 1}, {"top_k": -1}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1}, {"top_p": 0}, {"min_p": 1}, {"top_k": -1}, {"seed": -1}]
+)
 def test_sampling_options_are_checked(options: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         SamplingOptions(**options)  # type: ignore[arg-type]
