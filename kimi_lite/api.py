@@ -31,6 +31,7 @@ from kimi_lite.runtime.placement import parse_size
 from kimi_lite.runtime.sampling import Likelihood, SamplingOptions, likelihood
 from kimi_lite.runtime.template import Message, render
 from kimi_lite.runtime.vision import EncodedImage, ImageEncoder
+from kimi_lite.saved import resume, save
 from kimi_lite.text_stream import CLOSE, OPEN, TextStream
 
 if TYPE_CHECKING:
@@ -126,6 +127,10 @@ class Conversation:
     def prompt(self, question: Message) -> list[Message]:
         head = [Message("system", self.system)] if self.system is not None else []
         return [*head, *self.messages, question]
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a file, in the place of another of that name, for `Model.resume`. Raises UsageError."""
+        save(self, Path(path))
 
 
 class Model:
@@ -271,6 +276,10 @@ class Model:
     def clear(self) -> None:
         """Forget the conversation but for its system message."""
         self.conversation = Conversation(self.conversation.system)
+
+    def resume(self, path: str | Path) -> None:
+        """Go on with a conversation that `Conversation.save` wrote, in the place of the present one. Raises UsageError."""
+        self.conversation = resume(self, Path(path))
 
     def encode(
         self, images: Sequence[object], on_progress: Callable[[float], None] | None = None

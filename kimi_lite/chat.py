@@ -4,11 +4,12 @@ Ctrl-C while an answer is coming stops it and keeps what was said; at a prompt w
 empty prompt it says how to leave. Ctrl-D leaves. Thinking is dim and stands apart from the answer.
 
 A picture comes with `/image PATH`, or by dragging its file into the line: a word that begins like a path, ends like a
-picture, PDF or video, and is there.
+picture, PDF or video, and is there. Alt-Enter begins a new line; lines that are pasted stay lines.
 """
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,10 +24,14 @@ from kimi_lite.images import Picture, load_pictures
 from kimi_lite.runtime.sampling import SamplingOptions
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+MOST_TEXT = 2 << 20  # bytes of a text file: 128K tokens have some 500 KB
 PROGRESS_FROM = 512  # prompt tokens: shorter prompts are done before a line could be read
 SEEN = "png jpg jpeg webp gif bmp tif tiff ppm avif heic heif pdf mp4 mov m4v mkv webm avi".split()
 HELP = """/help              this list
 /image SOURCE      a picture for the next question: a path, a URL, FILE.pdf#pages=2, FILE.mp4#frames=8
+/file PATH         a text for the next question, in front of it
+/save [PATH]       write the conversation to a file; without a path, to the one it came from
+/load PATH         go on with one that was saved
 /system TEXT       set the system message and start anew
 /set NAME VALUE    temperature, top_p, top_k, min_p, seed, max_tokens, thinking_budget
 /regen             answer the last question again
@@ -137,12 +142,17 @@ class Session:
         self.max_tokens, self.thinking_budget = max_tokens, thinking_budget
         self.last: Stats | None = None
         self.pictures: list[object] = []  # for the next question
+        self.texts: list[str] = []  # likewise
+        self.file: Path | None = None  # where the conversation came from, or was saved last
 
     def run(self) -> None:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import InMemoryHistory
+        from prompt_toolkit.key_binding import KeyBindings
 
-        prompt: PromptSession[str] = PromptSession(history=InMemoryHistory())
+        keys = KeyBindings()
+        keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+        prompt: PromptSession[str] = PromptSession(history=InMemoryHistory(), key_bindings=keys)
         print("Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands.", file=sys.stderr)
         while True:
             try:
@@ -176,6 +186,7 @@ class Session:
     def answer(self, text: str) -> None:
         """Ask and print; Ctrl-C stops between tokens and keeps what was said."""
         pictures, self.pictures = self.pictures, []
+        text, self.texts = "\n".join([*self.texts, text]), []
         printer = Printer(sys.stdout, sys.stderr, show_thinking=self.show_thinking)
         with printer.progress() as on_progress:
             events = self.model.chat(
@@ -210,11 +221,19 @@ class Session:
             case "/help" | "/?":
                 print(HELP, file=sys.stderr)
             case "/clear":
-                self.model.clear()
-                self.pictures = []
+                self.begin_anew()
             case "/system":
                 conversation.system = rest.strip() or None
-                self.model.clear()
+                self.begin_anew()
+            case "/save":
+                self.save(rest.strip())
+            case "/load" if rest.strip():
+                self.load(Path(unquoted(rest.strip())).expanduser())
+            case "/file" if rest.strip():
+                self.texts.append(text_file(Path(unquoted(rest.strip())).expanduser()))
+                print("(now ask about it)", file=sys.stderr)
+            case "/load" | "/file":
+                raise UsageError(f"{name} needs a file: {name} PATH")
             case "/stats" if self.last:
                 Printer(sys.stdout, sys.stderr, show_thinking=False).statistics(self.last)
             case "/stats":
@@ -237,6 +256,35 @@ class Session:
                 self.set(*[*rest.split(), "", ""][:2])
             case _:
                 raise UsageError(f"{name} is not a command; /help lists them")
+
+    def begin_anew(self) -> None:
+        """Without what was said, shown or read in."""
+        self.model.clear()
+        self.pictures, self.texts, self.file = [], [], None
+
+    def save(self, named: str) -> None:
+        """Write the conversation; a file that it did not come from is never overwritten."""
+        path = Path(unquoted(named)).expanduser() if named else self.file
+        if path is None:
+            raise UsageError("/save needs a file to write to: /save trip.json")
+        if path != self.file and path.exists():
+            raise UsageError(f"{path} exists; give another name, or delete it first")
+        if not self.model.conversation.messages:
+            raise UsageError("nothing was said yet, so there is nothing to save")
+        self.model.conversation.save(path)
+        self.file = path
+        print(f"(saved; go on with kimi-lite chat --resume {shlex.quote(str(path))})", file=sys.stderr)
+
+    def load(self, path: Path) -> None:
+        """Go on with a saved conversation, whose last question and answer are shown."""
+        self.model.resume(path)
+        self.pictures, self.texts, self.file = [], [], path
+        said = self.model.conversation.messages
+        print(f"({len(said) // 2} questions and answers; the last were)", file=sys.stderr)
+        for message in said[-2:]:
+            parts = [message.content] if isinstance(message.content, str) else message.content
+            mark = "> " if message.role == "user" else ""
+            print(mark + " ".join(part if isinstance(part, str) else "(picture)" for part in parts))
 
     def set(self, name: str, value: str) -> None:
         """Change one setting, with the checks of `SamplingOptions`."""
@@ -261,6 +309,22 @@ class Session:
             case _:
                 changes: dict[str, Any] = {name: number}
                 self.options = replace(self.options, **changes)
+
+
+def text_file(path: Path) -> str:
+    """What a file says. Raises UsageError if it is not there, not text, or more than any context holds."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_TEXT + 1)
+        if len(data) > MOST_TEXT:
+            raise UsageError(
+                f"{path}: more than {MOST_TEXT >> 20} MB, which no context holds; give a part of it"
+            )
+        return data.decode().strip()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not UTF-8 text; pictures, PDFs and videos come with /image") from None
 
 
 def dropped_files(line: str) -> tuple[str, list[str]]:

@@ -264,6 +264,7 @@ def chat(
     engine: EngineName = "kimi-lite",
     gpu_layers: GpuLayers = None,
     gpu_dense: GpuDense = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.")] = None,
     hide_thinking: Annotated[
         bool, typer.Option("--hide-thinking", help="Do not print the thinking.")
     ] = False,
@@ -271,6 +272,8 @@ def chat(
     """Talk in the terminal. Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands."""
     if not sys.stdin.isatty():
         raise UsageError('chat needs a terminal; for scripts use `kimi-lite ask "…"`')
+    if resume is not None and system is not None:
+        raise UsageError("--resume brings the conversation's own system message; leave --system away")
     from kimi_lite.api import load
     from kimi_lite.chat import Session
     from kimi_lite.runtime.sampling import SamplingOptions
@@ -292,7 +295,10 @@ def chat(
     )
     _say_placement(opened.engine.placement)
     opened.conversation.system = system
-    Session(opened, options, max_tokens, thinking_budget, show_thinking=not hide_thinking).run()
+    session = Session(opened, options, max_tokens, thinking_budget, show_thinking=not hide_thinking)
+    if resume is not None:
+        session.load(resume)
+    session.run()
 
 
 @app.command()

@@ -76,6 +76,13 @@ def plan(size: Size, config: ImageConfig, max_tokens: int | None = None) -> tupl
     return new, grid
 
 
+def is_canvas(size: Size, config: ImageConfig) -> bool:
+    """Could a picture of this size be what `plan` and padding made of one? Padding may have taken it beyond the limit a little."""
+    (rows, columns), side = padded_grid(size), 2 * PATCH
+    whole = size[0] % side == 0 and size[1] % side == 0
+    return whole and max(rows, columns) < MAX_SIDE and (rows - 2) * (columns - 2) <= 2 * config.token_limit
+
+
 def _tokens(size: Size) -> int:
     rows, columns = padded_grid(size)
     return rows * columns // 4

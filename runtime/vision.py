@@ -58,6 +58,7 @@ class EncodedImage(ImagePart):
 
     rows_MD: NDArray[np.float16]
     digest: str
+    pixels: NDArray[np.uint8] | None = None  # [h, w, 3], the canvas that the tower saw
 
 
 Place = tuple[EncodedImage, int] | None  # the picture and the row that an image token stands for
@@ -455,12 +456,18 @@ class ImageEncoder:
         _, (h, w) = image.plan(size, self.image, self.max_tokens if capped else None)
         return h * w // 4
 
-    def encode(self, pictures: "Iterable[Image]", on_progress: Progress | None = None) -> list[EncodedImage]:
-        """One row of embeddings for each image token; `pictures` are RGB, and taken one after the other."""
+    def encode(
+        self, pictures: "Iterable[Image | NDArray[np.uint8]]", on_progress: Progress | None = None
+    ) -> list[EncodedImage]:
+        """One row of embeddings for each image token; `pictures` are RGB, and taken one after the other. An array is a canvas already."""
         canvases, keys = [], []
         for picture in pictures:
-            size, grid = image.plan(picture.size, self.image, self.max_tokens)
-            pixels = image.canvas(picture, size, grid)
+            if isinstance(picture, np.ndarray):
+                pixels = picture
+                grid = (pixels.shape[0] // image.PATCH, pixels.shape[1] // image.PATCH)
+            else:
+                size, grid = image.plan(picture.size, self.image, self.max_tokens)
+                pixels = image.canvas(picture, size, grid)
             # The canvas and the processor's constants are all that the tower sees of a picture.
             facts = f"{RESULT_VERSION} {self.identity} {grid} {self.image.mean} {self.image.std}"
             digest = hashlib.sha256(facts.encode())
@@ -483,7 +490,11 @@ class ImageEncoder:
                 self.cache.put(key, rounded)
                 done += new[key].size
             self.n_encoded += len(batch)
-        return [EncodedImage(len(rows), rows, key) for key in keys if (rows := found[key]) is not None]
+        return [
+            EncodedImage(len(rows), rows, key, pixels)
+            for key, pixels in zip(keys, canvases, strict=True)
+            if (rows := found[key]) is not None
+        ]
 
 
 def _batches(canvases: Mapping[str, NDArray[np.uint8]]) -> Iterator[list[str]]:

@@ -4,14 +4,15 @@ import os
 import pty
 import sys
 import time
+from collections.abc import Sequence
 
 
-def talk_in_a_terminal(*typed: tuple[float, bytes]) -> tuple[str, int]:
+def talk_in_a_terminal(*typed: tuple[float, bytes], arguments: Sequence[str] = ()) -> tuple[str, int]:
     """Run `chat` in a pseudo-terminal, typing each text after its delay; the screen and the exit code."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ["TERM"] = "xterm"
-        os.execv(sys.executable, [sys.executable, "-m", "kimi_lite", "chat"])
+        os.execv(sys.executable, [sys.executable, "-m", "kimi_lite", "chat", *arguments])
     screen = b""
     os.set_blocking(terminal, False)
     for delay, text in [*typed, (60.0, b"")]:

@@ -532,7 +532,23 @@ class Scripted:
         return self.script()
 
 
-async def answered(app: Any, body: object) -> tuple[int, bytes]:
+class Busy(Scripted):
+    """A model that reads or looks for as long as it is let."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(lambda: iter(()), path)
+
+    def encode(self, sources: object, on_progress: Callable[..., None]) -> list[Any]:
+        while True:
+            on_progress(0.5)
+
+    def reply(self, messages: object, **arguments: Any) -> Iterator[kimi_lite.Event]:
+        while True:
+            arguments["on_progress"](1, 2)
+        yield
+
+
+async def answered(app: Any, body: object, *, leaves: bool = False) -> tuple[int, bytes]:
     """Status and body of one chat completion, without a network."""
     sent: list[Any] = []
     came = [{"type": "http.request", "body": json.dumps(body).encode()}]
@@ -540,6 +556,8 @@ async def answered(app: Any, body: object) -> tuple[int, bytes]:
     async def receive() -> Any:
         if came:
             return came.pop()
+        if leaves:
+            return {"type": "http.disconnect"}
         return await asyncio.Event().wait()
 
     async def send(message: Any) -> None:
@@ -596,6 +614,18 @@ def test_a_stream_lives_through_silence_and_says_how_it_failed(
         assert b"so far" in said
         assert text in json.loads(failed)["error"]["message"]
         assert end == ([b"[DONE]"] if text != server.BUG else [])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("content", [QUESTION, [shown("red")]])
+def test_neither_a_prompt_nor_a_picture_is_read_for_nobody(
+    tmp_path: Path, stream: bool, content: object
+) -> None:
+    (tmp_path / "toy.gguf").touch()
+    service = server.Service(Busy(tmp_path / "toy.gguf"))  # type: ignore[arg-type]
+    body = {"messages": [{"role": "user", "content": content}], "stream": stream}
+    assert asyncio.run(answered(service.app, body, leaves=True)) == (499, b"")
+    service._thread.shutdown()  # which waits for the model's thread
 
 
 def test_without_its_packages_the_command_says_what_to_install() -> None:
