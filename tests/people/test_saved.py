@@ -121,7 +121,7 @@ def test_the_messages_are_those_of_chat_completions(model: kimi_lite.Model, tmp_
     ours = model.conversation.prompt(Message("user", ""))[:-1]
     assert [message.role for message in messages] == [message.role for message in ours]
     assert "".join(map(str, messages[-1].content)) == ours[-1].content
-    seen, text = messages[1].content
+    seen, text = list(messages[1].content)
     assert (text, getattr(seen, "digest", "")) == ("What colour is it?", parts(model)[0].digest)
 
 
