@@ -35,6 +35,7 @@ from kimi_lite.options import (
 from kimi_lite.runtime.speeds import ASSUMED
 
 if TYPE_CHECKING:
+    from kimi_lite.api import Model as OpenModel
     from kimi_lite.api import TokenLogprob
     from kimi_lite.quantize.calibrate import Passage
 
@@ -65,6 +66,7 @@ def root(
 
 @app.command()
 def ask(
+    this: typer.Context,
     question: Annotated[
         str | None, typer.Argument(help="The question; standard input, if piped, stands before it.")
     ] = None,
@@ -133,25 +135,10 @@ def ask(
     if not question:
         raise UsageError('no question; give one: kimi-lite ask "What is 38 + 47?", or pipe text in')
     schema = None if schema is None else _schema_text(schema)
-    from kimi_lite.api import load, read_data
+    from kimi_lite.api import read_data
     from kimi_lite.runtime.sampling import SamplingOptions
 
-    if model is None and not quiet:
-        print(REAL_MODEL, file=sys.stderr)
-    opened = load(
-        model,
-        mmproj=mmproj,
-        context=context,
-        threads=threads,
-        vram=vram,
-        max_image_tokens=max_image_tokens,
-        offline=offline,
-        engine=engine,
-        gpu_layers=gpu_layers,
-        gpu_dense=gpu_dense,
-    )
-    if not quiet:
-        _say_placement(opened.engine.placement)
+    opened = _open(this, offline, quiet)
     opened.conversation.system = system
     dim = show_thinking if show_thinking is not None else sys.stderr.isatty()
     from kimi_lite.chat import Printer
@@ -220,10 +207,18 @@ def _logprob(token: "TokenLogprob") -> dict[str, object]:
     }
 
 
-def _say_placement(placement: str) -> None:
-    """Where the model runs, unless it is the CPU, which needs no word."""
-    if placement != "the CPU":
-        print(f"kimi-lite: runs on {placement}", file=sys.stderr)
+def _open(this: typer.Context, offline: bool, quiet: bool = False) -> "OpenModel":
+    """The model that a command's options name, with a word about which it is and where it runs, unless that is the CPU."""
+    from kimi_lite.api import load
+
+    given = this.params
+    if given["model"] is None and not quiet:
+        print(REAL_MODEL, file=sys.stderr)
+    names = "mmproj context threads vram max_image_tokens engine gpu_layers gpu_dense".split()
+    opened = load(given["model"], offline=offline, **{name: given[name] for name in names})
+    if opened.engine.placement != "the CPU" and not quiet:
+        print(f"kimi-lite: runs on {opened.engine.placement}", file=sys.stderr)
+    return opened
 
 
 def _schema_text(given: str) -> str:
@@ -248,6 +243,7 @@ def _stdin() -> str:
 
 @app.command()
 def chat(
+    this: typer.Context,
     model: Model = None,
     mmproj: Mmproj = None,
     max_image_tokens: MaxImageTokens = None,
@@ -274,26 +270,11 @@ def chat(
         raise UsageError('chat needs a terminal; for scripts use `kimi-lite ask "…"`')
     if resume is not None and system is not None:
         raise UsageError("--resume brings the conversation's own system message; leave --system away")
-    from kimi_lite.api import load
     from kimi_lite.chat import Session
     from kimi_lite.runtime.sampling import SamplingOptions
 
     options = SamplingOptions(temperature=temperature, top_p=top_p, seed=seed)
-    if model is None:
-        print(REAL_MODEL, file=sys.stderr)
-    opened = load(
-        model,
-        mmproj=mmproj,
-        context=context,
-        threads=threads,
-        vram=vram,
-        max_image_tokens=max_image_tokens,
-        offline=offline,
-        engine=engine,
-        gpu_layers=gpu_layers,
-        gpu_dense=gpu_dense,
-    )
-    _say_placement(opened.engine.placement)
+    opened = _open(this, offline)
     opened.conversation.system = system
     session = Session(opened, options, max_tokens, thinking_budget, show_thinking=not hide_thinking)
     if resume is not None:
@@ -303,6 +284,7 @@ def chat(
 
 @app.command()
 def serve(
+    this: typer.Context,
     model: Model = None,
     host: Annotated[
         str, typer.Option(help="The address to listen at; one that other machines reach needs a key.")
@@ -340,27 +322,12 @@ def serve(
         from kimi_lite.server import serve as answer
     except ModuleNotFoundError as error:
         raise UsageError(f"serve needs {error.name}; pip install 'kimi-lite[serve]'") from None
-    from kimi_lite.api import load
     from kimi_lite.runtime.sampling import SamplingOptions
 
     key = read_key(api_key_file)
     options = SamplingOptions(temperature=temperature, top_p=top_p)
     with listen(host, port, key) as listening:  # before the model, which takes longer
-        if model is None:
-            print(REAL_MODEL, file=sys.stderr)
-        opened = load(
-            model,
-            mmproj=mmproj,
-            context=context,
-            threads=threads,
-            vram=vram,
-            max_image_tokens=max_image_tokens,
-            offline=not fetch,
-            engine=engine,
-            gpu_layers=gpu_layers,
-            gpu_dense=gpu_dense,
-        )
-        _say_placement(opened.engine.placement)
+        opened = _open(this, offline=not fetch)
         service = Service(opened, key, fetch, options, max_tokens, thinking_budget, quiet)
         name, at = listening.getsockname()[:2]
         where = f"http://{f'[{name}]' if ':' in name else name}:{at}/v1"
