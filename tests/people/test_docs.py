@@ -26,7 +26,7 @@ What `--help` prints, and the exit codes that scripts may rely on.
 `KIMI_LITE_ISA` forces an instruction set by name (`kimi-lite doctor` lists them), `KIMI_LITE_DEBUG=1` shows the traceback
 behind an error, `NO_COLOR` turns colours off, `KIMI_LITE_IMAGE_CACHE` names the directory of encoded pictures or is `off`,
 `KIMI_LITE_EXPERT_USAGE` that of the profile by which experts get their place ([gpu](gpu.md)), `KIMI_LITE_KERNEL_CACHE` that
-of a card's compiled kernels; each may be `off`. `KIMI_LITE_DEVICE=simulated:8G` puts a simulated card in a card's place.
+of a card's compiled kernels; each may be `off`. `KIMI_LITE_API_KEY` is the key that `serve` asks for ([server](server.md)). `KIMI_LITE_DEVICE=simulated:8G` puts a simulated card in a card's place.
 """
 
 

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -71,6 +72,12 @@ class Running:
             reply = connection.getresponse()
             return reply.status, dict(reply.headers), json.loads(reply.read() or b"null")
 
+    def wait_for(self, n: int) -> None:
+        """Until so many requests run or wait."""
+        until = time.monotonic() + WAIT_S
+        while (found := self.send("GET", "/health")[2]["running_or_waiting"]) != n:
+            assert time.monotonic() < until, f"{found} requests run or wait, not {n}"
+
     def begin(self, body: object) -> socket.socket:
         """A request whose answer is read by whoever likes to, through the socket."""
         data = json.dumps(body).encode()
@@ -80,6 +87,11 @@ class Running:
         return connection
 
 
+def heard() -> None:
+    """In the new process: who started the tests in the background may have had SIGINT ignored, which is passed on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def running(*arguments: str, **environment: str) -> Iterator[Running]:
     process = subprocess.Popen(
@@ -87,6 +99,7 @@ def running(*arguments: str, **environment: str) -> Iterator[Running]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
+        preexec_fn=heard,
     )
     try:
         yield Running(process)
@@ -296,6 +309,7 @@ def test_logprobs_are_those_of_the_content(client: Any, model: kimi_lite.Model, 
 BAD: dict[str, tuple[object, int, str]] = {
     "no JSON": (b"{", 400, "cannot be read"),
     "no UTF-8": (b'{"messages": "\xff"}', 400, "cannot be read"),
+    "half a character": (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "cannot be read"),
     "another type": ({"messages": "hello"}, 400, "$.messages"),
     "deep": (b'{"x": ' + b"[" * 100_000, 400, "cannot be read"),
     "not a number": (b'{"messages": [], "temperature": NaN}', 400, "cannot be read"),
@@ -478,15 +492,13 @@ def test_work_stops_when_its_reader_leaves(nano: Running, model: kimi_lite.Model
 def test_a_line_has_an_end(nano: Running, model: kimi_lite.Model) -> None:
     body = endless(model)
     waiting = [nano.begin(body) for _ in range(server.MAX_WAITING + 1)]
-    while nano.send("GET", "/health")[2]["running_or_waiting"] <= server.MAX_WAITING:
-        pass
+    nano.wait_for(server.MAX_WAITING + 1)
     got, headers, reply = nano.send("POST", "/v1/chat/completions", {"messages": ASK})
     assert (got, headers["retry-after"]) == (503, "10")
     assert "wait already" in reply["error"]["message"]
     for connection in waiting:
         connection.close()
-    while nano.send("GET", "/health")[2]["running_or_waiting"]:
-        pass
+    nano.wait_for(0)
     assert nano.send("POST", "/v1/chat/completions", {"messages": ASK})[0] == 200
 
 
@@ -517,6 +529,7 @@ def test_what_runs_is_said_to_its_end_before_the_server_leaves(model: kimi_lite.
         with pytest.raises(OSError, match="refused"):
             leaving.begin({"messages": ASK})
     with running() as interrupted:
+        interrupted.wait_for(0)
         interrupted.process.send_signal(signal.SIGINT)
         assert interrupted.process.wait(WAIT_S) == 130
 
