@@ -376,8 +376,7 @@ class Model:
     ) -> Iterator[Event]:
         engine, options = self.engine, options or SamplingOptions()
         pictures = [part for message in messages for part in _pictures(message)]
-        if max_tokens is not None and max_tokens < 1:
-            raise UsageError(f"max_tokens is {max_tokens}; expected at least 1")
+        check_limits(max_tokens, thinking_budget)
         if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
             raise UsageError(f"logprobs is {logprobs}; expected 0 to {MOST_LOGPROBS}")
         if any(not s for s in stop):
@@ -531,6 +530,13 @@ def _open_engine(
     if gpu_layers is not None:
         raise UsageError("--gpu-layers is for --engine llama.cpp; give both, or neither")
     return Engine(path, context=context, threads=threads, vram=vram, gpu_dense=gpu_dense)
+
+
+def check_limits(max_tokens: int | None, thinking_budget: int | None) -> None:
+    """Raises UsageError for limits of an answer that cannot be kept to."""
+    for name, value, least in (("max_tokens", max_tokens, 1), ("thinking_budget", thinking_budget, 0)):
+        if value is not None and value < least:
+            raise UsageError(f"{name} is {value}; expected at least {least}")
 
 
 def read_data(schema: object, text: str, reason: FinishReason | None) -> Any:

@@ -36,7 +36,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kimi_lite.api import Event, Model
+from kimi_lite.api import Event, Model, check_limits
 from kimi_lite.chat_completions import Asked, Completion, conversation, read
 from kimi_lite.errors import DoesNotFitError, KimiLiteError, UsageError
 from kimi_lite.runtime.sampling import SamplingOptions
@@ -92,7 +92,7 @@ class Job:
 
 @dataclass
 class Service:
-    """An open model and what its requests may do. `app` is the ASGI application."""
+    """An open model and what its requests may do. `app` is the ASGI application. Raises UsageError for limits that cannot be."""
 
     model: Model
     key: str | None = None
@@ -103,6 +103,7 @@ class Service:
     quiet: bool = True  # no line on standard error for each answer
 
     def __post_init__(self) -> None:
+        check_limits(self.max_tokens, self.thinking_budget)
         self.name = self.model.engine.path.stem
         self._n_jobs = 0  # running or in line
         self._thread = ThreadPoolExecutor(1, "model")
