@@ -341,7 +341,8 @@ def quantize(
     out: Annotated[
         Path,
         typer.Argument(
-            help="The file to write; GGUF has the weights for pictures beside it, as …-mmproj.gguf."
+            help="The file to write; GGUF has the weights for pictures beside it, as …-mmproj.gguf; compressed-tensors is a "
+            "directory."
         ),
     ],
     to: Annotated[
@@ -350,7 +351,13 @@ def quantize(
             help="int4 (packed), int3 (its routed experts in 3 bits), or GGUF as q8_0, q4_0, bf16 or f16."
         ),
     ] = "int4",
-    format: Annotated[str | None, typer.Option(help="int4, int3 or gguf; follows from --to.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="int4, int3 or gguf; follows from --to. Or compressed-tensors: --to int4 as a checkpoint again, for vLLM and "
+            "SGLang."
+        ),
+    ] = None,
     calibrate: Annotated[
         list[str] | None,
         typer.Option(
@@ -363,7 +370,7 @@ def quantize(
         bool, typer.Option("--verify", help="Read the file back and report the error per tensor.")
     ] = False,
 ) -> None:
-    """Turn a published checkpoint into one file that runs."""
+    """Turn a published checkpoint, in bf16 or in compressed-tensors' 4 bits, into one file that runs."""
     from kimi_lite.quantize.convert import quantize as convert
 
     def sample() -> "list[Passage]":

@@ -10,7 +10,8 @@ all before it. Of the sample the residual stream and the normalised rows are kep
 expert at a time.
 
 An expert learns from the tokens that choose it, each with its router weight, and a little from others (`OTHERS`), so that
-one that hardly any token chooses is rounded for what the layer usually sees.
+one that hardly any token chooses is rounded for what the layer usually sees. A matrix that the checkpoint holds in 4 bits stays
+as it is.
 
 Dimension key:  T tokens of the sample   n of one sequence   D hidden   H heads   N/R/V/C no-rope, rope, value, latent
 E experts   A active   F expert width   O, I out and in features
@@ -25,8 +26,8 @@ from numpy.typing import NDArray
 from kimi_lite.errors import ModelFileError
 from kimi_lite.formats.config import ModelConfig, TextConfig
 from kimi_lite.formats.packed import join_mlp, pack_quantized, unpack, weights_of
-from kimi_lite.quantize.encode import GRIDS, calibrated, encode, triangular
-from kimi_lite.quantize.plan import Output
+from kimi_lite.quantize.encode import GRIDS, calibrated, stored, triangular
+from kimi_lite.quantize.plan import Output, Source
 
 F32 = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -90,9 +91,9 @@ class Calibration:
         """A tensor that is not calibrated: norms, router, and what is stored in 8 bits."""
         part, weights = output.name.split(".")[-2], []
         for source in output.sources:
-            stored = encode(source.read(0, source.rows), output.type)
-            weights.append(_weights(stored, output.type, source.rows, source.columns))
-            yield stored
+            data = stored(source, output.type)
+            weights.append(_weights(data, output.type, source.rows, source.columns))
+            yield data
         self.kept[part] = weights
 
     def _embed(self, output: Output) -> Iterator[Bytes]:
@@ -100,10 +101,10 @@ class Calibration:
         self.x_TD = np.empty((len(self.ids_T), source.columns), np.float32)
         for start in range(0, source.rows, ROWS_AT_ONCE):
             n = min(ROWS_AT_ONCE, source.rows - start)
-            stored = encode(source.read(start, n), output.type)
+            data = stored(source, output.type, start, n)
             here = (self.ids_T >= start) & (self.ids_T < start + n)
-            self.x_TD[here] = _weights(stored, output.type, n, source.columns)[self.ids_T[here] - start]
-            yield stored
+            self.x_TD[here] = _weights(data, output.type, n, source.columns)[self.ids_T[here] - start]
+            yield data
         if self.rows_MD:
             self.x_TD[self.ids_T == self.pad_id] = np.concatenate(self.rows_MD)
 
@@ -118,11 +119,11 @@ class Calibration:
         (source,), parts = output.sources, []
         for start in range(0, source.rows, ROWS_AT_ONCE):
             n = min(ROWS_AT_ONCE, source.rows - start)
-            stored, weight_OI = _rounded(source.read(start, n), output.type, self.seen)
+            data, weight_OI = _rounded(source, output.type, self.seen, start, n)
             if output.name != "output.weight":  # after which nothing comes
                 parts.append(weight_OI)
                 self.kept[output.name.split(".")[-2]] = [np.concatenate(parts)]
-            yield stored
+            yield data
 
     def _attend(self, output: Output) -> Iterator[Bytes]:
         """All sequences through the layer's attention, then o, which their heads' sums meet."""
@@ -149,10 +150,10 @@ class Calibration:
                 value_nV = score_nn @ (c_nC @ v_HVC[head].T)
                 sums_TX[first:end, at] = value_nV / score_nn.sum(-1, keepdims=True)
         (source,) = output.sources
-        stored, o_DX = _rounded(source.read(0, source.rows), output.type, _factored(sums_TX))
+        data, o_DX = _rounded(source, output.type, _factored(sums_TX))
         self.x_TD += sums_TX @ o_DX.T
         self.kept.clear()
-        yield stored
+        yield data
 
     def _experts(self, output: Output) -> Iterator[Bytes]:
         c = self.config
@@ -167,23 +168,25 @@ class Calibration:
             rows = np.concatenate([tokens, others])
             weight_n1 = np.full((len(rows), 1), THEIR_WEIGHT, np.float32)
             weight_n1[: len(tokens), 0] = weight_TA[tokens, place]
-            stored, y_nD = self._swiglu(output, 3 * e, self.h_TD[rows], weight_n1)
+            data, y_nD = self._swiglu(output, 3 * e, self.h_TD[rows], weight_n1)
             self.x_TD[tokens] += y_nD[: len(tokens)]
-            yield stored
+            yield data
 
     def _mlp(self, output: Output) -> Iterator[Bytes]:
-        stored, y_TD = self._swiglu(output, 0, self.h_TD, np.ones((len(self.h_TD), 1), np.float32), self.seen)
+        data, y_TD = self._swiglu(output, 0, self.h_TD, np.ones((len(self.h_TD), 1), np.float32), self.seen)
         self.x_TD += y_TD
-        yield stored
+        yield data
 
     def _swiglu(
         self, output: Output, first: int, h_nD: F32, weight_n1: F32, seen: Factors | None = None
     ) -> tuple[Bytes, F32]:
         """One expert's bytes, and its outputs times the weights of the tokens that it is shown."""
         gate, up, down = output.sources[first : first + 3]
-        seen = seen or _factored(h_nD * weight_n1)
-        gate_bytes, gate_FD = _rounded(gate.read(0, gate.rows), output.type, seen)
-        up_bytes, up_FD = _rounded(up.read(0, up.rows), output.type, seen)
+        to_round = output.type in GRIDS
+        if seen is None:
+            seen = _factored(h_nD * weight_n1) if to_round else self.seen
+        gate_bytes, gate_FD = _rounded(gate, output.type, seen)
+        up_bytes, up_FD = _rounded(up, output.type, seen)
         down_DF, y_nD, quantized = down.read(0, down.rows), np.zeros_like(h_nD), []
         for start in range(0, down.columns, WIDEST):
             part = slice(start, start + WIDEST)
@@ -191,26 +194,34 @@ class Calibration:
             g_nF *= _sigmoid(g_nF)
             g_nF *= h_nD @ up_FD[part].T
             g_nF *= weight_n1
-            quantized.append(calibrated(down_DF[:, part], output.type, *_factored(g_nF)))
-            y_nD += g_nF @ weights_of(*quantized[-1], output.type)[:, : g_nF.shape[1]].T
-        q_DF, scale_DG = (np.concatenate(each, 1) for each in zip(*quantized, strict=True))
-        down_bytes = pack_quantized(q_DF, scale_DG, output.type)
+            if to_round:
+                quantized.append(calibrated(down_DF[:, part], output.type, *_factored(g_nF)))
+                down_DF[:, part] = weights_of(*quantized[-1], output.type)[:, : g_nF.shape[1]]
+            y_nD += g_nF @ down_DF[:, part].T
+        if to_round:
+            q_DF, scale_DG = (np.concatenate(each, 1) for each in zip(*quantized, strict=True))
+            down_bytes = pack_quantized(q_DF, scale_DG, output.type)
+        else:
+            down_bytes = stored(down, output.type)
         return join_mlp(gate_bytes, up_bytes, down_bytes, output.type, gate.columns), y_nD
 
 
-def _rounded(weight_OI: F32, kind: str, seen: Factors) -> tuple[Bytes, F32]:
-    """The matrix as it is stored, and the weights that the stored form stands for."""
+def _rounded(
+    source: Source, kind: str, seen: Factors, start: int = 0, n: int | None = None
+) -> tuple[Bytes, F32]:
+    """Rows of the matrix as they are stored, and the weights that the stored form stands for."""
+    n = source.rows - start if n is None else n
     if kind in GRIDS:
-        stored = pack_quantized(*calibrated(weight_OI, kind, *seen), kind)
+        data = pack_quantized(*calibrated(source.read(start, n), kind, *seen), kind)
     else:
-        stored = encode(weight_OI, kind)
-    return stored, _weights(stored, kind, *weight_OI.shape)
+        data = stored(source, kind, start, n)
+    return data, _weights(data, kind, n, source.columns)
 
 
-def _weights(stored: Bytes, kind: str, rows: int, columns: int) -> F32:
+def _weights(data: Bytes, kind: str, rows: int, columns: int) -> F32:
     if kind == "F32":
-        return stored.view(np.float32).reshape(rows, columns)
-    return unpack(stored, kind, rows, columns)
+        return data.view(np.float32).reshape(rows, columns)
+    return unpack(data, kind, rows, columns)
 
 
 def _factored(x_nI: F32) -> Factors:

@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from kimi_lite.errors import KimiLiteWarning, ModelFileError, UsageError
 from kimi_lite.formats.gguf_file import GgufWriter, mmproj_beside, warn_of_mmproj_beside
 from kimi_lite.formats.packed import PAGE, join_mlp
+from kimi_lite.quantize import compressed
 from kimi_lite.quantize.calibrate import Calibration, Passage
-from kimi_lite.quantize.encode import encode
+from kimi_lite.quantize.encode import stored
 from kimi_lite.quantize.plan import (
     PACKED,
     Checkpoint,
     Output,
+    Source,
     Target,
     text_metadata,
     text_outputs,
@@ -69,13 +71,14 @@ def quantize(
     sample: Callable[[], Sequence[Passage]] | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Write a checkpoint as one packed file, or as standard GGUF: a text file and, if it has an image side, an mmproj
-    file beside it.
+    """Write a checkpoint as one packed file; as standard GGUF: a text file and, if it has an image side, an mmproj file
+    beside it; or as a checkpoint again, for the most part in 4 bits.
 
     Args:
         to: "int4", or "int3" with the routed experts in 3 bits, for the packed file; "q8_0", "q4_0", "bf16" or "f16" for
             standard GGUF.
-        format: "int4", "int3" or "gguf"; follows from `to`, and is checked against it when given.
+        format: "int4", "int3" or "gguf"; follows from `to`, and is checked against it when given. Or "compressed-tensors": then
+            `to` is "int4", and `out` a new directory.
         sample: gives what the text model's 3- and 4-bit matrices are rounded for (`calibrate`), once the checkpoint is known to
             be whole and the disk to have room; without it each weight is rounded to the nearest step.
 
@@ -88,7 +91,8 @@ def quantize(
     if to not in get_args(Target):
         raise UsageError(f"--to {to}: expected one of {', '.join(get_args(Target))}")
     own = to if to in PACKED else "gguf"
-    if format not in (None, own):
+    as_checkpoint = to == "int4" and format == "compressed-tensors"
+    if format not in (None, own) and not as_checkpoint:
         raise UsageError(f"--format {format} does not hold {to}; leave it out, or give --format {own}")
     if sample and to not in PACKED:
         raise UsageError(f"--calibrate rounds int4 and int3 only; leave it out for --to {to}")
@@ -98,7 +102,7 @@ def quantize(
             KimiLiteWarning,
             stacklevel=2,
         )
-    if out.is_dir():
+    if out.is_dir() and not as_checkpoint:
         raise UsageError(
             f"{out} is a directory; give the name of the file to write, such as {out / 'model.gguf'}"
         )
@@ -106,8 +110,27 @@ def quantize(
     text = text_outputs(checkpoint, to)
     vision = vision_outputs(checkpoint, to) if checkpoint.config.vision else []
     checkpoint.finish()  # says what is missing before a byte is written
+    weights = [o for o in text if o.kind != "float"]
+    n_weights = sum(s.rows * s.columns for o in weights for s in o.sources)
+    if as_checkpoint:
+        compressed.check_target(checkpoint, out)
+        rounded = compressed.chosen(text)
+        pieces = _calibrated(checkpoint, text, rounded, sample) if sample else _encoded(rounded)
+        total = 0
+        for name, done, total in compressed.write(checkpoint, out, rounded, pieces):
+            if progress:
+                progress(name, done, total)
+        n_rounded = sum(s.rows * s.columns for o in rounded for s in o.sources)
+        bits = 16 - (16 - 4.5) * n_rounded / n_weights
+        return Result((out,), total, time.monotonic() - start, bits)
+    if to == "int3" and any(s.int4 for o in text if "_exps" in o.name for s in o.sources):
+        warnings.warn(
+            f"{checkpoint_dir}: experts are in 4 bits already; --to int4 keeps them as they are, 3 bits round them once more",
+            KimiLiteWarning,
+            stacklevel=2,
+        )
     if to in PACKED:
-        first = _calibrated(checkpoint, text, sample) if sample else _encoded(text)
+        first = _calibrated(checkpoint, text, text, sample) if sample else _encoded(text)
         outputs = text + vision
         metadata = text_metadata(checkpoint, to, outputs)
         files = [_File(out, metadata, outputs, chain(first, _encoded(vision)), PAGE)]
@@ -124,8 +147,6 @@ def quantize(
             done += n_bytes
             if progress:
                 progress(name, done, total)
-    weights = [o for o in text if o.kind != "float"]
-    n_weights = sum(s.rows * s.columns for o in weights for s in o.sources)
     bits = 8 * sum(o.spec().n_bytes for o in weights) / n_weights
     paths = tuple(file.path for file in files)
     return Result(paths, sum(p.stat().st_size for p in paths), time.monotonic() - start, bits)
@@ -160,12 +181,17 @@ def _written(file: _File) -> Iterator[tuple[str, int]]:
 
 
 def _calibrated(
-    checkpoint: Checkpoint, outputs: list[Output], sample: Callable[[], Sequence[Passage]]
+    checkpoint: Checkpoint,
+    outputs: list[Output],
+    wanted: list[Output],
+    sample: Callable[[], Sequence[Passage]],
 ) -> Pieces:
-    calibration = Calibration(checkpoint.config, sample())
+    """The bytes of those that are wanted; the sample passes all of them."""
+    calibration, names = Calibration(checkpoint.config, sample()), {output.name for output in wanted}
     for output in outputs:
         for piece in calibration.pieces(output):
-            yield output.name, piece
+            if output.name in names:
+                yield output.name, piece
 
 
 def _encoded(outputs: list[Output]) -> Pieces:
@@ -206,14 +232,11 @@ def _mlp_job(output: Output, first: int) -> Callable[[], NDArray[np.uint8]]:
     gate, up, down = output.sources[first : first + 3]
 
     def job() -> NDArray[np.uint8]:
-        g, u, d = (encode(s.read(0, s.rows), output.type) for s in (gate, up, down))
+        g, u, d = (stored(source, output.type) for source in (gate, up, down))
         return join_mlp(g, u, d, output.type, gate.columns)
 
     return job
 
 
-def _rows_job(output: Output, source: Any, start: int, n: int) -> Callable[[], NDArray[np.uint8]]:
-    def job() -> NDArray[np.uint8]:
-        return encode(np.ascontiguousarray(source.read(start, n)), output.type)
-
-    return job
+def _rows_job(output: Output, source: Source, start: int, n: int) -> Callable[[], NDArray[np.uint8]]:
+    return lambda: stored(source, output.type, start, n)

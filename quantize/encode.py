@@ -12,7 +12,8 @@ size, as much as the best of three float16 scales did; sixteen of those reached 
 Error: |w - scale · (q - 8)| <= step / 2 wherever q is not clipped, because we divide by the scale as stored; a step is the
 scale, or twice that.
 
-`to_nearest` rounds each weight by itself; `calibrated` rounds a matrix for the inputs that it gets (GPTQ, Frantar et al.
+`stored` gives rows of a checkpoint's matrix in the form that a file holds: those that are in 4 bits already as they are, all
+others rounded. `to_nearest` rounds each weight by itself; `calibrated` rounds a matrix for the inputs that it gets (GPTQ, Frantar et al.
 2022, in the form of LDLQ, Chee et al. 2023), which quantize/calibrate.py finds.
 """
 
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from kimi_lite.errors import ModelFileError
 from kimi_lite.formats.packed import GROUP, LEAST_EXPONENT, ROWS, pack_quantized, scale_values
+from kimi_lite.quantize.plan import Source
 
 TILE_WEIGHTS = 1 << 20
 
@@ -46,6 +48,29 @@ GRIDS = {"q4b32": Grid(1, (-2, -1, 0, 1)), "q3b32": Grid(2, (-6, -4, -2, 0))}
 SCALES = scale_values(np.arange(256, dtype=np.uint8)).astype(np.float32)  # of each byte
 # A larger weight would need a larger scale than there is.
 LIMITS = {"q4b32": 15.0, "q3b32": 15.0, "q8g32": 127 * 65504.0}
+
+
+def stored(source: Source, kind: str, start: int = 0, n: int | None = None) -> NDArray[np.uint8]:
+    """Rows start…start+n-1 of a source as `encode` gives them, but without rounding where the checkpoint holds them in 4 bits
+    and the type can too.
+
+    Raises:
+        ModelFileError: as `encode`.
+    """
+    n = source.rows - start if n is None else n
+    if source.int4 is None or kind not in ("q4g32", "Q4_0"):
+        return encode(np.ascontiguousarray(source.read(start, n)), kind)
+    q_nI, scale_ng = source.int4.quantized(start, n)
+    with np.errstate(over="ignore"):
+        half_ng = scale_ng.astype(np.float16)
+    if not np.isfinite(half_ng).all():
+        raise ModelFileError("a scale is too large for float16; the checkpoint is damaged")
+    q_nI += 8
+    if kind == "q4g32":
+        return pack_quantized(q_nI, half_ng, kind)
+    halves = q_nI.view(np.uint8).reshape(n, -1, 2, GROUP // 2)
+    blocks = [half_ng[..., None].view(np.uint8), halves[:, :, 0] | halves[:, :, 1] << 4]
+    return np.concatenate(blocks, axis=-1).reshape(-1)
 
 
 def encode(weight_OI: NDArray[np.float32], kind: str) -> NDArray[np.uint8]:

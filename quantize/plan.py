@@ -2,7 +2,7 @@
 
 Two walks over the published names give all outputs: the text model, standard or packed, and the image side, as an
 `mmproj` GGUF of its own or packed behind the text model. Types per tensor are tables here, so that a change of recipe is
-a change of data.
+a change of data. Where a checkpoint holds a matrix in 4 bits already, the output takes it as it is if it can.
 
 Dimension key:  D hidden   H heads   N/R/V/C no-rope, rope, value, latent   E experts   F expert width
 """
@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kimi_lite.errors import KimiLiteWarning, ModelFileError
-from kimi_lite.formats.config import ModelConfig
+from kimi_lite.formats import compressed_tensors
+from kimi_lite.formats.compressed_tensors import QuantizedTensor
+from kimi_lite.formats.config import ModelConfig, read_json
 from kimi_lite.formats.gguf_file import TensorSpec
 from kimi_lite.formats.packed import LAYOUTS, PAGE, matrix_bytes, mlp_bytes
 from kimi_lite.formats.safetensors_file import StoredTensor, open_checkpoint
@@ -29,6 +31,7 @@ Target = Literal["int4", "int3", "q8_0", "q4_0", "bf16", "f16"]
 # else, which every token reads, is q4b32 and q8g32 in both.
 PACKED = {"int4": "q4b32", "int3": "q3b32"}
 Rows = Callable[[int, int], NDArray[np.float32]]  # start, count -> float32 [count, columns]
+Stored = StoredTensor | QuantizedTensor
 
 IGNORED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")  # recomputed at run time
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
@@ -46,6 +49,8 @@ class Source:
     rows: int
     columns: int
     read: Rows
+    name: str = ""  # the published tensor that they are all of
+    int4: QuantizedTensor | None = None  # if it is in 4 bits already
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,7 @@ class Checkpoint:
         if not directory.is_dir():
             raise ModelFileError(f"{directory}: not a directory; give the folder of a downloaded checkpoint")
         self.directory = directory
+        compressed_tensors.check_config(read_json(directory / "config.json"), str(directory / "config.json"))
         self.config = ModelConfig.from_hf_dir(directory)
         self.vocab = Vocab.from_hf_dir(directory, self.config.text.vocab_size)
         self.tensors = open_checkpoint(directory)
@@ -94,10 +100,13 @@ class Checkpoint:
         self.misshapen: list[str] = []
         self._seen: set[str] = set()
 
-    def tensor(self, name: str, *shape: int) -> StoredTensor | None:
+    def tensor(self, name: str, *shape: int) -> Stored | None:
         """The tensor if it is there in this shape; what is wrong is collected and said at once by `finish`."""
         self._seen.add(name)
         found = self.tensors.get(name)
+        if found is None and f"{name}_packed" in self.tensors and len(shape) == 2:
+            self._seen |= {name.removesuffix("weight") + part for part in compressed_tensors.PARTS}
+            return QuantizedTensor.of(self.tensors, name, (shape[0], shape[1]))
         if found is None:
             self.missing.append(name)
         elif found.shape != shape:
@@ -109,7 +118,8 @@ class Checkpoint:
 
     def source(self, name: str, rows: int, columns: int) -> Source:
         stored = self.tensor(name, rows, columns)
-        return Source(rows, columns, lambda start, n: _stored(stored).rows(start, n))
+        int4 = stored if isinstance(stored, QuantizedTensor) and stored.bits == 4 else None
+        return Source(rows, columns, lambda start, n: _stored(stored).rows(start, n), name, int4)
 
     def vector(self, name: str, n: int) -> Source:
         stored = self.tensor(name, n)
@@ -139,7 +149,7 @@ class Checkpoint:
             )
 
 
-def _stored(tensor: StoredTensor | None) -> StoredTensor:
+def _stored(tensor: Stored | None) -> Stored:
     assert tensor is not None, "a source was read although `finish` had raised"
     return tensor
 
@@ -160,7 +170,7 @@ def _text(checkpoint: Checkpoint, base: str, routed: str | None) -> Iterator[Out
         sources = sources if isinstance(sources, tuple) else (sources,)
         rows, columns = sources[0].rows, sources[0].columns
         shape = (rows, columns) if len(sources) == 1 else (len(sources), rows, columns)
-        return Output(name, _type(name, base, columns), shape, sources)
+        return Output(name, _kept(_type(name, base, columns), sources), shape, sources)
 
     def floats(name: str, source: Source) -> Output:
         shape = (source.columns,) if source.rows == 1 else (source.rows, source.columns)
@@ -176,8 +186,9 @@ def _text(checkpoint: Checkpoint, base: str, routed: str | None) -> Iterator[Out
             for each in theirs
         ]
         if routed:
-            layout = routed if kind == "_exps" else base
-            yield Output(f"{at}ffn{kind}.packed", layout, (), tuple(s for part in parts for s in part), "mlp")
+            sources = tuple(s for part in parts for s in part)
+            layout = _kept(routed if kind == "_exps" else base, sources)
+            yield Output(f"{at}ffn{kind}.packed", layout, (), sources, "mlp")
             return
         for i, name in enumerate(("gate", "up", "down")):
             stacked = tuple(part[i] for part in parts)
@@ -253,6 +264,11 @@ def _type(name: str, base: str, columns: int) -> str:
     return HEAD_TYPE.get(base, base) if name == "output.weight" else base
 
 
+def _kept(kind: str, sources: tuple[Source, ...]) -> str:
+    """q4g32 in place of q4b32 where all sources are in 4 bits already: its float16 scales hold them as they are."""
+    return "q4g32" if kind == "q4b32" and all(source.int4 for source in sources) else kind
+
+
 def vision_outputs(checkpoint: Checkpoint, target: Target) -> list[Output]:
     """The image side's tensors under llama.cpp's mmproj names, in file order."""
     return list(_vision(checkpoint, _vision_base(target)))
@@ -323,12 +339,12 @@ def _vision(checkpoint: Checkpoint, base: str) -> Iterator[Output]:
     yield from pair("mm.2", "multi_modal_projector.linear_2", checkpoint.config.text.hidden_size, joined)
 
 
-def _third(wqkv: StoredTensor | None, part: int, W: int) -> Source:
+def _third(wqkv: Stored | None, part: int, W: int) -> Source:
     """Rows of q, k or v; their order inside stays the published one, as llama.cpp's converter leaves it."""
     return Source(W, W, lambda start, n: _stored(wqkv).rows(part * W + start, n))
 
 
-def _third_bias(bias: StoredTensor | None, part: int, W: int) -> Source:
+def _third_bias(bias: Stored | None, part: int, W: int) -> Source:
     return Source(1, W, lambda start, n: _stored(bias).rows(part * W, W)[None])
 
 

@@ -21,7 +21,7 @@ from kimi_lite.errors import KimiLiteWarning, ModelFileError
 KV_NORM_EPS = 1e-6  # the published code does not pass rms_norm_eps to the latent's norm, so its default holds
 GATING_SIGMOID = 2  # GGUF's code for the sigmoid router
 
-# Published keys without effect on inference.
+# Published keys without effect on inference (quantization_config: on the tensors' form, formats/compressed_tensors.py).
 HF_TEXT_WITHOUT_EFFECT = frozenset(
     """
 _attn_implementation_autoset _name_or_path add_cross_attention architectures attention_dropout auto_map
@@ -31,7 +31,7 @@ exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_
 initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length min_length model_type
 no_repeat_ngram_size num_beam_groups num_beams num_nextn_predict_layers num_return_sequences
 output_attentions output_hidden_states output_scores prefix pretraining_tp problem_type pruned_heads
-qk_head_dim remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+qk_head_dim quantization_config remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
 seq_aux suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class
 top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
     """.split()

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kimi_lite.formats.config import TextConfig, VisionConfig
+from kimi_lite.formats.safetensors_file import ShardSpec, write_shards
 
 # All sizes differ from one another (N, R, V, C; also H, E, A), so that no transposition hides.
 TINY_TEXT = TextConfig(
@@ -263,48 +264,6 @@ def write_side_files(
         )
 
 
-def write_shards(
-    directory: Path,
-    tensors: Iterator[tuple[str, NDArray[np.uint16]]],
-    shapes: dict[str, tuple[int, ...]],
-    shard_bytes: int,
-) -> None:
-    """Sharded safetensors and their index, one tensor in memory at a time. Values are bf16 bit patterns."""
-    shards: list[list[str]] = [[]]
-    size = total = 0
-    for name, shape in shapes.items():
-        n_bytes = 2 * int(np.prod(shape))
-        if shards[-1] and size + n_bytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += n_bytes
-        total += n_bytes
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        header, at = {}, 0
-        for name in names:
-            n_bytes = 2 * int(np.prod(shapes[name]))
-            header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [at, at + n_bytes]}
-            at += n_bytes
-            weight_map[name] = file
-        head = json.dumps(header, separators=(",", ":")).encode()
-        head += b" " * (-len(head) % 8)
-        with (directory / file).open("wb") as out:
-            out.write(len(head).to_bytes(8, "little") + head)
-            for expected in names:
-                name, values = next(tensors)
-                assert (name, values.shape) == (expected, shapes[expected]), (
-                    f"{name} came where {expected} was due"
-                )
-                out.write(np.ascontiguousarray(values).data)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(
-        json.dumps(index, indent=1) + "\n", encoding="utf-8"
-    )
-
-
 def byte_ranks(n: int, seed: int) -> list[bytes]:
     """All single bytes, then n - 256 random merges of earlier tokens, so that merges and ranks are exercised."""
     rng = np.random.default_rng(seed)
@@ -338,7 +297,8 @@ def write_checkpoint(
     if vision:
         shapes |= dict(vision_shapes(vision, text.hidden_size))
     rng = np.random.default_rng(seed)
-    write_shards(
-        directory, ((n, to_bf16(random_tensor(n, s, rng))) for n, s in shapes.items()), shapes, shard_bytes
-    )
+    specs = [ShardSpec(name, "BF16", shape) for name, shape in shapes.items()]
+    values = ((n, to_bf16(random_tensor(n, s, rng))) for n, s in shapes.items())
+    for _ in write_shards(directory, specs, values, shard_bytes):
+        pass
     return directory

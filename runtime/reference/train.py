@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kimi_lite.formats.config import ImageConfig, ModelConfig
+from kimi_lite.formats.safetensors_file import ShardSpec, write_shards
 from kimi_lite.formats.vocab import Vocab
 from kimi_lite.runtime.reference.image import process
 from kimi_lite.runtime.reference.model import KimiVL, expert_loads, load, published_tensors
@@ -37,7 +38,6 @@ from kimi_lite.runtime.reference.pictures import SLOTS
 from kimi_lite.runtime.reference.random_checkpoint import (
     SPECIAL_NAMES,
     to_bf16,
-    write_shards,
     write_side_files,
 )
 from kimi_lite.runtime.reference.tasks import Draw, Sample, reading, shapes, text_sample, two_pictures
@@ -390,14 +390,15 @@ def export(model: KimiVL, directory: Path, shard_bytes: int = 8 << 20) -> None:
     """Write the model as a published checkpoint directory, in bf16."""
     assert model.config.vision is not None
     write_side_files(directory, model.config.text, model.config.vision, RANKS, TOKEN_LIMIT)
-    shapes_by_name, patch = {}, model.config.vision.patch_size
+    specs, patch = [], model.config.vision.patch_size
     for name, tensor in published_tensors(model):
         conv = name == "vision_tower.patch_embed.proj.weight"
-        shapes_by_name[name] = (len(tensor), 3, patch, patch) if conv else tuple(tensor.shape)
-    values = ((n, to_bf16(t.float().numpy()).reshape(shapes_by_name[n])) for n, t in published_tensors(model))
+        specs.append(ShardSpec(name, "BF16", (len(tensor), 3, patch, patch) if conv else tuple(tensor.shape)))
+    values = ((n, to_bf16(t.float().numpy())) for n, t in published_tensors(model))
     for old in directory.glob("*.safetensors"):
         old.unlink()
-    write_shards(directory, values, shapes_by_name, shard_bytes)
+    for _ in write_shards(directory, specs, values, shard_bytes):
+        pass
 
 
 def main() -> None:
