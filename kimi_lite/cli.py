@@ -306,6 +306,13 @@ def serve(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     context: Context = None,
+    cache_ram: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory for conversations that others have pushed out, so that they are not read again; by default 512M. On the "
+            "CPU alone."
+        ),
+    ] = None,
     threads: Threads = None,
     vram: Vram = None,
     engine: EngineName = "kimi-lite",
@@ -324,11 +331,11 @@ def serve(
         raise UsageError(f"serve needs {error.name}; pip install 'kimi-lite[serve]'") from None
     from kimi_lite.runtime.sampling import SamplingOptions
 
-    key = read_key(api_key_file)
+    key, ram = read_key(api_key_file), _size(cache_ram, "--cache-ram")
     options = SamplingOptions(temperature=temperature, top_p=top_p)
     with listen(host, port, key) as listening:  # before the model, which takes longer
         opened = _open(this, offline=not fetch)
-        service = Service(opened, key, fetch, options, max_tokens, thinking_budget, quiet)
+        service = Service(opened, key, fetch, options, max_tokens, thinking_budget, quiet, ram)
         name, at = listening.getsockname()[:2]
         where = f"http://{f'[{name}]' if ':' in name else name}:{at}/v1"
         print(f"kimi-lite: {service.name} answers at {where}, until Ctrl-C", file=sys.stderr, flush=True)
@@ -490,10 +497,10 @@ def bench(
         print("\n".join(table(report)))
 
 
-def _size(vram: str | None) -> int | None:
+def _size(text: str | None, said_by: str = "--vram") -> int | None:
     from kimi_lite.runtime.placement import parse_size
 
-    return None if vram is None else parse_size(vram)
+    return None if text is None else parse_size(text, said_by)
 
 
 def _numbers(option: str, text: str | None, least: int) -> list[int] | None:

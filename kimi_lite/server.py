@@ -39,6 +39,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kimi_lite.api import Event, Model, check_limits
 from kimi_lite.chat_completions import Asked, Completion, conversation, read
 from kimi_lite.errors import DoesNotFitError, KimiLiteError, UsageError
+from kimi_lite.runtime.engine import Engine
+from kimi_lite.runtime.prompt_cache import PromptCache
 from kimi_lite.runtime.sampling import SamplingOptions
 from kimi_lite.runtime.vision import EncodedImage
 
@@ -47,6 +49,7 @@ BODY_S = 60.0  # within which all of it must have come
 MAX_WAITING = 16  # requests in line, behind the one that runs
 MAX_CONNECTIONS = 128
 SILENT_S = 5.0  # after which a stream begins without the model's first word, and lives by comments
+CACHE_RAM = 512_000_000  # bytes for conversations that others have pushed out: 31,000 tokens at full size
 LEAVING_S = 10  # that answers get to end in, once the server was told to
 LOCAL = {"127.0.0.1", "localhost", "::1"}
 BUG = "kimi-lite met a bug of its own; its standard error has the traceback"
@@ -101,9 +104,17 @@ class Service:
     max_tokens: int | None = None  # likewise
     thinking_budget: int | None = None  # likewise
     quiet: bool = True  # no line on standard error for each answer
+    cache_ram: int | None = None  # bytes for conversations that others have pushed out; by default CACHE_RAM
 
     def __post_init__(self) -> None:
         check_limits(self.max_tokens, self.thinking_budget)
+        engine = self.model.engine
+        if isinstance(engine, Engine):
+            engine.prompts = PromptCache(CACHE_RAM if self.cache_ram is None else self.cache_ram)
+        elif self.cache_ram is not None:
+            raise UsageError(
+                "--cache-ram is for kimi-lite's own engine; leave it out with --engine llama.cpp"
+            )
         self.name = self.model.engine.path.stem
         self._n_jobs = 0  # running or in line
         self._thread = ThreadPoolExecutor(1, "model")

@@ -35,6 +35,7 @@ from kimi_lite.runtime.kernels import Float
 from kimi_lite.runtime.lookup import STEPS, PromptLookup
 from kimi_lite.runtime.model import CpuModel, OnLayer, Spliced
 from kimi_lite.runtime.prefix_cache import PrefixCache
+from kimi_lite.runtime.prompt_cache import PromptCache, shared
 from kimi_lite.runtime.sampling import Sampler, SamplingOptions
 from kimi_lite.runtime.template import IMAGE_PAD
 from kimi_lite.runtime.tensors import of_image_side
@@ -102,8 +103,10 @@ class BaseEngine(ABC):
         """One step of a token and guesses behind it, after the cached ones; the logits [T, V] that follow each."""
         return self.append(ids)[None]
 
-    def recall(self, prompt: Sequence[int], places: Sequence[Place], n: int) -> int:
-        """Fill more of the cache than the n tokens of the prompt that it holds, from what was kept; how many it holds then."""
+    def recall(self, prompt: Sequence[int], places: Sequence[Place]) -> int:
+        """Make the cache hold as much of the prompt's beginning as is known, and nothing else; how many tokens it holds then."""
+        n = shared(self.seen, _meaning(prompt, places))
+        self.rewind(n)
         return n
 
     def answered(self) -> None:  # noqa: B027
@@ -162,15 +165,10 @@ class BaseEngine(ABC):
                 f"shorten it, or ask for more with --context (this model: up to {self.config.context_length})"
             )
         places = self._places(prompt, pictures)
-        shared = 0
-        # The last is run again: its logits are needed.
-        for ours, new in zip(self.seen, _meaning(prompt[:-1], places), strict=False):
-            if ours != new:
-                break
-            shared += 1
-        self.rewind(shared)
-        shared = self.n_reused = self.recall(prompt, places, shared)
-        return self.append(prompt[shared:], on_progress, places[shared:])
+        n = self.n_reused = self.recall(
+            prompt[:-1], places[:-1]
+        )  # the last is run again: its logits are needed
+        return self.append(prompt[n:], on_progress, places[n:])
 
     def _places(self, prompt: Sequence[int], pictures: Sequence[EncodedImage]) -> list[Place]:
         """Beside each token of the prompt, the picture and the row that it stands for."""
@@ -292,6 +290,7 @@ class Engine(BaseEngine):
         if mapped and psutil.virtual_memory().available > self.weights.n_bytes:
             self.weights.file.bring_in(lambda name: not of_image_side(name))
         self.prefixes = PrefixCache(self.weights.file.map, image_cache.default_directory())
+        self.prompts: PromptCache | None = None  # who holds several conversations gives one
         self._prove = prove
         self._tower_off_card = False  # what the card gave was wrong, or it has no kernels
         self._said_no_room = False
@@ -347,15 +346,22 @@ class Engine(BaseEngine):
         self.places += [None] * len(ids)
         return logits_TV
 
-    def recall(self, prompt: Sequence[int], places: Sequence[Place], n: int) -> int:
-        """Pictures that were read before, on the CPU alone: a card reads them as fast as a disk would."""
-        if isinstance(self.model, CpuModel):
-            for span in self.prefixes.spans(prompt[:-1], places[:-1]):
-                if span.end > n:
-                    if not self.prefixes.restore(span, self.model.cache):
-                        break
-                    n = span.end
-            self.tokens[:], self.places[:] = prompt[:n], places[:n]
+    def recall(self, prompt: Sequence[int], places: Sequence[Place]) -> int:
+        """Also what was put aside, and pictures that were read before, on the CPU alone: a card reads them as fast as a disk would."""
+        if not isinstance(self.model, CpuModel):
+            return super().recall(prompt, places)
+        if self.prompts:
+            seen = self.seen
+            self.tokens.clear()  # should this be interrupted, nothing is known
+            n = self.prompts.exchange(seen, _meaning(prompt, places), self.model.cache)
+        else:
+            n = super().recall(prompt, places)
+        for span in self.prefixes.spans(prompt, places):
+            if span.end > n:
+                if not self.prefixes.restore(span, self.model.cache):
+                    break
+                n = span.end
+        self.tokens[:], self.places[:] = prompt[:n], places[:n]
         return n
 
     def answered(self) -> None:

@@ -364,9 +364,8 @@ def parse_size(text: str, said_by: str = "--vram") -> int:
     except ValueError:
         value = -1.0
     if not 0 <= value < math.inf:
-        raise UsageError(
-            f"{said_by} is {text!r}; give a size such as 8G, 1.5G or 800M, or 0 for the CPU alone"
-        )
+        none = "0 for the CPU alone" if said_by == "--vram" else "0 for none"
+        raise UsageError(f"{said_by} is {text!r}; give a size such as 8G, 1.5G or 800M, or {none}")
     return round(value * UNITS[unit])
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from http_server import ASK, NAME, QUESTION, WAIT_S, Running, endless, running, 
 
 import kimi_lite
 from kimi_lite import server
+from kimi_lite.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,29 @@ def test_a_body_beyond_the_bound_is_not_taken(nano: Running) -> None:
             assert b" 413 " in connection.recv(1 << 16)
 
 
+def test_a_question_between_two_turns_makes_nothing_be_read_again() -> None:
+    """As programs do that ask for a title of the chat; without memory for it, or with too little, the chat is read anew."""
+    turn = [{"role": "user", "content": "One, two, three, and so on. " * 12 + QUESTION}]
+    title = [{"role": "user", "content": "A title for this chat, please. " * 12}]
+    for memory, known in ((), True), (("--cache-ram", "0"), False), (("--cache-ram", "10k"), False):
+        with running(*memory) as one:
+            asked = one.client().chat.completions.create
+            first = asked(model=NAME, messages=turn)
+            asked(model=NAME, messages=title)
+            said = [*turn, {"role": "assistant", "content": first.choices[0].message.content}, *ASK]
+            again = asked(model=NAME, messages=said).usage
+            n_known, n_first = again.prompt_tokens_details.cached_tokens, first.usage.prompt_tokens
+            assert n_first > 80
+            assert (n_known >= n_first - 1) == known, (n_known, n_first)
+
+
+def test_memory_for_conversations_is_for_our_own_engine() -> None:
+    other = SimpleNamespace(engine=SimpleNamespace(path=Path("model.gguf")))
+    with pytest.raises(UsageError, match="--cache-ram is for kimi-lite's own engine; leave it out"):
+        server.Service(other, cache_ram=1000)  # type: ignore[arg-type]
+    assert server.Service(other).cache_ram is None  # type: ignore[arg-type]
+
+
 def test_a_key_is_asked_for_where_there_is_one(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("sésame\n", encoding="utf-8")
     for arguments, environment, key in (
@@ -84,6 +109,10 @@ def test_what_cannot_be_listened_to_is_said_before_a_model_is_opened(nano: Runni
         (("--host", "no.such.name.invalid"), "cannot be listened to"),
         (("--api-key-file", str(tmp_path / "empty")), "is empty"),
         (("--api-key-file", str(tmp_path / "none")), "cannot be read"),
+        (
+            ("--cache-ram", "lots"),
+            "--cache-ram is 'lots'; give a size such as 8G, 1.5G or 800M, or 0 for none",
+        ),
     ):
         done = command("serve", *arguments)
         assert done.returncode == 2, arguments
