@@ -74,8 +74,8 @@ struct Kernels {
   bool every_width;           // tiles of 3, 5, 6 and 7 tokens too, not only of 8, 4, 2 and 1
   int many_from;              // tokens from which `many` pays
   BlocksKernel blocks[static_cast<int>(Form::count)];
-  // The same of W tokens, in each group in tiles side by side, and at most kPair row blocks, where many have a faster way; null where
-  // not. A group's term that is no float by itself, beyond 3.4e38, may be infinite here and in `acc` not.
+  // The same of W tokens, in each group in tiles side by side, and at most kPair row blocks, where many have a way of their own; null
+  // where not. A group's term that is no float by itself, beyond 3.4e38, may be infinite here and in `acc` not.
   BlocksKernel many[static_cast<int>(Form::count)];
   // n tokens' floats, `stride` from token to token, into the lanes from `lane` on of a tile: scale = the least power of two
   // that takes a group's largest value to at most 127, q = nearest even of x / scale. A group with nothing above 1e-30 is zeros

@@ -8,6 +8,7 @@
 namespace {
 using namespace kimi;
 #include "vec_avx2.h"
+#define KIMI_MANY "many_unpacked.h"
 #include "kernels_inl.h"
 bool runs_here() {
   // GCC and clang also ask the operating system whether it saves these registers (XCR0).

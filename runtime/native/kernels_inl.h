@@ -60,6 +60,12 @@ namespace products {
 #endif
 #include "products_inl.h"
 #ifdef KIMI_MANY
+// Of so many tokens, how many the next part has: as few parts of at most `at_once` as can be, all about as long, in whole tiles.
+static inline int part_of(int tokens, int at_once) {
+  const int tiles = (tokens + kTile - 1) / kTile, parts = (tiles * kTile + at_once - 1) / at_once;
+  const int part = (tiles + parts - 1) / parts * kTile;
+  return part < tokens ? part : tokens;
+}
 #include KIMI_MANY
 #else
 constexpr int kManyFrom = 0;
@@ -211,9 +217,7 @@ static void turn_values(const float* x, size_t stride, int n, int C, uint8_t* ou
   {products::call<products::Q4>, products::call<products::Q4B>, products::call<products::Q3B>, products::call<products::Q8>, products::call<products::Q5>, \
    products::call<products::I4>, products::call<products::Q4K>, products::call<products::Q6K>, products::call<products::Panel<false, false>>,        \
    products::call<products::Panel<true, false>>, products::call<products::Panel<false, true>>, products::call<products::Q8Positive>}
-#ifdef KIMI_MANY  // the forms before q8g32
-#define KIMI_MANY_FORMS {nullptr, products::many<products::Q4B>, products::many<products::Q3B>}
-#else
+#ifndef KIMI_MANY
 #define KIMI_MANY_FORMS {}
 #endif
 #define KIMI_TABLE(name, runs_here)                                                                                      \

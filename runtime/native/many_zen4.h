@@ -153,13 +153,13 @@ static void many(const void* const* w, const void* const* next, int n, const uin
                  size_t stride) {
   constexpr decltype(&many_blocks<F, 0>) kernel[kTile] = {many_blocks<F, 0>, many_blocks<F, 1>, many_blocks<F, 2>, many_blocks<F, 3>,
                                                           many_blocks<F, 4>, many_blocks<F, 5>, many_blocks<F, 6>, many_blocks<F, 7>};
-  for (int from = 0, count; from < tokens; from += count) {  // as few parts as can be, all about as long
-    const int left = (tokens - from + kTile - 1) / kTile * kTile, parts = (left + kTokensAtOnce - 1) / kTokensAtOnce;
-    count = (left / kTile + parts - 1) / parts * kTile;
-    if (count > tokens - from) count = tokens - from;
+  for (int from = 0, count; from < tokens; from += count) {
+    count = part_of(tokens - from, kTokensAtOnce);
     float* to[kPair];
     for (int s = 0; s < n; ++s) to[s] = out[s] + from * stride;
     kernel[count % kTile](w, from + count < tokens ? w : next, n, tiles + static_cast<size_t>(from) * kTokenGroup,
                           static_cast<size_t>(tokens) * kTokenGroup, groups, count, to, stride);
   }
 }
+
+#define KIMI_MANY_FORMS {nullptr, products::many<products::Q4B>, products::many<products::Q3B>}  // those with scales of one byte

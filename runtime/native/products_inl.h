@@ -202,14 +202,53 @@ KIMI_INLINE void group_product(const uint8_t* const (&run)[S], const int8_t* x, 
   line_product<F, NT, S, 7>(run, x, sums);
 }
 
+// Group g of S row blocks, whose runs are given, times NT tokens of a tile of W, from lane `first` on: added to acc, of token t's k-th
+// vector of rows number t * vectors + k.
+template <class F, int NT, int W, int S>
+KIMI_INLINE void group_into(const uint8_t* const (&w)[S], const uint8_t* const (&run)[S], int g, const uint8_t* tile, int first,
+                            V (&acc)[Integers<NT, S>::n]) {
+  constexpr int vectors = Integers<NT, S>::vectors, n = Integers<NT, S>::n;
+  constexpr bool biased = F::is_signed ? bias_s8 != 0 && !F::positive : F::shift >= 0;
+  constexpr int shift = F::shift >= 0 ? F::shift : 0;
+  const int8_t* x = reinterpret_cast<const int8_t*>(tile) + first * kGroup;
+  const float* scale = reinterpret_cast<const float*>(tile + W * kGroup) + first;
+  const int32_t* sum = reinterpret_cast<const int32_t*>(tile + W * (kGroup + 4)) + first;
+  Integers<NT, S> sums;
+  auto bias = [&](int i) {  // sums hold -8 times the activations'
+    const int32_t whole = sum[i / vectors], half = sum[W + i / vectors];
+    sums.low[i] = iadd(sums.low[i], ishl<shift>(iset(F::halves ? half : whole)));
+    if (F::halves) sums.high[i] = iadd(sums.high[i], ishl<shift>(iset(whole - half)));
+  };
+  KIMI_UNROLL
+  for (int i = 0; i < n; ++i) {
+    sums.low[i] = sums.high[i] = izero();
+    if (biased && !kShortLines<F>) bias(i);
+  }
+  group_product<F, NT, S>(run, x, sums);
+  KIMI_UNROLL
+  for (int i = 0; i < n; ++i)  // sums that begin in 16 bits: until they are widened, the bias would only hold registers
+    if (biased && kShortLines<F>) bias(i);
+  V ws[vectors];
+  KIMI_UNROLL
+  for (int k = 0; k < vectors; ++k) ws[k] = F::scale(w[k / kVectors], g, 0, k % kVectors * kLanes);
+  KIMI_UNROLL
+  for (int i = 0; i < n; ++i) {
+    const int t = i / vectors, k = i % vectors, r = k % kVectors * kLanes;
+    const V xs = vset(scale[t]);
+    if (in_turn<F, NT, S>) sums.low[i] = iadd(sums.low[i], above<F, NT, S> ? isixteenth(sums.high[i]) : sums.high[i]);
+    acc[i] = vfma(itof(sums.low[i]), vscale(ws[k], xs), acc[i]);
+    if (F::halves) acc[i] = vfma(itof(sums.high[i]), vscale(F::scale(w[k / kVectors], g, 1, r), xs), acc[i]);
+    if (F::offsets)
+      acc[i] = vfma(vset(-0.125f * static_cast<float>(sum[t])), vscale(F::offset(w[k / kVectors], g, r), xs), acc[i]);
+  }
+}
+
 // NT tokens of a tile of W, from lane `first` on, times S row blocks side by side; when the end of one is near, its `next` is
 // asked for. Token t's sums go to out[s] + t * stride.
 template <class F, int NT, int W, int S, Reading kReading>
 static inline void tile_product(const uint8_t* const (&w)[S], const uint8_t* const (&next)[S], const uint8_t* tile, int first,
                                 int groups, float* const (&out)[S], size_t stride) {
   constexpr int vectors = Integers<NT, S>::vectors, n = Integers<NT, S>::n;
-  constexpr bool biased = F::is_signed ? bias_s8 != 0 && !F::positive : F::shift >= 0;
-  constexpr int shift = F::shift >= 0 ? F::shift : 0;
   constexpr int groups_ahead = kReading.ahead / F::bytes + 1;
   constexpr int lines = (F::bytes + 63) / kReading.step;  // runs begin amid a line; where each is asked for, none is left out
   V total[n], acc[n];  // over finished chunks, and inside the present one
@@ -219,9 +258,6 @@ static inline void tile_product(const uint8_t* const (&w)[S], const uint8_t* con
     KIMI_UNROLL
     for (int i = 0; i < n; ++i) acc[i] = vset(0.0f);
     for (; g < end; ++g, tile += W * kTokenGroup) {
-      const int8_t* x = reinterpret_cast<const int8_t*>(tile) + first * kGroup;
-      const float* scale = reinterpret_cast<const float*>(tile + W * kGroup) + first;
-      const int32_t* sum = reinterpret_cast<const int32_t*>(tile + W * (kGroup + 4)) + first;
       const bool near_end = g + groups_ahead >= groups;
       const uint8_t* run[S];
       KIMI_UNROLL
@@ -232,34 +268,7 @@ static inline void tile_product(const uint8_t* const (&w)[S], const uint8_t* con
         if constexpr (kReading.step > 64) ahead += -reinterpret_cast<uintptr_t>(ahead) % kReading.step;
         for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead + i * kReading.step, 0, kReading.level);
       }
-      Integers<NT, S> sums;
-      auto bias = [&](int i) {  // sums hold -8 times the activations'
-        const int32_t whole = sum[i / vectors], half = sum[W + i / vectors];
-        sums.low[i] = iadd(sums.low[i], ishl<shift>(iset(F::halves ? half : whole)));
-        if (F::halves) sums.high[i] = iadd(sums.high[i], ishl<shift>(iset(whole - half)));
-      };
-      KIMI_UNROLL
-      for (int i = 0; i < n; ++i) {
-        sums.low[i] = sums.high[i] = izero();
-        if (biased && !kShortLines<F>) bias(i);
-      }
-      group_product<F, NT, S>(run, x, sums);
-      KIMI_UNROLL
-      for (int i = 0; i < n; ++i)  // sums that begin in 16 bits: until they are widened, the bias would only hold registers
-        if (biased && kShortLines<F>) bias(i);
-      V ws[vectors];
-      KIMI_UNROLL
-      for (int k = 0; k < vectors; ++k) ws[k] = F::scale(w[k / kVectors], g, 0, k % kVectors * kLanes);
-      KIMI_UNROLL
-      for (int i = 0; i < n; ++i) {
-        const int t = i / vectors, k = i % vectors, r = k % kVectors * kLanes;
-        const V xs = vset(scale[t]);
-        if (in_turn<F, NT, S>) sums.low[i] = iadd(sums.low[i], above<F, NT, S> ? isixteenth(sums.high[i]) : sums.high[i]);
-        acc[i] = vfma(itof(sums.low[i]), vscale(ws[k], xs), acc[i]);
-        if (F::halves) acc[i] = vfma(itof(sums.high[i]), vscale(F::scale(w[k / kVectors], g, 1, r), xs), acc[i]);
-        if (F::offsets)
-          acc[i] = vfma(vset(-0.125f * static_cast<float>(sum[t])), vscale(F::offset(w[k / kVectors], g, r), xs), acc[i]);
-      }
+      group_into<F, NT, W, S>(w, run, g, tile, first, acc);
     }
     KIMI_UNROLL
     for (int i = 0; i < n; ++i) total[i] = vadd(total[i], acc[i]);

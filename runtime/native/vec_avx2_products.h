@@ -26,6 +26,7 @@ static inline I izero() { return _mm256_setzero_si256(); }
 static inline V itof(I x) { return _mm256_cvtepi32_ps(x); }
 static inline I iadd(I x, I y) { return _mm256_add_epi32(x, y); }
 template <bool = false> static inline L lload(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+static inline void lstore(int8_t* p, L w) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), w); }
 static inline L llow(L w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
 static inline L lhigh(L w) { return _mm256_and_si256(_mm256_srli_epi16(w, 4), _mm256_set1_epi8(15)); }
 static inline L land(L w, uint8_t mask) { return _mm256_and_si256(w, _mm256_set1_epi8(static_cast<char>(mask))); }
