@@ -133,6 +133,18 @@ def test_memory_is_bounded_and_the_least_recently_used_go() -> None:
     assert 0 < one.prompts.n_bytes <= most
 
 
+def test_what_came_back_was_used() -> None:
+    one = engine(0)
+    one.prompts = PromptCache(3 * bytes_of(one, 100))
+    prompts = [prompt(50 + i, 100) for i in range(5)]
+    for i in (0, 1, 2, 0, 3, 4):  # 1 goes when 3 is kept beside 0 and 2
+        one.prefill(prompts[i])
+    one.prefill(prompts[0])
+    assert one.n_reused == 99
+    one.prefill(prompts[1])
+    assert one.n_reused == 0
+
+
 def test_what_comes_back_is_not_what_is_thrown_out_for_it() -> None:
     one = engine(0)
     one.prompts = PromptCache(bytes_of(one, 100) + bytes_of(one, 60))
