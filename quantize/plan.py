@@ -23,7 +23,7 @@ from kimi_lite.formats.compressed_tensors import QuantizedTensor
 from kimi_lite.formats.config import ModelConfig, read_json
 from kimi_lite.formats.gguf_file import TensorSpec
 from kimi_lite.formats.packed import LAYOUTS, PAGE, matrix_bytes, mlp_bytes
-from kimi_lite.formats.safetensors_file import StoredTensor, open_checkpoint
+from kimi_lite.formats.safetensors_file import FLOATS, StoredTensor, open_checkpoint
 from kimi_lite.formats.vocab import Vocab
 
 Target = Literal["int4", "int3", "q8_0", "q4_0", "bf16", "f16"]
@@ -109,6 +109,11 @@ class Checkpoint:
             return QuantizedTensor.of(self.tensors, name, (shape[0], shape[1]))
         if found is None:
             self.missing.append(name)
+        elif found.dtype not in FLOATS:
+            self.misshapen.append(
+                f"{found.path.name}: {name} is stored as {found.dtype}, expected one of {', '.join(FLOATS)}"
+            )
+            return None
         elif found.shape != shape:
             self.misshapen.append(
                 f"{found.path.name}: {name} has shape {list(found.shape)}, expected {list(shape)}"

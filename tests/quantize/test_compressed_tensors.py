@@ -300,6 +300,10 @@ def with_part(part: str, make: Callable[[Tensor], Tensor]) -> Callable[[dict[str
             with_part("weight_packed", lambda s: torch.zeros(512, 24, dtype=torch.int32)),
             r"q_proj\.weight_packed is I32 \[512, 24\]; expected I32 \[512, 32\] \(4 bits\) or \[512, 64\] \(8 bits\)",
         ),
+        (
+            lambda t: t.update({"model.norm.weight": t["model.norm.weight"].int()}),
+            r"model\.norm\.weight is stored as I32, expected one of BF16, F16, F32",
+        ),
         (with_part("weight_scale", lambda s: s[:, :3].clone()), "expected a float for every 32 channels of"),
         (with_part("weight_scale", lambda s: s.repeat(1, 2)), "or for a multiple of 32"),
         (with_part("weight_scale", lambda s: s * float("nan")), "a scale is not a finite number"),
