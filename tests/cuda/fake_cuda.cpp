@@ -100,6 +100,7 @@ void run(Stream* s, size_t until) {
 }
 constexpr size_t kPage = 4096;
 size_t pages(size_t n) { return (n + kPage - 1) / kPage * kPage; }
+void unmap(void* at, size_t n) { munmap(static_cast<char*>(at) - (pages(n) - n) / 256 * 256, pages(n) + kPage); }
 }  // namespace
 
 extern "C" {
@@ -107,6 +108,10 @@ void fake_machine(int devices, int driver_version, int compute_capability, size_
   n_devices = devices, version = driver_version, capability = compute_capability, memory = bytes;
   calls.clear(), fail_after.clear(), captured.clear();
   for (Stream* s : streams) s->work.clear(), s->n_done = s->n_queued;
+  if (lost) {  // what a lost card held, nobody could give back
+    for (const auto& [at, n] : blocks) unmap(at, n);
+    blocks.clear(), used = 0;
+  }
   lost = false, recorded = nullptr;
 }
 void fake_fail(const char* name, int code, int after) { fail_code[name] = code, fail_after[name] = after; }
@@ -167,8 +172,7 @@ Result cuMemFree_v2(u64 address) {
   CALLED;
   const auto at = blocks.find(reinterpret_cast<void*>(address));
   if (at == blocks.end()) return kInvalid;
-  char* base = static_cast<char*>(at->first) - (pages(at->second) - at->second) / 256 * 256;
-  munmap(base, pages(at->second) + kPage);
+  unmap(at->first, at->second);
   used -= at->second;
   blocks.erase(at);
   return kSuccess;

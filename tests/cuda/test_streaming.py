@@ -181,7 +181,7 @@ def test_a_card_whose_buffers_never_fit_is_said_in_one_sentence(
         return allocate(self, n_bytes, what)
 
     monkeypatch.setattr(Card, "allocate", short)
-    before = card.used()  # lost cards keep what they had
+    before = card.used()
     with pytest.raises(DoesNotFitError, match=r"taken by another program.*two buffers.*--vram 0"):
         Engine(NANO, context=CONTEXT, vram=10**9)
     assert card.used() == before
