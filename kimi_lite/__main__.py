@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from kimi_lite.errors import KimiLiteError, KimiLiteWarning
+from kimi_lite.terminal import visible
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KimiLiteError as error:
         if os.environ.get("KIMI_LITE_DEBUG"):
             raise
-        print(f"kimi-lite: {error}", file=sys.stderr)
+        print(f"kimi-lite: {visible(str(error))}", file=sys.stderr)
         code = error.exit_code
     except typer.Abort:
         code = 130
@@ -55,7 +56,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     if issubclass(category, KimiLiteWarning):
-        print(f"kimi-lite: warning: {message}", file=sys.stderr)
+        print(f"kimi-lite: warning: {visible(str(message))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

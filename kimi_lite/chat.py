@@ -22,8 +22,8 @@ from kimi_lite.api import Event, Model, Stats
 from kimi_lite.errors import KimiLiteError, UsageError
 from kimi_lite.images import Picture, load_pictures
 from kimi_lite.runtime.sampling import SamplingOptions
+from kimi_lite.terminal import DIM, PLAIN, Markdown, colours, visible
 
-DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 MOST_TEXT = 2 << 20  # bytes of a text file: 128K tokens have some 500 KB
 PROGRESS_FROM = 512  # prompt tokens: shorter prompts are done before a line could be read
 SEEN = "png jpg jpeg webp gif bmp tif tiff ppm avif heic heif pdf mp4 mov m4v mkv webm avi".split()
@@ -40,17 +40,15 @@ HELP = """/help              this list
 /exit              leave (Ctrl-D)"""
 
 
-def colours(stream: TextIO) -> bool:
-    """Whether a stream wants escape codes: a terminal, and neither NO_COLOR nor a dumb terminal says otherwise."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
 class Printer:
-    """Writes one reply as it comes: thinking to one stream, answer to another."""
+    """Writes one reply as it comes: thinking to one stream, answer to another; `raw` leaves its Markdown without styles."""
 
-    def __init__(self, out: TextIO, err: TextIO, *, show_thinking: bool, show_answer: bool = True) -> None:
+    def __init__(
+        self, out: TextIO, err: TextIO, *, show_thinking: bool, show_answer: bool = True, raw: bool = False
+    ) -> None:
         self.out, self.err = out, err
         self.show_thinking, self.show_answer = show_thinking, show_answer
+        self._markdown = Markdown() if colours(out) and not raw else None
         self.answer = self.thinking = ""
         self.done: Event | None = None
         self._dim = colours(err)
@@ -60,13 +58,16 @@ class Printer:
         self._clear_status()
         if event.kind == "thinking":
             if self.show_thinking:
-                self.err.write((DIM if self._dim and not self.thinking else "") + event.text)
+                self.err.write(
+                    (DIM if self._dim and not self.thinking else "") + _shown(event.text, self.err)
+                )
                 self.err.flush()
             self.thinking += event.text
         elif event.kind == "answer":
             self._close_thinking()
             if self.show_answer:
-                self.out.write(event.text)
+                said = _shown(event.text, self.out)
+                self.out.write(self._markdown.feed(said) if self._markdown else said)
                 self.out.flush()
             self.answer += event.text
         else:
@@ -77,7 +78,7 @@ class Printer:
         self._clear_status()
         self._close_thinking()
         if self.answer and self.show_answer:
-            self.out.write("\n")
+            self.out.write((self._markdown.end() if self._markdown else "") + "\n")
             self.out.flush()
 
     def _close_thinking(self) -> None:
@@ -126,6 +127,11 @@ class Printer:
             self._status = False
 
 
+def _shown(text: str, stream: TextIO) -> str:
+    """What a file gets as it is, and a terminal without control characters."""
+    return visible(text) if stream.isatty() else text
+
+
 class Session:
     """One conversation at the terminal."""
 
@@ -137,8 +143,9 @@ class Session:
         thinking_budget: int | None,
         *,
         show_thinking: bool,
+        raw: bool = False,
     ) -> None:
-        self.model, self.options, self.show_thinking = model, options, show_thinking
+        self.model, self.options, self.show_thinking, self.raw = model, options, show_thinking, raw
         self.max_tokens, self.thinking_budget = max_tokens, thinking_budget
         self.last: Stats | None = None
         self.pictures: list[object] = []  # for the next question
@@ -174,7 +181,7 @@ class Session:
                 elif line:
                     self.answer(line)
             except KimiLiteError as error:  # the chat goes on
-                print(f"kimi-lite: {error}", file=sys.stderr)
+                print(f"kimi-lite: {visible(str(error))}", file=sys.stderr)
 
     def attach(self, source: str) -> None:
         """Open a picture now, so that what is wrong with it is said at once."""
@@ -187,7 +194,7 @@ class Session:
         """Ask and print; Ctrl-C stops between tokens and keeps what was said."""
         pictures, self.pictures = self.pictures, []
         text, self.texts = "\n".join([*self.texts, text]), []
-        printer = Printer(sys.stdout, sys.stderr, show_thinking=self.show_thinking)
+        printer = Printer(sys.stdout, sys.stderr, show_thinking=self.show_thinking, raw=self.raw)
         with printer.progress() as on_progress:
             events = self.model.chat(
                 text,
@@ -284,7 +291,7 @@ class Session:
         for message in said[-2:]:
             parts = [message.content] if isinstance(message.content, str) else message.content
             mark = "> " if message.role == "user" else ""
-            print(mark + " ".join(part if isinstance(part, str) else "(picture)" for part in parts))
+            print(mark + visible(" ".join(part if isinstance(part, str) else "(picture)" for part in parts)))
 
     def set(self, name: str, value: str) -> None:
         """Change one setting, with the checks of `SamplingOptions`."""

@@ -25,6 +25,7 @@ from kimi_lite.options import (
     Mmproj,
     Model,
     Offline,
+    Raw,
     Seed,
     System,
     Temperature,
@@ -33,6 +34,7 @@ from kimi_lite.options import (
     Vram,
 )
 from kimi_lite.runtime.speeds import ASSUMED
+from kimi_lite.terminal import visible
 
 if TYPE_CHECKING:
     from kimi_lite.api import Model as OpenModel
@@ -119,6 +121,7 @@ def ask(
             help="With --json: every token with its log-probability, and so many of the likeliest beside it."
         ),
     ] = None,
+    raw: Raw = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the answer and errors.")] = False,
 ) -> None:
     """Ask one question and print the answer.
@@ -144,7 +147,11 @@ def ask(
     from kimi_lite.chat import Printer
 
     printer = Printer(
-        sys.stdout, sys.stderr, show_thinking=dim and not as_json and not quiet, show_answer=not as_json
+        sys.stdout,
+        sys.stderr,
+        show_thinking=dim and not as_json and not quiet,
+        show_answer=not as_json,
+        raw=raw or schema is not None or regex is not None,
     )
     options = SamplingOptions(temperature=temperature, top_p=top_p, seed=seed)
     with printer.progress() as on_progress:
@@ -264,6 +271,7 @@ def chat(
     hide_thinking: Annotated[
         bool, typer.Option("--hide-thinking", help="Do not print the thinking.")
     ] = False,
+    raw: Raw = False,
 ) -> None:
     """Talk in the terminal. Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands."""
     if not sys.stdin.isatty():
@@ -276,7 +284,7 @@ def chat(
     options = SamplingOptions(temperature=temperature, top_p=top_p, seed=seed)
     opened = _open(this, offline)
     opened.conversation.system = system
-    session = Session(opened, options, max_tokens, thinking_budget, show_thinking=not hide_thinking)
+    session = Session(opened, options, max_tokens, thinking_budget, show_thinking=not hide_thinking, raw=raw)
     if resume is not None:
         session.load(resume)
     session.run()
@@ -449,7 +457,7 @@ def info(model: Annotated[Path, typer.Argument(help="A packed int4 or GGUF file.
     from kimi_lite.doctor import file_report
 
     for line in file_report(model):
-        print(line)
+        print(visible(line))
 
 
 @app.command()

@@ -49,4 +49,7 @@ EngineName = Annotated[
 GpuLayers = Annotated[
     int | None, typer.Option(help="With llama.cpp: layers on the graphics card; by default all.")
 ]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Print answers without styling their Markdown on a terminal.")
+]
 System = Annotated[str | None, typer.Option(help="Replaces the default system message.")]
