@@ -19,6 +19,7 @@ E experts   A active   F expert width   O, I out and in features
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +78,10 @@ class Calibration:
             "attn_q.weight": self._project,
             "attn_kv_a_mqa.weight": self._project,
         }
+
+    def sample(self) -> list[NDArray[Any]]:
+        """All that the passages say: tokens, where each ends, rows of pictures."""
+        return [self.ids_T, np.array(self.spans, np.int64), *self.rows_MD]
 
     def pieces(self, output: Output) -> Iterator[Bytes]:
         """The tensor's bytes, piece by piece; the sample has then passed it."""

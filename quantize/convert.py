@@ -34,6 +34,7 @@ from kimi_lite.quantize.plan import (
     vision_metadata,
     vision_outputs,
 )
+from kimi_lite.quantize.resume import Journal, part_of
 
 PIECE_WEIGHTS = 4 << 20  # weights encoded at once: 16 MB as float32, a few times that while encoding
 THREADS = 2
@@ -60,6 +61,7 @@ class _File:
     outputs: list[Output]
     pieces: Pieces
     alignment: int = 32
+    journal: Journal | None = None
 
 
 def quantize(
@@ -130,10 +132,13 @@ def quantize(
             stacklevel=2,
         )
     if to in PACKED:
-        first = _calibrated(checkpoint, text, text, sample) if sample else _encoded(text)
         outputs = text + vision
         metadata = text_metadata(checkpoint, to, outputs)
-        files = [_File(out, metadata, outputs, chain(first, _encoded(vision)), PAGE)]
+        files = [
+            _calibrated_file(checkpoint, out, metadata, text, vision, sample)
+            if sample
+            else _File(out, metadata, outputs, _encoded(outputs), PAGE)
+        ]
         if vision:
             warn_of_mmproj_beside(out)
     else:
@@ -173,11 +178,41 @@ def _mmproj(checkpoint: Checkpoint, to: Target, vision: list[Output], path: Path
 
 
 def _written(file: _File) -> Iterator[tuple[str, int]]:
-    """Write the file; the tensor and the size of each piece that went into it."""
-    with GgufWriter(file.path, file.metadata, [o.spec() for o in file.outputs], file.alignment) as writer:
-        for name, piece in file.pieces:
-            writer.write(piece)
-            yield name, piece.size
+    """Write the file; the tensor and the size of each piece that went into it, or has gone before."""
+    journal, specs = file.journal, [o.spec() for o in file.outputs]
+    start, part = (journal.start, journal.part) if journal else (0, None)
+    try:
+        with GgufWriter(file.path, file.metadata, specs, file.alignment, part=part, start=start) as writer:
+            if start:
+                yield specs[start].name, sum(spec.n_bytes for spec in specs[:start])
+            for name, piece in file.pieces:
+                writer.write(piece)
+                if journal:
+                    journal.note(writer)
+                yield name, piece.size
+    except BaseException:
+        if journal:
+            journal.stopped()
+        raise
+    if journal:
+        journal.forget()
+
+
+def _calibrated_file(
+    checkpoint: Checkpoint,
+    out: Path,
+    metadata: dict[str, Any],
+    text: list[Output],
+    vision: list[Output],
+    sample: Callable[[], Sequence[Passage]],
+) -> _File:
+    """The packed file, begun anew or from where a run of the same command was stopped."""
+    outputs = text + vision
+    GgufWriter(out, metadata, [o.spec() for o in outputs], PAGE, part=part_of(out)).check_room()
+    calibration = Calibration(checkpoint.config, sample())
+    journal = Journal(out, [repr(metadata).encode(), *checkpoint.shards()], calibration)
+    pieces = _passed(calibration, text[journal.start :])
+    return _File(out, metadata, outputs, chain(pieces, _encoded(vision)), PAGE, journal)
 
 
 def _calibrated(
@@ -187,11 +222,17 @@ def _calibrated(
     sample: Callable[[], Sequence[Passage]],
 ) -> Pieces:
     """The bytes of those that are wanted; the sample passes all of them."""
-    calibration, names = Calibration(checkpoint.config, sample()), {output.name for output in wanted}
+    names = {output.name for output in wanted}
+    for name, piece in _passed(Calibration(checkpoint.config, sample()), outputs):
+        if name in names:
+            yield name, piece
+
+
+def _passed(calibration: Calibration, outputs: list[Output]) -> Pieces:
+    """Every tensor's bytes, when the sample has passed it."""
     for output in outputs:
         for piece in calibration.pieces(output):
-            if output.name in names:
-                yield output.name, piece
+            yield output.name, piece
 
 
 def _encoded(outputs: list[Output]) -> Pieces:

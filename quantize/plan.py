@@ -130,6 +130,11 @@ class Checkpoint:
         stored = self.tensor(name, n)
         return Source(1, n, lambda start, count: _stored(stored).rows()[None])
 
+    def shards(self) -> list[Path]:
+        """The files that hold its tensors."""
+        paths = (part.path for part in self.tensors.values())
+        return sorted(set(paths))
+
     def finish(self) -> None:
         """Raise what is missing or misshapen; warn of what nobody asked for."""
         if self.missing:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -320,14 +320,25 @@ class GgufWriter:
     Bytes come in the order of `specs`, in pieces of any size; padding is added where a tensor ends. On success the
     file gets its name; on any error, or when bytes are missing, nothing is left behind.
 
+    Args:
+        part: where bytes are written until then; after an error this file stays, and can be gone on with.
+        start: the tensor with which to go on; all before it are in `part`.
+
     Raises:
         DoesNotFitError: the disk has less room than the file needs, before a byte is written or while writing.
     """
 
     def __init__(
-        self, path: Path, metadata: Mapping[str, Any], specs: Sequence[TensorSpec], alignment: int = 32
+        self,
+        path: Path,
+        metadata: Mapping[str, Any],
+        specs: Sequence[TensorSpec],
+        alignment: int = 32,
+        *,
+        part: Path | None = None,
+        start: int = 0,
     ) -> None:
-        self.path, self.specs, self.alignment = path, list(specs), alignment
+        self.path, self.specs, self.alignment, self.part = path, list(specs), alignment, part
         offsets, at = [], 0
         for spec in self.specs:
             offsets.append(at)
@@ -342,25 +353,49 @@ class GgufWriter:
         self.head = b"".join(head)
         self.head += bytes(-len(self.head) % alignment)
         self.n_bytes = len(self.head) + at
-        self._index = self._written = 0
+        self.n_done = len(self.head) + offsets[start] if start else 0
+        self._index, self._written = start, 0
+
+    @property
+    def due(self) -> str | None:
+        """The tensor that begins with the next byte; None in the midst of one and at the end."""
+        return None if self._written or self._index == len(self.specs) else self.specs[self._index].name
+
+    def check_room(self) -> None:
+        """Raise DoesNotFitError if the disk has less than the file needs beside its part, ModelFileError without a directory."""
+        folder = self.path.parent
+        held = self.part.stat().st_size if self.part and self.part.exists() else 0
+        try:
+            free, needed = shutil.disk_usage(folder).free, self.n_bytes - held
+        except OSError:
+            raise ModelFileError(f"{self.path}: the directory {folder} does not exist") from None
+        if free < needed:
+            raise DoesNotFitError(f"{self.path}: needs {needed:,} bytes, but {folder} has {free:,} free")
 
     def __enter__(self) -> "GgufWriter":
-        folder = self.path.parent
+        self.check_room()
         try:
-            free = shutil.disk_usage(folder).free
-            if free < self.n_bytes:
-                raise DoesNotFitError(
-                    f"{self.path}: needs {self.n_bytes:,} bytes, but {folder} has {free:,} free"
+            self._file: IO[bytes] = (
+                self.part.open("r+b" if self.n_done else "wb")
+                if self.part
+                else tempfile.NamedTemporaryFile(
+                    dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".part", delete=False
                 )
-            self._file = tempfile.NamedTemporaryFile(
-                dir=folder, prefix=f".{self.path.name}.", suffix=".part", delete=False
             )
-        except FileNotFoundError:
-            raise ModelFileError(f"{self.path}: the directory {folder} does not exist") from None
         except OSError as error:
             raise ModelFileError(f"{self.path}: cannot be written ({error.strerror})") from None
-        self._put(self.head)
+        if self.n_done:
+            self._file.truncate(self.n_done)
+            self._file.seek(self.n_done)
+        else:
+            self._put(self.head)
         return self
+
+    def sync(self) -> tuple[int, int]:
+        """Bring what was written to the disk; how many tensors are whole, and how many bytes that is."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._index, self._file.tell()
 
     def write(self, data: NDArray[Any]) -> None:
         """The next bytes of the tensor that is due; a piece must not run over its end."""
@@ -379,9 +414,8 @@ class GgufWriter:
         try:
             self._file.write(data)
         except OSError as error:
-            raise DoesNotFitError(
-                f"{self.path}: writing stopped ({error.strerror}); nothing was left behind"
-            ) from None
+            left = "" if self.part else "; nothing was left behind"
+            raise DoesNotFitError(f"{self.path}: writing stopped ({error.strerror}){left}") from None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -392,8 +426,7 @@ class GgufWriter:
                 assert self._index == len(self.specs), (
                     f"{self.specs[self._index].name} was declared but not written"
                 )
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                self.sync()
                 if hasattr(os, "posix_fadvise"):  # not in memory any more: it shall come back in large pages
                     with contextlib.suppress(OSError):  # advice, which a file system may not know
                         os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -406,7 +439,8 @@ class GgufWriter:
                 temporary.replace(self.path)
         finally:
             self._file.close()
-            temporary.unlink(missing_ok=True)
+            if self.part is None:
+                temporary.unlink(missing_ok=True)
 
 
 def _string(text: str) -> bytes:
