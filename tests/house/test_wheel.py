@@ -1,5 +1,6 @@
 """The wheel installs exactly one name, and carries the small model but not its training checkpoint."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,7 +16,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     out = tmp_path_factory.mktemp("wheel")
-    # Two paths of its own: an editable install must not find its build folder rewritten under it.
+    # Two paths of its own: an editable install must not find its build folder rewritten under it. What that has compiled is
+    # taken along.
+    for built in (ROOT / "build").glob("cp{}{}-*".format(*sys.version_info)):
+        shutil.copytree(built, out / "build")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(out), str(ROOT)]
     command += ["--config-settings", f"build-dir={out / 'build'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
