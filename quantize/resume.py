@@ -21,13 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kimi_lite import __version__
-from kimi_lite.errors import KimiLiteWarning, ModelFileError, UsageError
+from kimi_lite.errors import DoesNotFitError, KimiLiteWarning, ModelFileError, UsageError
 from kimi_lite.formats.gguf_file import GgufWriter
 from kimi_lite.quantize.calibrate import Calibration
 
 try:
     import fcntl
-except ImportError:  # Windows, where two runs of one command are the user's to avoid
+except ImportError:  # Windows, where a file that is held cannot get its name
     fcntl = None  # type: ignore[assignment]
 
 EVERY = 60.0  # seconds: a state of 33,000 tokens has 270 MB
@@ -56,20 +56,21 @@ class Journal:
         self._held = self._claim()
         self.start = self._found() if self.state.exists() else 0  # the number of tensors that are there
 
-    def _claim(self) -> IO[bytes]:
+    def _claim(self) -> IO[bytes] | None:
         """Hold the part, so that no second run writes into it."""
+        if fcntl is None:
+            return None
         try:
             file = self.part.open("ab")
         except OSError as error:
             raise ModelFileError(f"{self.part}: cannot be written ({error.strerror})") from None
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.close()
-                raise UsageError(
-                    f"{self.part}: another run is writing it; wait for that one, or give another name"
-                ) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise UsageError(
+                f"{self.part}: another run is writing it; wait for that one, or give another name"
+            ) from None
         return file
 
     def _found(self) -> int:
@@ -96,12 +97,15 @@ class Journal:
         if time.monotonic() - self._saved < EVERY or not (writer.due or "").endswith(BEGINNING):
             return
         at = np.array(writer.sync(), np.int64)
-        with self._new.open("wb") as file:
-            for value in (np.frombuffer(self._digest, np.uint8), at, self._calibration.x_TD):
-                np.save(file, value)
-            file.flush()
-            os.fsync(file.fileno())
-        self._new.replace(self.state)
+        try:
+            with self._new.open("wb") as file:
+                for value in (np.frombuffer(self._digest, np.uint8), at, self._calibration.x_TD):
+                    np.save(file, value)
+                file.flush()
+                os.fsync(file.fileno())
+            self._new.replace(self.state)
+        except OSError as error:
+            raise DoesNotFitError(f"{self._new}: cannot be written ({error.strerror or error})") from None
         self._saved = time.monotonic()
 
     def stopped(self) -> None:
@@ -109,7 +113,7 @@ class Journal:
         if not self.state.exists():
             self.forget()
             return
-        self._held.close()
+        self._let_go()
         self._new.unlink(missing_ok=True)
         warnings.warn(
             f"stopped; the same command goes on from there. To give up, delete {self.part} and {self.state}",
@@ -119,9 +123,13 @@ class Journal:
 
     def forget(self) -> None:
         """Remove the state, and the part if it has not become the file."""
-        self._held.close()
+        self._let_go()
         for path in (self.part, self.state, self._new):
             path.unlink(missing_ok=True)
+
+    def _let_go(self) -> None:
+        if self._held:
+            self._held.close()
 
 
 def _digest(origin: Sequence[bytes | Path | NDArray[np.generic]]) -> bytes:

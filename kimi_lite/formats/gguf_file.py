@@ -393,8 +393,11 @@ class GgufWriter:
 
     def sync(self) -> tuple[int, int]:
         """Bring what was written to the disk; how many tensors are whole, and how many bytes that is."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._stopped(error) from None
         return self._index, self._file.tell()
 
     def write(self, data: NDArray[Any]) -> None:
@@ -414,8 +417,11 @@ class GgufWriter:
         try:
             self._file.write(data)
         except OSError as error:
-            left = "" if self.part else "; nothing was left behind"
-            raise DoesNotFitError(f"{self.path}: writing stopped ({error.strerror}){left}") from None
+            raise self._stopped(error) from None
+
+    def _stopped(self, error: OSError) -> DoesNotFitError:
+        left = "" if self.part else "; nothing was left behind"
+        return DoesNotFitError(f"{self.path}: writing stopped ({error.strerror}){left}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

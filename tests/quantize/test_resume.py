@@ -1,5 +1,6 @@
 """A calibration that is stopped, in whatever way, and begun again: the same bytes as in one go, and nothing left behind."""
 
+import errno
 import os
 import shutil
 import signal
@@ -150,6 +151,32 @@ def test_another_sample_or_checkpoint_begins_anew(tmp_path: Path, whole: bytes) 
     os.utime(next(checkpoint.glob("*.safetensors")), ns=(0, 0))
     with pytest.warns(KimiLiteWarning, match=anew):
         quantize(checkpoint, out, sample=sample)
+    assert out.read_bytes() == whole
+
+
+def test_a_state_that_cannot_be_written_stops_in_a_sentence_and_the_one_before_stays(
+    tmp_path: Path, whole: bytes, passed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, save = tmp_path / "model.gguf", np.save
+    saved: list[object] = []
+
+    def full(*given: object) -> None:
+        if len(saved) == 8:  # of three a layer
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved.append(given)
+        save(*given)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as changed:
+        changed.setattr(np, "save", full)
+        with (
+            pytest.warns(KimiLiteWarning, match="goes on"),
+            pytest.raises(DoesNotFitError, match=r"calibrating.new: cannot be written \(No space left"),
+        ):
+            quantize(NANO, out, sample=sample)
+    assert beside(out) == [".calibrating", ".calibrating.state"]
+    passed.clear()
+    quantize(NANO, out, sample=sample)
+    assert passed[0] == "blk.1.attn_norm.weight"
     assert out.read_bytes() == whole
 
 
