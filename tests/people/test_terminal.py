@@ -120,6 +120,25 @@ def test_bold_and_code_are_where_a_markdown_parser_has_them(seed: int) -> None:
         assert all(on & {BOLD, DIM, CODE} for _, on in styled(heading))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "````\nx\n```\ny\n````\n**z**",  # a shorter fence is part of the code
+        "```\nx\n~~~\ny\n```\n**z**",  # so is another kind
+        "```\nx\n``` y\n```\n**z**",  # and one that is followed by something
+        "```\nx\n`````\n**z**",  # a longer one ends it
+        "``` a ``` b\n**z**",  # in one line it is a span, as in Markdown
+        "of `C:\\` and **z**",  # in code a backslash is one
+        "of \\`no\\` and \\**z**",  # elsewhere it takes a marker's meaning
+        "of ``a ` b`` and `c`",
+    ],
+)
+def test_corners_of_code_are_those_of_markdown(text: str) -> None:
+    bold, code = parsed(text)
+    assert [part.strip() for run in within(text, CODE) for part in run.splitlines() if part] == code
+    assert within(text, BOLD) == bold
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_character_is_lost_and_pieces_do_not_matter(seed: int) -> None:
     rng = random.Random(seed)
