@@ -138,12 +138,13 @@ class Checkpoint:
     def finish(self) -> None:
         """Raise what is missing or misshapen; warn of what nobody asked for."""
         if self.missing:
-            listed = ", ".join(sorted(self.missing)[:10])
+            listed = ", ".join(sorted(self.missing)[:3])
             raise ModelFileError(
                 f"{self.directory}: {len(self.missing)} tensors are missing, such as {listed}; the checkpoint is incomplete"
             )
         if self.misshapen:
-            raise ModelFileError(f"{self.directory}: {'; '.join(self.misshapen[:10])}")
+            more = f"; and {n - 2} more" if (n := len(self.misshapen)) > 2 else ""
+            raise ModelFileError(f"{self.directory}: {'; '.join(self.misshapen[:2])}{more}")
         depth = self.config.text.n_layers
         extra = re.compile(r"\.layers\.(\d+)\.")
         unknown = []
@@ -153,7 +154,7 @@ class Checkpoint:
                 unknown.append(name)
         if unknown:
             warnings.warn(
-                f"{self.directory}: left out {len(unknown)} unknown tensors, such as {', '.join(unknown[:10])}",
+                f"{self.directory}: left out {len(unknown)} unknown tensors, such as {', '.join(unknown[:3])}",
                 KimiLiteWarning,
                 stacklevel=2,
             )
@@ -382,7 +383,10 @@ def text_metadata(checkpoint: Checkpoint, target: Target, outputs: list[Output])
     metadata |= {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i is not None}
     template = directory / "chat_template.jinja"
     if template.exists():
-        metadata["tokenizer.chat_template"] = template.read_text(encoding="utf-8")
+        try:
+            metadata["tokenizer.chat_template"] = template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelFileError(f"{template}: cannot be read as text ({error}); download it again") from None
     if target not in PACKED:
         return metadata | {"general.file_type": FILE_TYPES[target.upper()]}
     packed = [output for output in outputs if output.packed]

@@ -6,7 +6,8 @@ put beside it, `model.gguf.calibrating.state`: with the tensors before it, that 
 stopped in whatever way, by Ctrl-C, a full disk or an empty battery, loses the layer that it was at.
 
 The state carries a digest of everything that the finished tensors came from: the file's head, the sample, the
-checkpoint's files as they are on the disk, and this version. Another digest, or a damaged file, and all begins anew.
+checkpoint's files as they are on the disk, and this version; and one of itself. Another digest, or a damaged file, and all
+begins anew.
 """
 
 import hashlib
@@ -77,15 +78,16 @@ class Journal:
         """Take up the state of a stopped run, if it is this one's."""
         try:
             with self.state.open("rb") as file:
-                digest, at, x_TD = (np.load(file, allow_pickle=False) for _ in range(3))
-            start, n_bytes = map(int, at)
-            if self.part.stat().st_size < n_bytes:
+                digest, check, head = (file.read(32) for _ in range(3))
+                x_TD = np.fromfile(file, np.float32)
+            start, n_bytes, T, D = map(int, np.frombuffer(head, np.int64))
+            if check != _digest([head, x_TD]) or self.part.stat().st_size < n_bytes:
                 raise ValueError
-        except (OSError, ValueError, TypeError, EOFError):
+        except (OSError, ValueError):
             why = "is damaged or incomplete"
         else:
-            if digest.tobytes() == self._digest:
-                self._calibration.x_TD = x_TD
+            if digest == self._digest:
+                self._calibration.x_TD = x_TD.reshape(T, D)
                 return start
             why = "came from another checkpoint, sample or version"
         warnings.warn(f"{self.state} {why}; calibrating begins anew", KimiLiteWarning, stacklevel=2)
@@ -96,11 +98,12 @@ class Journal:
         """Remember where the writer is, if a layer begins there and the last time is long ago."""
         if time.monotonic() - self._saved < EVERY or not (writer.due or "").endswith(BEGINNING):
             return
-        at = np.array(writer.sync(), np.int64)
+        x_TD = self._calibration.x_TD
+        head = np.array([*writer.sync(), *x_TD.shape], np.int64).tobytes()
         try:
             with self._new.open("wb") as file:
-                for value in (np.frombuffer(self._digest, np.uint8), at, self._calibration.x_TD):
-                    np.save(file, value)
+                file.write(self._digest + _digest([head, x_TD]) + head)
+                x_TD.tofile(file)
                 file.flush()
                 os.fsync(file.fileno())
             self._new.replace(self.state)

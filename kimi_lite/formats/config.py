@@ -77,15 +77,27 @@ class KeyReader:
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**31:
             raise ModelFileError(
-                f"{self.where}: {key} is {value!r}; expected a whole number of at least {minimum}"
+                f"{self.where}: {key} is {value!r:.80}; expected a whole number of at least {minimum}"
             )
         return value
 
     def number(self, key: str) -> float:
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ModelFileError(f"{self.where}: {key} is {value!r}; expected a number")
+            raise ModelFileError(f"{self.where}: {key} is {value!r:.80}; expected a number")
         return float(value)
+
+    def colours(self, key: str, above: float = -math.inf) -> tuple[float, float, float]:
+        """Three numbers, one for red, green and blue each."""
+        value = self.get(key)
+        try:
+            red, green, blue = map(float, value)
+            if not all(above < number < math.inf for number in (red, green, blue)):
+                raise ValueError
+        except (TypeError, ValueError):
+            expected = "three positive numbers" if above == 0 else "three numbers"
+            raise ModelFileError(f"{self.where}: {key} is {value!r:.80}; expected {expected}") from None
+        return red, green, blue
 
     def token_id(self, key: str) -> int | None:
         """A token id, the first of a list of them, or nothing."""
@@ -95,7 +107,7 @@ class KeyReader:
             value = value[0]
         if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
             return value
-        raise ModelFileError(f"{self.where}: {key} is {value!r}; expected a token id")
+        raise ModelFileError(f"{self.where}: {key} is {value!r:.80}; expected a token id")
 
     def finish(self, without_effect: frozenset[str]) -> None:
         unknown = sorted(set(self.values) - self.seen - without_effect)
@@ -159,14 +171,16 @@ class TextConfig:
             rope_theta = rope.number("rope_theta")
             if rope.get("rope_type") != "default":
                 raise ModelFileError(
-                    f"{where}: rope_type is {hf['rope_parameters']['rope_type']!r}; only 'default' runs"
+                    f"{where}: rope_type is {hf['rope_parameters']['rope_type']!r:.80}; only 'default' runs"
                 )
         read.seen.add("rope_parameters")
         for key, honoured in HF_TEXT_REQUIRED.items():
             if key in HF_TEXT_OPTIONAL and key not in hf:
                 continue
             if read.get(key) not in honoured:
-                raise ModelFileError(f"{where}: {key} is {hf[key]!r}; this program only runs {honoured[0]!r}")
+                raise ModelFileError(
+                    f"{where}: {key} is {hf[key]!r:.80}; this program only runs {honoured[0]!r}"
+                )
         n_heads = read.integer("num_attention_heads")
         if read.integer("num_key_value_heads") != n_heads:
             raise ModelFileError(f"{where}: num_key_value_heads differs from num_attention_heads ({n_heads})")
@@ -317,10 +331,12 @@ class VisionConfig:
     def from_hf(cls, hf: Mapping[str, Any], where: str) -> "VisionConfig":
         read = KeyReader(hf, where)
         if hf.get("model_type", "moonvit") != "moonvit":
-            raise ModelFileError(f"{where}: the image tower is {hf['model_type']!r}; expected 'moonvit'")
+            raise ModelFileError(f"{where}: the image tower is {hf['model_type']!r:.80}; expected 'moonvit'")
         merge = read.get("merge_kernel_size")
         if not (isinstance(merge, list) and len(merge) == 2 and merge[0] == merge[1] == 2):
-            raise ModelFileError(f"{where}: merge_kernel_size is {merge!r}; this program only runs [2, 2]")
+            raise ModelFileError(
+                f"{where}: merge_kernel_size is {merge!r:.80}; this program only runs [2, 2]"
+            )
         config = cls(
             patch_size=read.integer("patch_size"),
             grid_height=read.integer("init_pos_emb_height"),
@@ -359,7 +375,7 @@ class VisionConfig:
         ):
             if read.get(key) != honoured:
                 raise ModelFileError(
-                    f"{where}: {key} is {read.values[key]!r}; this program only runs {honoured!r}"
+                    f"{where}: {key} is {read.values[key]!r:.80}; this program only runs {honoured!r}"
                 )
         eps = read.number("vision.attention.layer_norm_epsilon")
         if not math.isclose(eps, 1e-5, rel_tol=1e-6):
@@ -399,24 +415,20 @@ class ImageConfig:
     def from_hf(cls, hf: Mapping[str, Any], where: str) -> "ImageConfig":
         read = KeyReader(hf, where)
         if read.get("pad_input") is not True:
-            raise ModelFileError(f"{where}: pad_input is {hf['pad_input']!r}; this program only runs true")
-        mean, std = (tuple(float(v) for v in read.get(key)) for key in ("image_mean", "image_std"))
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ModelFileError(
-                f"{where}: image_mean and image_std must be three numbers each, image_std positive"
+                f"{where}: pad_input is {hf['pad_input']!r:.80}; this program only runs true"
             )
-        return cls(token_limit=read.integer("in_token_limit"), mean=mean, std=std)
+        return cls(
+            token_limit=read.integer("in_token_limit"),
+            mean=read.colours("image_mean"),
+            std=read.colours("image_std", above=0),
+        )
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], path: Path) -> "ImageConfig":
         """Read the image side's keys. Files by llama.cpp lack the patch limit: then a `preprocessor_config.json` beside
         the file decides, or else the release, which its name tells (2506 has 16384 patches, the older ones 4096)."""
         read = KeyReader(metadata, str(path))
-        mean, std = (tuple(map(float, read.get(f"clip.vision.image_{key}"))) for key in ("mean", "std"))
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ModelFileError(
-                f"{path}: image_mean and image_std must be three numbers each, image_std positive"
-            )
         published = path.with_name("preprocessor_config.json")
         if "kimi_lite.in_token_limit" in metadata:
             limit = read.integer("kimi_lite.in_token_limit")
@@ -424,7 +436,11 @@ class ImageConfig:
             limit = cls.from_hf(read_json(published), str(published)).token_limit
         else:
             limit = 16384 if "2506" in f"{metadata.get('general.name', '')} {path.name}" else 4096
-        return cls(token_limit=limit, mean=mean, std=std)
+        return cls(
+            token_limit=limit,
+            mean=read.colours("clip.vision.image_mean"),
+            std=read.colours("clip.vision.image_std", above=0),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -452,7 +468,7 @@ class ModelConfig:
             return cls(name=directory.resolve().name, text=TextConfig.from_hf(hf, str(path)))
         if kind != "kimi_vl":
             raise ModelFileError(
-                f"{path}: model_type is {kind!r}; expected 'kimi_vl' (Kimi-VL) or 'deepseek_v3' (Moonlight)"
+                f"{path}: model_type is {kind!r:.80}; expected 'kimi_vl' (Kimi-VL) or 'deepseek_v3' (Moonlight)"
             )
         read = KeyReader(hf, str(path))
         text = (

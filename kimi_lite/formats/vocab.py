@@ -33,6 +33,18 @@ def _byte_alphabet() -> tuple[dict[int, str], dict[str, int]]:
     return to_char, {c: b for b, c in to_char.items()}
 
 
+def _check(ranks: list[bytes], where: Path | str) -> None:
+    """Every text has tokens, and every token another id: tiktoken takes both for granted."""
+    found = set(ranks)
+    missing = 256 - sum(bytes([b]) in found for b in range(256))
+    if missing:
+        raise ModelFileError(f"{where}: {missing} single bytes have no token; the file is damaged")
+    if len(found) < len(ranks):
+        raise ModelFileError(
+            f"{where}: {len(ranks) - len(found)} tokens stand there twice; the file is damaged"
+        )
+
+
 @dataclass(frozen=True)
 class Vocab:
     """Ids 0…len(ranks)-1 are `ranks`; `specials` maps a control token's name to its id; `size` rows in all."""
@@ -57,9 +69,7 @@ class Vocab:
             raise ModelFileError(f"{path}: not found; a checkpoint directory must hold it") from None
         except (OSError, ValueError, binascii.Error) as error:
             raise ModelFileError(f"{path}: line {len(ranks) + 1} is not `base64 rank` ({error})") from None
-        missing = {bytes([b]) for b in range(256)} - set(ranks)
-        if missing:
-            raise ModelFileError(f"{path}: {len(missing)} single bytes have no token; the file is damaged")
+        _check(ranks, path)
         if len(ranks) > size:
             raise ModelFileError(f"{path}: {len(ranks)} ranks, but the model has a vocabulary of {size}")
         config = directory / "tokenizer_config.json"
@@ -122,6 +132,7 @@ class Vocab:
             raise ModelFileError(f"{where}: a token holds {wrong!r}, which stands for no byte")
         raw, ends = values.astype(np.uint8).tobytes(), accumulate(map(len, tokens[:n_ranks]), initial=0)
         ranks = [raw[start:end] for start, end in pairwise(ends)]
+        _check(ranks, where)
         specials = {tokens[i]: i for i in range(n_ranks, len(tokens)) if types[i] != UNUSED}
         return cls(ranks, specials, len(tokens))
 

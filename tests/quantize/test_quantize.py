@@ -279,7 +279,11 @@ def missing_tensor(directory: Path) -> None:
         (missing_tensor, r"1 tensors are missing, such as vision_tower\.patch_embed\.proj\.bias"),
         (
             lambda d: edited_config(d, "moe_intermediate_size", 64),
-            r"has shape \[96, 256\], expected \[64, 256\]",
+            r"has shape \[96, 256\], expected \[64, 256\]; .*; and \d+ more$",
+        ),
+        (
+            lambda d: (d / "chat_template.jinja").write_bytes(b"\xff"),
+            r"chat_template\.jinja: cannot be read as text",
         ),
         (lambda d: edited_config(d, "topk_method", "greedy"), "topk_method is 'greedy'"),
         (lambda d: (d / "tiktoken.model").unlink(), "tiktoken.model: not found"),

@@ -1,7 +1,7 @@
 """Configuration files: every key accounted for, and one sentence for what cannot be honoured."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytest
 
 from kimi_lite.errors import KimiLiteWarning, ModelFileError
 from kimi_lite.formats.config import ModelConfig, TextConfig
+from kimi_lite.formats.vocab import Vocab
 from kimi_lite.runtime.reference.random_checkpoint import TINY_TEXT, TINY_VISION, write_checkpoint
 
 PUBLISHED_GGUF = {  # Kimi-VL-A3B, as llama.cpp's converter writes it
@@ -70,8 +71,8 @@ def test_the_older_gguf_form_means_the_same_model() -> None:
     assert TextConfig.from_gguf({"general.architecture": "deepseek2", **older}, "file") == new
 
 
-def edited(directory: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
-    path = write_checkpoint(directory) / "config.json"
+def edited(directory: Path, edit: Callable[[dict[str, Any]], object], name: str = "config.json") -> Path:
+    path = write_checkpoint(directory) / name
     config = json.loads(path.read_text())
     edit(config)
     path.write_text(json.dumps(config))
@@ -101,6 +102,73 @@ def test_what_cannot_be_honoured_is_one_sentence(
         ModelConfig.from_hf_dir(edited(tmp_path, edit))
     assert str(tmp_path) in str(caught.value) or "experts" in says
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda c: c.update(image_mean=0.5), "image_mean is 0.5; expected three numbers"),
+        (lambda c: c.update(image_mean="abc"), "image_mean is 'abc'; expected three numbers"),
+        (lambda c: c.update(image_mean=[0.5, 0.5]), "expected three numbers"),
+        (lambda c: c.update(image_mean=[0.5, 0.5, None]), "expected three numbers"),
+        (lambda c: c.update(image_std=[0.5, 0.5, 0]), "expected three positive numbers"),
+        (lambda c: c.update(image_std=[0.5, 0.5, float("nan")]), "expected three positive numbers"),
+        (lambda c: c.update(in_token_limit="x" * 1000), "in_token_limit is 'x{79}; expected"),
+    ],
+)
+def test_an_image_processor_that_is_none_is_one_sentence(
+    tmp_path: Path, edit: Callable[[dict[str, Any]], object], says: str
+) -> None:
+    with pytest.raises(ModelFileError, match=rf"preprocessor_config\.json: .*{says}"):
+        ModelConfig.from_hf_dir(edited(tmp_path, edit, "preprocessor_config.json"))
+
+
+ANYTHING: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2**31,
+    10**30,
+    -0.5,
+    3.5,
+    float("nan"),
+    1e308,
+    "",
+    "x",
+    "1",
+    [],
+    [[]],
+    {},
+]
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Each object or list of a JSON value, with each of its keys."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)):
+        yield value, key
+        if isinstance(value[key], (dict, list)):
+            yield from places(value[key])
+
+
+@pytest.mark.filterwarnings("ignore:.*ignoring unknown keys")
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer_config.json"])
+def test_whatever_stands_at_whatever_place_is_taken_or_one_sentence(tmp_path: Path, name: str) -> None:
+    path = write_checkpoint(tmp_path) / name
+    config = json.loads(path.read_text())
+    said = []
+    for inside, key in places(config):
+        good = inside[key]
+        for inside[key] in ANYTHING:
+            path.write_text(json.dumps(config))
+            try:
+                Vocab.from_hf_dir(tmp_path, ModelConfig.from_hf_dir(tmp_path).text.vocab_size)
+            except ModelFileError as error:
+                said.append(str(error))
+        inside[key] = good
+    assert len(said) > len(ANYTHING)
+    assert [text for text in said if "\n" in text or len(text) > 400 + len(str(path))] == []
 
 
 def test_an_unknown_key_is_named_and_left(tmp_path: Path) -> None:

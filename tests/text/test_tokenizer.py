@@ -89,6 +89,18 @@ def test_a_token_of_a_letter_that_stands_for_no_byte_is_refused() -> None:
             Vocab.from_gguf({**metadata, "tokenizer.ggml.tokens": tokens}, "file")
 
 
+@pytest.mark.parametrize(
+    ("at", "token", "says"),
+    [(ord("a"), "ab", "1 single bytes have no token"), (256, "b", "1 tokens stand there twice")],
+)
+def test_a_vocabulary_that_cannot_spell_everything_is_refused(at: int, token: str, says: str) -> None:
+    metadata = Vocab([*BYTES, b"bc"], {}, 257).gguf_metadata()
+    tokens = list(metadata["tokenizer.ggml.tokens"])
+    tokens[at] = token
+    with pytest.raises(ModelFileError, match=f"^file: {says}"):
+        Vocab.from_gguf({**metadata, "tokenizer.ggml.tokens": tokens}, "file")
+
+
 def test_merges_are_those_that_make_the_tokens() -> None:
     vocab = Vocab([*BYTES, b"he", b"ll", b"hell", b"hello"], {}, 260)
     assert vocab.merges() == [(b"h", b"e"), (b"l", b"l"), (b"he", b"ll"), (b"hell", b"o")]
