@@ -14,7 +14,7 @@ from terminal import talk_in_a_terminal
 
 import kimi_lite
 from kimi_lite.doctor import machine_report
-from kimi_lite.errors import UsageError
+from kimi_lite.errors import ModelFileError, UsageError
 from kimi_lite.runtime import kernels
 from kimi_lite.runtime.sampling import Sampler, SamplingOptions
 
@@ -41,6 +41,28 @@ def test_streaming_equals_the_whole_answer(model: kimi_lite.Model) -> None:
     assert "".join(e.text for e in events if e.kind == "thinking") == whole.thinking != ""
     assert events[-1].kind == "done"
     assert events[-1].reason == whole.reason == "stop"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_file_that_is_damaged_somewhere_answers_or_is_refused_in_one_sentence(
+    tmp_path: Path, seed: int
+) -> None:
+    whole = (Path(kimi_lite.__file__).parent / "nano/kimi-vl-nano-int4.gguf").read_bytes()
+    head = whole.index(b"\0" * 2048)  # the padding in front of the weights
+    rng, said = np.random.default_rng(seed), list[str]()
+    for _ in range(100):
+        raw = bytearray(whole)
+        for at in rng.integers(0, head, rng.integers(1, 4)):
+            raw[at] = rng.integers(256)
+        path = tmp_path / "damaged.gguf"
+        path.write_bytes(raw if rng.random() < 0.8 else raw[: rng.integers(len(raw))])
+        try:
+            kimi_lite.load(path).ask(LONG, max_tokens=2)
+        except ModelFileError as error:
+            said.append(str(error))
+        path.unlink()
+    assert said
+    assert [text for text in said if "\n" in text] == []
 
 
 def test_a_conversation_is_kept_without_its_thinking(model: kimi_lite.Model) -> None:
