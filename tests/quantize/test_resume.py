@@ -198,16 +198,27 @@ def test_two_runs_do_not_write_one_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert beside(out) == []
 
 
+WAITS = """
+import time
+from kimi_lite.__main__ import main
+from kimi_lite.quantize import resume
+def note(self, writer, noted=resume.Journal.note):
+    noted(self, writer)
+    if self.state.exists():
+        time.sleep(600)  # until the signal comes
+resume.EVERY, resume.Journal.note = 0, note
+main()
+"""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_process_that_is_killed_goes_on(tmp_path: Path, sent: signal.Signals) -> None:
     text, out = tmp_path / "text.py", tmp_path / "killed.gguf"
     text.write_text(Path(__file__).read_text()[:1500])
-    run = (
-        "from kimi_lite.quantize import resume; from kimi_lite.__main__ import main; resume.EVERY = 0; main()"
-    )
-    arguments = [sys.executable, "-c", run, "quantize", str(NANO), str(out), "--calibrate", str(text)]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    arguments = ["quantize", str(NANO), str(out), "--calibrate", str(text)]
+    slow = [sys.executable, "-c", WAITS, *arguments]
+    process = subprocess.Popen(slow, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60
     while not (tmp_path / "killed.gguf.calibrating.state").exists():
         assert process.poll() is None and time.monotonic() < until  # noqa: PT018
@@ -218,7 +229,7 @@ def test_a_process_that_is_killed_goes_on(tmp_path: Path, sent: signal.Signals) 
         assert process.returncode == 130
         assert "kimi-lite: warning: stopped; the same command goes on from there" in said
     assert not out.exists()
-    subprocess.run(arguments, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "kimi_lite", *arguments], check=True, capture_output=True)
     whole = tmp_path / "whole.gguf"
     quantize(NANO, whole, sample=lambda: passages(NANO, [str(text)], tmp_path))
     assert out.read_bytes() == whole.read_bytes()
