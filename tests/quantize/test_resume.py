@@ -199,7 +199,7 @@ def test_two_runs_do_not_write_one_file(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 WAITS = """
-import time
+import signal, time
 from kimi_lite.__main__ import main
 from kimi_lite.quantize import resume
 def note(self, writer, noted=resume.Journal.note):
@@ -207,6 +207,7 @@ def note(self, writer, noted=resume.Journal.note):
     if self.state.exists():
         time.sleep(600)  # until the signal comes
 resume.EVERY, resume.Journal.note = 0, note
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 main()
 """
 
@@ -224,7 +225,7 @@ def test_a_process_that_is_killed_goes_on(tmp_path: Path, sent: signal.Signals) 
         assert process.poll() is None and time.monotonic() < until  # noqa: PT018
         time.sleep(0.01)
     process.send_signal(sent)
-    said = process.communicate()[1]
+    said = process.communicate(timeout=60)[1]
     if sent == signal.SIGINT:
         assert process.returncode == 130
         assert "kimi-lite: warning: stopped; the same command goes on from there" in said
