@@ -10,6 +10,7 @@ Dimension key:  D hidden size   H heads   N/R/V head dims: no-rope / rope / valu
 
 import json
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,6 +57,13 @@ HF_TEXT_OPTIONAL = frozenset({"rope_scaling", "rope_interleave", "moe_layer_freq
 HF_VISION_WITHOUT_EFFECT = frozenset({"model_type", "torch_dtype", "dtype", "_attn_implementation_autoset"})
 
 
+def _is_number(value: object) -> bool:
+    """Is it a number that a float can hold?"""
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    )
+
+
 class KeyReader:
     """Reads a JSON object key by key and accounts for all of them."""
 
@@ -83,21 +91,21 @@ class KeyReader:
 
     def number(self, key: str) -> float:
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not _is_number(value):
             raise ModelFileError(f"{self.where}: {key} is {value!r:.80}; expected a number")
         return float(value)
 
     def colours(self, key: str, above: float = -math.inf) -> tuple[float, float, float]:
         """Three numbers, one for red, green and blue each."""
         value = self.get(key)
-        try:
-            red, green, blue = map(float, value)
-            if not all(above < number < math.inf for number in (red, green, blue)):
-                raise ValueError
-        except (TypeError, ValueError):
+        if (
+            not isinstance(value, list)
+            or len(value) != 3
+            or not all(_is_number(v) and v > above for v in value)
+        ):
             expected = "three positive numbers" if above == 0 else "three numbers"
-            raise ModelFileError(f"{self.where}: {key} is {value!r:.80}; expected {expected}") from None
-        return red, green, blue
+            raise ModelFileError(f"{self.where}: {key} is {value!r:.80}; expected {expected}")
+        return float(value[0]), float(value[1]), float(value[2])
 
     def token_id(self, key: str) -> int | None:
         """A token id, the first of a list of them, or nothing."""
@@ -105,7 +113,7 @@ class KeyReader:
         value = self.values.get(key)
         if isinstance(value, list) and value:
             value = value[0]
-        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31):
             return value
         raise ModelFileError(f"{self.where}: {key} is {value!r:.80}; expected a token id")
 
